@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all a fresh machine needs: they make .venv and install into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two workers with one thread each beat one worker with two threads on the small tensors of the tests.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo test check format bench clean
+help:
+	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
+	@echo "make test    the whole test suite"
+	@echo "make check   lint, types and import levels"
+	@echo "make bench   the benchmarks, each with its table"
+
+# torch is installed from the constraints first: an unpinned torch would bring gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/anybatch demo
+
+test: $(STAMP)
+	$(TEST)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/smoothing.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo

@@ -1,0 +1,85 @@
+"""The scale-invariant clock: tau counts base iterations, and everything in training that has a rhythm hangs on it."""
+
+from collections.abc import Callable
+from math import floor, isfinite
+
+from anybatch._errors import InvalidValueError, UsageError
+
+Subscriber = Callable[[float], None]
+
+# tau is a sum of up to millions of floats; a target such as total = n * (total / n) must be met after n of them.
+_SLACK = 1e-9
+
+
+class Clock:
+    """The number of scale-invariant iterations done, tau, and those who move with it.
+
+        tau <- tau + iterations        after every step that really happened
+
+    One base iteration is one optimizer step at the base batch. A step of AdaScale moves the clock by its gain, a step
+    of linear scaling by its scale. The schedule is at `floor(tau)`; training ends when `tau >= total`.
+
+    Args:
+        total: base iterations of the whole run, T_SI; positive, or `None` when training has no planned end.
+
+    Raises:
+        InvalidValueError: `total` is not positive and finite.
+
+    Example:
+        >>> clock = anybatch.Clock(total=10)
+        >>> moved = []
+        >>> unsubscribe = clock.subscribe(moved.append)
+        >>> clock.advance(6.5); clock.advance(3.5)
+        >>> clock.tau, clock.iteration, clock.done, moved
+        (10.0, 10, True, [6.5, 3.5])
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2 (tau and T_SI).
+    """
+
+    def __init__(self, total: float | None = None) -> None:
+        if total is not None and not (isfinite(total) and total > 0):
+            raise InvalidValueError(f"total must be a positive number of base iterations, got {total}.")
+        self.total = total
+        self.tau = 0.0
+        self._subscribers: dict[int, Subscriber] = {}
+        self._next = 0
+
+    @property
+    def iteration(self) -> int:
+        """`floor(tau)`, the index into a schedule that was written for the base batch."""
+        return floor(self.tau + _SLACK * max(1.0, self.tau))
+
+    @property
+    def done(self) -> bool:
+        """Whether `tau >= total`.
+
+        Raises:
+            UsageError: the clock was given no `total`, so that a loop on `done` would never end.
+        """
+        if self.total is None:
+            raise UsageError("The clock has no total: pass total=, the base iterations of the whole run.")
+        return self.reached(self.total)
+
+    def reached(self, tau: float) -> bool:
+        """Whether the clock has come to `tau`, up to the rounding of a long sum."""
+        return self.tau + _SLACK * max(1.0, abs(tau)) >= tau
+
+    def advance(self, iterations: float) -> None:
+        """Move by `iterations` (finite, not negative) and tell every subscriber, in the order they came."""
+        if not (isfinite(iterations) and iterations >= 0):
+            raise InvalidValueError(f"The clock moves by a finite, non-negative amount, got {iterations}.")
+        self.tau += iterations
+        for subscriber in list(self._subscribers.values()):
+            subscriber(iterations)
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call `subscriber(iterations)` after every move; returns a function that ends it."""
+        key = self._next
+        self._next += 1
+        self._subscribers[key] = subscriber
+
+        def unsubscribe() -> None:
+            self._subscribers.pop(key, None)
+
+        return unsubscribe

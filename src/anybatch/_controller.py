@@ -1,0 +1,498 @@
+"""attach: the controller puts hooks on the user's own optimizer and owns the order of one step.
+
+[Note: one step] Before `step()`: the window is read and reduced, moments and gain follow, the rule gives the scaling,
+and the optimizer's values are changed for this one call. After it: they are put back, and, if the step really happened,
+the averages are kept, the clock moves, and with it the schedule and every subscriber. Nothing is kept before the step has
+happened, so a step that raises leaves no trace. docs/architecture.md draws it.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import isfinite, isnan, nan
+from os import PathLike
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from anybatch._batch import BatchSize, check_positive
+from anybatch._clock import Clock
+from anybatch._errors import InvalidValueError, StateError, UnsupportedError, UsageError
+from anybatch._gather import Gather
+from anybatch._hyperparameters import check_decays, family_of, scaled
+from anybatch._judge import Judge, Step
+from anybatch._moments import Averages
+from anybatch._record import RunRecord, StepRecord
+from anybatch._reduce import Reduction, group_of, observation
+from anybatch._rules import AdaScale, Rule
+from anybatch._schedules import ScheduleDriver
+
+_STATE_VERSION = 1
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+def attach(
+    optimizer: Optimizer,
+    *,
+    model: nn.Module,
+    rule: Rule | None = None,
+    scheduler: Any = None,
+    total: float | None = None,
+    base_batch: float | None = None,
+    micro_batch: float | None = None,
+    scale: float | Literal["count"] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    reduction: Reduction = "mean",
+    record: str | PathLike[str] | RunRecord | None = None,
+) -> "Controller":
+    """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
+
+    The optimizer stays the user's own, with the hyperparameters tuned at the base batch. Inside of `optimizer.step()`
+    its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
+
+    Args:
+        optimizer: of a class whose learning rate is known to follow the batch (SGD, Adam, AdamW, RMSprop, Adagrad),
+            or any other with `rule=AdaScale(exponent=...)`.
+        model: the module that it trains; under DDP the wrapped one. Each loss is a mean over its examples.
+        rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
+        scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
+        total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
+            averages their horizon.
+        base_batch: batch the hyperparameters were tuned for, in examples or tokens.
+        micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
+            before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
+        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
+        process_group: ranks whose gradients are averaged; DDP's own by default.
+        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
+            as trainers do), or `"sum"`.
+        record: a path or a `RunRecord`; rank 0 writes one line a step.
+
+    Returns:
+        The controller.
+
+    Raises:
+        InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
+            parameters, or one that this optimizer does not train.
+        UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
+        UsageError: the optimizer has a controller already; several ranks without DDP.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> controller = anybatch.attach(optimizer, model=model, total=100, base_batch=8, micro_batch=8)
+        >>> batch = torch.randn(32, 4)
+        >>> for part in anybatch.split(batch, 4):                  # 4 backwards of 8 examples: S = 4
+        ...     (model(part).square().mean() / 4).backward()
+        >>> optimizer.step()
+        >>> controller.scale, 1 <= controller.gain <= 4, controller.tau == controller.gain
+        (4.0, True, True)
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
+    """
+    return Controller(
+        optimizer,
+        model=model,
+        rule=AdaScale() if rule is None else rule,
+        scheduler=scheduler,
+        batch=BatchSize(base_batch, micro_batch, scale),
+        clock=Clock(total),
+        process_group=process_group,
+        reduction=reduction,
+        record=record,
+    )
+
+
+class Controller:
+    """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        model: nn.Module,
+        rule: Rule,
+        scheduler: Any,
+        batch: BatchSize,
+        clock: Clock,
+        process_group: dist.ProcessGroup | None,
+        reduction: Reduction,
+        record: str | PathLike[str] | RunRecord | None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if optimizer in _attached:
+            raise UsageError("This optimizer has a controller already: detach() that one first.")
+        if not isinstance(rule, Rule):
+            raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+        if reduction not in ("mean", "sum"):
+            raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+        self._optimizer = optimizer
+        self._rule = rule
+        self._batch = batch
+        self._reduction: Reduction = reduction
+        self._clock = clock
+        adascale = isinstance(rule, AdaScale)
+        self._family = family_of(optimizer, exponent=rule.exponent if isinstance(rule, AdaScale) else 1.0)
+        self._decays = rule.decays or self._family.decays
+        check_decays(optimizer, self._family, self._decays)
+        self._judge = Judge(rule=rule, batch=batch, clock=clock, exponent=self._family.exponent)
+        trained = _check_parameters(optimizer, model)
+        ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+        self._group = group_of(ddp, process_group)
+        self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
+        self._gather: Gather | None = None
+        if adascale or batch.counts:
+            self._gather = Gather(
+                trained,
+                measure=adascale,
+                reduced=None if self._group is None else lambda: ddp is None or bool(ddp.require_backward_grad_sync),
+                consecutive=isinstance(rule, AdaScale) and rule.consecutive,
+            )
+            self._gather.micro_batch = batch.micro_batch or 1.0
+        self._size = sum(p.numel() for p in trained)
+        self._averages = Averages()
+        self._pending: Step | None = None
+        self._restore_values: Callable[[], None] | None = None
+        self._last: Step | None = None
+        self._time = time.perf_counter()
+        self.steps = 0
+        self.skipped = 0
+        self._record: RunRecord | None = None
+        self._owns_record = record is not None and not isinstance(record, RunRecord)
+        if record is not None and (self._group is None or dist.get_rank(self._group) == 0):
+            self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config(trained))
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
+        ]
+        _attached.add(optimizer)
+
+    # ---- what a user reads ----
+
+    @property
+    def clock(self) -> Clock:
+        """The clock; subscribe what should move with training."""
+        return self._clock
+
+    @property
+    def tau(self) -> float:
+        """Base iterations done."""
+        return self._clock.tau
+
+    @property
+    def done(self) -> bool:
+        """Whether `tau >= total`; an error without a `total`."""
+        self._restore()
+        return self._clock.done
+
+    @property
+    def gain(self) -> float:
+        """The gain r of the last step; nan before the first, and for rules other than AdaScale."""
+        return nan if self._last is None else self._last.gain
+
+    @property
+    def scale(self) -> float:
+        """S of the last step; nan before the first."""
+        return nan if self._last is None else self._last.scale
+
+    @property
+    def count(self) -> int:
+        """N, the micro-batches on all ranks in the last step; 0 where nothing needed counting."""
+        return 0 if self._last is None else self._last.count
+
+    @property
+    def lr_factor(self) -> float:
+        """The factor that the last step applied to `lr(tau)`."""
+        return nan if self._last is None else self._last.scaling.lr_factor
+
+    @property
+    def iterations(self) -> float:
+        """How far the last step moved the clock, base iterations."""
+        return nan if self._last is None else self._last.scaling.iterations
+
+    @property
+    def variance(self) -> float:
+        """The averaged sigma^2 of one base batch, clipped at 0; nan while unknown."""
+        variance = self._averages.moments.variance
+        return variance if isnan(variance) else max(variance, 0.0)
+
+    @property
+    def sqnorm(self) -> float:
+        """The averaged mu^2, clipped at 0; nan while unknown."""
+        sqnorm = self._averages.moments.sqnorm
+        return sqnorm if isnan(sqnorm) else max(sqnorm, 0.0)
+
+    @property
+    def noise_scale(self) -> float:
+        """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
+        return self._averages.moments.noise_scale * (self._batch.base_batch or 1.0)
+
+    @property
+    def micro_batch(self) -> float | None:
+        """What each backward sees; set it before a backward where batches vary."""
+        return self._gather.micro_batch if self._gather and self._batch.micro_batch else None
+
+    @micro_batch.setter
+    def micro_batch(self, value: float) -> None:
+        if self._gather is None or self._batch.micro_batch is None:
+            raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
+        self._gather.micro_batch = check_positive("micro_batch", value)
+
+    # ---- what a user calls ----
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose backwards are not training: neither counted nor measured."""
+        return nullcontext() if self._gather is None else self._gather.paused()
+
+    def observe(self, gradients: Sequence[Tensor]) -> None:
+        """Give one step's micro-batch gradients computed elsewhere, with `torch.func.vmap` say, in place of backwards.
+
+        `.grad` of each parameter becomes the mean over the n micro-batches.
+
+        Args:
+            gradients: one tensor `[n, *parameter.shape]` for each trained parameter, in the optimizer's order, each
+                micro-batch's own mean gradient, not divided by n.
+
+        Raises:
+            InvalidValueError: wrong shapes.
+            UsageError: under DDP, after a backward of the same step, or with nothing to measure.
+        """
+        if self._gather is None:
+            raise UsageError("observe() has nothing to tell a rule that neither measures nor counts.")
+        if self._reduction != "mean":
+            raise UsageError('observe() sets .grad to the mean of the gradients: attach with reduction="mean".')
+        self._gather.observe(gradients)
+
+    def state_dict(self) -> dict[str, float | int]:
+        """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
+        self._restore()
+        return {
+            "version": _STATE_VERSION,
+            "parameters": self._size,
+            "base_batch": self._batch.base_batch or 0.0,
+            "tau": self._clock.tau,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "variance": self._averages.variance,
+            "sqnorm": self._averages.sqnorm,
+            "weight": self._averages.weight,
+            "samples": self._averages.samples,
+            "iterations": self._averages.iterations,
+            "schedule_offset": 0 if self._driver is None else self._driver.offset,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; load the model's, the optimizer's and the scheduler's own states as well.
+
+        Raises:
+            StateError: the state has other names or a newer version, or is of another model or base batch.
+        """
+        self._restore()
+        mine = self.state_dict()
+        if float(state.get("version", 0)) > _STATE_VERSION:
+            raise StateError(
+                f"The state has version {state['version']}, this anybatch reads up to {_STATE_VERSION}: "
+                "upgrade anybatch."
+            )
+        if set(state) != set(mine):
+            odd = sorted(set(state) ^ set(mine))
+            raise StateError(f"Not a controller's state: {odd} are missing or unknown.")
+        values = {name: float(value) for name, value in state.items()}
+        if not all(isfinite(value) for value in values.values()):
+            raise StateError("The state holds a number that is not finite.")
+        if values["parameters"] != mine["parameters"]:
+            raise StateError(
+                f"The state is of a model with {values['parameters']:.0f} trained parameters, this one has "
+                f"{mine['parameters']}."
+            )
+        if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:
+            raise StateError(
+                f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
+                f"{mine['base_batch']:g}: the hyperparameters are tuned for one base batch, keep it."
+            )
+        self._clock.tau = values["tau"]
+        self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
+        self._averages = Averages(
+            values["variance"], values["sqnorm"], values["weight"], int(values["samples"]), values["iterations"]
+        )
+        self._last = None
+        if self._driver is not None:
+            self._driver.resume(offset=int(values["schedule_offset"]))
+
+    def detach(self) -> None:
+        """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._gather is not None:
+            self._gather.detach()
+        if self._driver is not None:
+            self._driver.stop()
+        if self._record is not None and self._owns_record:
+            self._record.close()
+        _attached.discard(self._optimizer)
+
+    # ---- one step ----
+
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._restore()
+        self._pending = None
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]
+        if closure is None:
+            self._prepare()
+            return None
+
+        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
+            loss = closure()
+            self._restore()
+            self._prepare()
+            return loss
+
+        if len(args) < 2:
+            return args, {**kwargs, "closure": closure_then_prepare}
+        return (args[0], closure_then_prepare, *args[2:]), kwargs
+
+    def _prepare(self) -> None:
+        if self._gather is not None:
+            self._gather.follow(_trainable(self._optimizer))
+        if self._is_phantom():
+            return
+        if self._driver is not None:
+            self._driver.check()
+        self._pending = step = self._observe()
+        if step.skipped:
+            return
+        context = scaled(
+            self._optimizer,
+            self._family,
+            lr_factor=step.scaling.lr_factor,
+            iterations=step.scaling.iterations,
+            decays=self._decays,
+        )
+        context.__enter__()
+        self._restore_values = lambda: _exit(context)
+
+    def _is_phantom(self) -> bool:
+        """Whether this `step()` is not training: distributed checkpoint primes an optimizer with zero gradients.
+
+        Raises:
+            UsageError: there are gradients, but no hook saw the backward that made them.
+        """
+        if self._gather is not None and self._gather.pending:
+            return False
+        grads = [p.grad for p in _trainable(self._optimizer) if p.grad is not None]
+        if self._gather is not None and not grads:
+            return False
+        idle = all(float(group.get("lr", 1)) == 0 for group in self._optimizer.param_groups)
+        if self._gather is None:
+            return idle and not any(bool(g.any()) for g in grads)
+        if idle:
+            return True
+        raise UsageError(
+            "optimizer.step() was called with gradients that no backward of the attached model made since the last "
+            "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
+            "controller.observe), or was the backward inside of controller.paused()?"
+        )
+
+    def _observe(self) -> Step:
+        """Everything that is known of the coming step."""
+        if self._gather is None:
+            return self._judge.step(self._averages, None)
+        window = self._gather.window()
+        if window.backwards == 0 and self._group is None:
+            return self._judge.nothing(self._averages)
+        return self._judge.step(self._averages, observation(window, group=self._group, reduction=self._reduction))
+
+    def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        lr = self._applied_lr() if self._record is not None else nan
+        self._restore()
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
+        skipped = step.skipped or (found_inf is not None and bool(found_inf))
+        if self._gather is not None:
+            self._gather.close(forget=skipped)
+        if skipped:
+            self.skipped += 1
+        else:
+            self.steps += 1
+            self._last = step
+            self._averages = step.averages.moved(step.scaling.iterations)
+            self._clock.advance(step.scaling.iterations)
+        if self._record is not None:
+            self._record.write(self._line(step, lr=lr, skipped=skipped))
+
+    def _line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
+        now, before = time.perf_counter(), self._time
+        self._time = now
+        return StepRecord(
+            step=self.steps,
+            tau=self._clock.tau,
+            iterations=0.0 if skipped else step.scaling.iterations,
+            scale=step.scale,
+            count=step.count,
+            raw_variance=step.raw.variance,
+            raw_sqnorm=step.raw.sqnorm,
+            variance=self.variance,
+            sqnorm=self.sqnorm,
+            gain=step.gain,
+            lr=lr,
+            lr_factor=step.scaling.lr_factor,
+            noise_scale=self.noise_scale,
+            seconds=now - before,
+            skipped=skipped,
+        )
+
+    def _applied_lr(self) -> float:
+        return float(self._optimizer.param_groups[0].get("lr", nan))
+
+    def _restore(self) -> None:
+        """Put the base values back; after a step that raised, at the next opportunity."""
+        restore, self._restore_values = self._restore_values, None
+        if restore is not None:
+            restore()
+
+    def _config(self, trained: Sequence[Tensor]) -> dict[str, Any]:
+        return {
+            "rule": repr(self._rule),
+            "optimizer": type(self._optimizer).__name__,
+            "decays": self._decays,
+            "total": self._clock.total,
+            **vars(self._batch),
+            "ranks": 1 if self._group is None else dist.get_world_size(self._group),
+            "parameters": sum(p.numel() for p in trained),
+        }
+
+
+def _exit(context: AbstractContextManager[None]) -> None:
+    context.__exit__(None, None, None)
+
+
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> list[Tensor]:
+    """The optimizer's trained parameters, after a look at whether they are the model's."""
+    trained = _trainable(optimizer)
+    if not trained:
+        raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
+    if any(hasattr(p, "device_mesh") for p in trained):
+        raise UnsupportedError("Parameters that are DTensors (FSDP2, tensor parallelism) are not supported yet.")
+    mine = {id(p) for p in model.parameters()}
+    strangers = sum(id(p) not in mine for p in trained)
+    if strangers:
+        raise InvalidValueError(
+            f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
+            "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
+        )
+    return trained

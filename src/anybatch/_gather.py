@@ -1,0 +1,319 @@
+"""Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
+
+[Note: the window] A window is what happens between two optimizer steps: A backwards, one a micro-batch. Its state is
+    open    at least one backward was seen since the last step;
+    closed  the step was taken, `close()`: the next backward opens a new one;
+    thrown  `zero_grad` came without a step: the next backward finds cleared gradients and opens a new one.
+
+[Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
+on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
+`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
+back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
+communication hook of the user's runs as it is.
+
+Nothing here knows what the observed gradients are a part of: `_reduce` turns a window into the norms of samples.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from anybatch._errors import InvalidValueError, UsageError
+from anybatch._norms import norm_into, sample_squared_norm, total_squared_norm
+
+# DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
+# callback queued from a callback runs after those already queued, so the third in a chain comes after both.
+_CALLBACK_CHAIN = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Norms of two consecutive gradients: what the one-gradient estimator needs; float64 tensors of shape `[]`."""
+
+    mean_square: Tensor
+    square_mean: Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
+
+    Args:
+        backwards: A, the number of micro-batches.
+        inverse_sizes: sum over them of one over their size.
+        samples_square: sum over the micro-batches of the squared norms of their gradients.
+        grad_square: squared norm of `.grad`.
+        pair: with one backward in a window, this gradient and the one before.
+    """
+
+    backwards: int
+    inverse_sizes: float
+    samples_square: Tensor | None
+    grad_square: Tensor | None
+    pair: Pair | None
+
+
+class Gather:
+    """Hooks on `parameters`; see the notes above.
+
+    Args:
+        parameters: those of one optimizer; the ones that need no gradient are passed over.
+        measure: whether norms are taken; else backwards are only counted.
+        reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks, or will be
+            before the step; `None` on one rank.
+        consecutive: keep a copy of the gradient for the one-gradient estimator.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        measure: bool,
+        reduced: Callable[[], bool] | None = None,
+        consecutive: bool = False,
+    ) -> None:
+        self.micro_batch = 1.0
+        self._measure = measure
+        self._reduced = reduced
+        self._consecutive = consecutive
+        self._paused = False
+        self._parameters: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._fires: list[int] = []
+        self._slots: list[_Slots] = []  # [backwards of the longest window so far]
+        self._previous: list[Tensor] | None = None
+        self._observed_square: Tensor | None = None
+        self._grad_square: Tensor | None = None
+        self._stale: tuple[Tensor, int] | None = None
+        self._unmeasured = False
+        self._open()
+        self.follow(parameters)
+        self._unmeasured = False
+
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Hook the parameters that are not hooked yet: a group added, a layer unfrozen. Their first window, whose
+        backward may have come before the hooks, is counted and not measured.
+        """
+        known = {id(p) for p in self._parameters}
+        for p in parameters:
+            if p.requires_grad and id(p) not in known:
+                index = len(self._parameters)
+                self._parameters.append(p)
+                self._fires.append(0)
+                self._slots.clear()
+                self._handles.append(p.register_hook(self._before_accumulation(index)))
+                self._handles.append(p.register_post_accumulate_grad_hook(self._after_accumulation(index)))
+                self._unmeasured = True
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The hooked parameters, in the order of `observe`."""
+        return self._parameters
+
+    @property
+    def pending(self) -> int:
+        """Backwards seen in the open window; 0 when there is none."""
+        return max(self._fires, default=0) + self._observed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch whose backwards are not training: not counted, not measured."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def observe(self, samples: Sequence[Tensor]) -> None:
+        """Take n gradients, one tensor `[n, *shape]` a parameter, as n micro-batches; `.grad` becomes their mean."""
+        if self._reduced is not None:
+            raise UsageError("observe() works on one rank: under DDP the gradients must come from a backward.")
+        if len(samples) != len(self._parameters):
+            raise InvalidValueError(
+                f"observe() takes one tensor for each of the {len(self._parameters)} trained parameters, "
+                f"got {len(samples)}."
+            )
+        if self.pending:
+            raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
+        n = samples[0].shape[0]
+        for p, sample in zip(self._parameters, samples, strict=True):
+            if sample.shape != (n, *p.shape) or n == 0:
+                raise InvalidValueError(
+                    f"observe() needs tensors of shape [n, *parameter.shape] with n >= 1: got {list(sample.shape)} "
+                    f"for a parameter {list(p.shape)}, n = {n}."
+                )
+        self._stale = None
+        self._observed = n
+        self._size()
+        with torch.no_grad():
+            for p, sample in zip(self._parameters, samples, strict=True):
+                p.grad = sample.mean(0)
+            if self._measure:
+                squares = [sample_squared_norm(sample) for sample in samples]
+                self._observed_square = torch.stack(squares).sum() / n**2
+                self._grad_square = total_squared_norm(p.grad for p in self._parameters if p.grad is not None)
+            self._remember(single=n == 1)
+
+    def window(self) -> Window:
+        """What the open window holds; `close()` it after the step."""
+        backwards = self.pending
+        measured = self._measure and not self._unmeasured and backwards > 0
+        samples = self._samples_square() if measured else None
+        grad = self._grad_square if measured else None
+        if measured and grad is None:  # one backward on one rank: the sample is the sum
+            grad = samples
+        return Window(backwards, self._inverse_sizes, samples, grad, self._pair if measured else None)
+
+    def close(self, *, forget: bool = False) -> None:
+        """The step was taken. `forget` drops the previous gradient too: it was not finite."""
+        witness = self._witness
+        self._stale = None
+        if witness is not None and witness.grad is not None:
+            self._stale = (witness, witness.grad._version)
+        if forget:
+            self._previous = None
+        self._unmeasured = False
+        self._open()
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- the window ----
+
+    def _open(self) -> None:
+        self._fires = [0] * len(self._parameters)
+        self._inverse_sizes = 0.0
+        self._sized = 0
+        self._observed = 0
+        self._observed_square = None
+        self._grad_square = None
+        self._pair: Pair | None = None
+        self._task: int | None = None
+        self._witness: Tensor | None = None
+        self._witness_version = -1
+
+    def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            if self._paused:
+                return
+            task = torch._C._current_graph_task_id()
+            if task != self._task:
+                self._begin_backward(task, self._parameters[index])
+            if self._measure:
+                row = self._fires[index]
+                while row >= len(self._slots):
+                    self._slots.append(_Slots(self._parameters))
+                norm_into(self._slots[row].views[index], grad)
+
+        return hook
+
+    def _after_accumulation(self, index: int) -> Callable[[Tensor], None]:
+        # Counting here, not in the hook before, leaves out torch.autograd.grad: it computes gradients that nothing
+        # accumulates, and their norms are overwritten by the next backward.
+        def hook(_: Tensor) -> None:
+            if not self._paused:
+                self._fires[index] += 1
+
+        return hook
+
+    def _begin_backward(self, task: int, witness: Tensor) -> None:
+        if self._was_thrown_away():
+            self._open()
+        if self.pending == 0 and self._stale is not None:
+            parameter, version = self._stale
+            if parameter.grad is not None and parameter.grad._version == version:
+                raise UsageError(
+                    "The gradients of the last optimizer step were not cleared, so .grad would mix two steps: call "
+                    "optimizer.zero_grad() after optimizer.step()."
+                )
+        self._stale = None
+        self._task = task
+        if self._witness is None:
+            self._witness = witness
+        self._queue(_CALLBACK_CHAIN)
+
+    def _was_thrown_away(self) -> bool:
+        """Whether the open window's gradients were cleared: gone, or changed since the last backward and now zero."""
+        if self.pending == 0 or self._witness is None:
+            return False
+        grad = self._witness.grad
+        if grad is None:
+            return True
+        return grad._version != self._witness_version and total_squared_norm([grad]).item() == 0
+
+    def _queue(self, chain: int) -> None:
+        callback = self._end_backward if chain == 1 else lambda: self._queue(chain - 1)
+        Variable._execution_engine.queue_callback(callback)
+
+    def _end_backward(self) -> None:
+        self._task = None
+        if self.pending == 0:  # torch.autograd.grad: nothing was accumulated
+            self._witness = None
+            return
+        self._size()
+        if self._witness is not None and self._witness.grad is not None:
+            self._witness_version = self._witness.grad._version
+        if not self._measure:
+            return
+        alone = self._reduced is None and self.pending == 1
+        if not alone and (self._reduced is None or self._reduced()):
+            self._grad_square = total_squared_norm(p.grad for p in self._parameters if p.grad is not None)
+        self._remember(single=alone)
+
+    def _size(self) -> None:
+        """Note the size of the micro-batches that came since the last call."""
+        self._inverse_sizes += (self.pending - self._sized) / self.micro_batch
+        self._sized = self.pending
+
+    def _samples_square(self) -> Tensor:
+        if self._observed_square is not None:
+            return self._observed_square
+        backwards = self.pending
+        rows = self._slots[:backwards]
+        for index, fires in enumerate(self._fires):
+            for slots in rows[fires:]:  # unused in a micro-batch: its gradient there is zero
+                slots.views[index].zero_()
+        return torch.stack([slots.total() for slots in rows]).sum()
+
+    def _remember(self, *, single: bool) -> None:
+        if not self._consecutive:
+            return
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if not single or len(grads) != len(self._parameters):
+            self._previous = None
+            return
+        if self._previous is None:
+            self._previous = [g.detach().clone() for g in grads]
+            return
+        before = total_squared_norm(self._previous)
+        now = total_squared_norm(grads)
+        torch._foreach_add_(self._previous, grads)  # the buffer holds the sum for a moment: no second copy
+        together = total_squared_norm(self._previous)
+        torch._foreach_copy_(self._previous, grads)
+        self._pair = Pair((before + now) / 2, together / 4)
+
+
+class _Slots:
+    """One float64 number a parameter, where a backward's norms are written; one row a micro-batch of the window."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        sizes: dict[torch.device, int] = {}
+        places = []
+        for p in parameters:
+            places.append((p.device, sizes.get(p.device, 0)))
+            sizes[p.device] = sizes.get(p.device, 0) + 1
+        self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
+        self.views = [self._rows[device][i] for device, i in places]
+
+    def total(self) -> Tensor:
+        """Sum of the squares, on the first parameter's device."""
+        sums = [row.square().sum() for row in self._rows.values()]
+        return torch.stack([s.to(sums[0].device) for s in sums]).sum()
