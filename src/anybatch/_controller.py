@@ -2,8 +2,8 @@
 
 [Note: one step] Before `step()`: the window is read and reduced, moments and gain follow, the rule gives the scaling,
 and the optimizer's values are changed for this one call. After it: they are put back, and, if the step really happened,
-the averages are kept, the clock moves, and with it the schedule and every subscriber. Nothing is kept before the step has
-happened, so a step that raises leaves no trace. docs/architecture.md draws it.
+the averages are kept, the clock moves, and with it the schedule and every subscriber. Nothing is kept before the step
+has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
 """
 
 import time

@@ -165,7 +165,7 @@ class Gather:
         measured = self._measure and not self._unmeasured and backwards > 0
         samples = self._samples_square() if measured else None
         grad = self._grad_square if measured else None
-        if measured and grad is None:  # one backward on one rank: the sample is the sum
+        if measured and grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
         return Window(backwards, self._inverse_sizes, samples, grad, self._pair if measured else None)
 
@@ -199,6 +199,7 @@ class Gather:
         self._task: int | None = None
         self._witness: Tensor | None = None
         self._witness_version = -1
+        self._mixed = False  # whether the window's first backward added to gradients of the step before
 
     def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
@@ -229,12 +230,7 @@ class Gather:
             self._open()
         if self.pending == 0 and self._stale is not None:
             parameter, version = self._stale
-            if parameter.grad is not None and parameter.grad._version == version:
-                raise UsageError(
-                    "The gradients of the last optimizer step were not cleared, so .grad would mix two steps: call "
-                    "optimizer.zero_grad() after optimizer.step()."
-                )
-        self._stale = None
+            self._mixed = parameter.grad is not None and parameter.grad._version == version
         self._task = task
         if self._witness is None:
             self._witness = witness
@@ -258,6 +254,12 @@ class Gather:
         if self.pending == 0:  # torch.autograd.grad: nothing was accumulated
             self._witness = None
             return
+        self._stale = None
+        if self._mixed:
+            raise UsageError(
+                "The gradients of the last optimizer step were not cleared, so .grad mixes two steps: call "
+                "optimizer.zero_grad() after optimizer.step()."
+            )
         self._size()
         if self._witness is not None and self._witness.grad is not None:
             self._witness_version = self._witness.grad._version

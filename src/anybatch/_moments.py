@@ -56,8 +56,8 @@ def moments(mean_square: float, square_mean: float, *, sample: float, batch: flo
         sqnorm   = square_mean - variance / batch
 
     where `mean_square = (1/N) sum_i ||g_i||^2` and `square_mean = ||gbar||^2`. With N equal samples `batch = N *
-    sample` and the factor is the paper's `N/(N-1) * sample`. Samples of `b_i` examples with weights `w_i` (summing to 1) fit
-    the same two lines, with `mean_square = sum_i w_i ||g_i||^2`, `1/sample = B0 * sum_i w_i/b_i` and
+    sample` and the factor is the paper's `N/(N-1) * sample`. Samples of `b_i` examples with weights `w_i` (summing to
+    1) fit the same two lines, with `mean_square = sum_i w_i ||g_i||^2`, `1/sample = B0 * sum_i w_i/b_i` and
     `1/batch = B0 * sum_i w_i^2/b_i`.
 
     Args:

@@ -8,7 +8,6 @@ conversion of the whole tensor to float64 is cheaper still.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def _row_norms(flat: Tensor) -> Tensor:
     """Norms of the rows of 4096 entries of `flat`, and of what is left, at least in float32."""
     dtype = torch.float32 if flat.dtype.itemsize < 4 else None
     whole = flat.numel() - flat.numel() % _ROW
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
     if whole == flat.numel():
-        return cast(Tensor, norms)
+        return norms
     return torch.cat([norms, torch.linalg.vector_norm(flat[whole:], dim=0, keepdim=True, dtype=dtype)])

@@ -1,7 +1,7 @@
 """RunRecord: what every step did, one strict JSON object a line, appended by a single write.
 
-The first line of a run is its header. A process killed at any moment leaves at most one torn last line, which `read_record`
-passes over; a resumed run appends another header and goes on.
+The first line of a run is its header. A process killed at any moment leaves at most one torn last line, which
+`read_record` passes over; a resumed run appends another header and goes on.
 """
 
 import json

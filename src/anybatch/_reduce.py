@@ -1,8 +1,9 @@
 """From each rank's window to the samples of the step: one small all-reduce, the same bits on every rank.
 
-[Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided by
-A), so a micro-batch's own gradient is A times the observed one; or it is their sum (`"sum"`), and then the mean is `.grad`
-divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks `.grad` is a mean.
+[Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided
+by A), so a micro-batch's own gradient is A times the observed one; or it is their sum (`"sum"`), and then the mean is
+`.grad` divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks `.grad`
+is a mean.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,193 @@
+"""The proof on real data: scikit-learn's handwritten digits, trained at many scales with one set of hyperparameters.
+
+A small network is trained with ordinary SGD and momentum through `attach`. The learning rate and its schedule are those
+tuned at the base batch of 8 images; every other scale uses them as they are.
+
+How a step of S base batches is computed: on one rank in one vectorised pass. `torch.func.vmap` of the gradient gives
+the S gradients as one tensor a parameter, and `controller.observe` takes them as S micro-batches; a plain loop of S
+backwards gives the same moments and the same weights (tests/test_demo.py), only slower. With `ranks=2` each step really
+is that loop, in two processes under DistributedDataParallel.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import count
+from math import ceil, isfinite
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import anybatch
+
+BASE_BATCH = 8
+LEARNING_RATE = 0.05
+MOMENTUM = 0.9
+LAST_RATE = 0.01  # the schedule ends at 1 % of the learning rate
+EVALUATIONS = 40
+
+ELASTIC = {"32→64→128": (32, 64, 128), "128→64→32": (128, 64, 32)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run.
+
+    Args:
+        rule: `"adascale"`, `"lsw"` or `"lsw+"`.
+        scales: the scale, or three: until a quarter of the run, until half of it, and to its end.
+        seed: of the weights and the data order.
+        total: base iterations of the run.
+        steps: for `"lsw+"`, the number of steps it is stretched to.
+        record: where the run is recorded.
+    """
+
+    rule: str
+    scales: tuple[int, ...]
+    seed: int
+    total: int
+    steps: int | None = None
+    record: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The scale as the table shows it."""
+        return "→".join(str(scale) for scale in self.scales)
+
+    def scale_at(self, tau: float) -> int:
+        """The scale in force at `tau`: elastic runs change at a quarter and at half of the run."""
+        changes = sum(tau >= share * self.total for share in (0.25, 0.5))
+        return self.scales[min(changes, len(self.scales) - 1)]
+
+
+@dataclass
+class Result:
+    """What a run came to; the lists are taken at equal steps of tau.
+
+    Args:
+        task: the run.
+        iterations: optimizer steps.
+        accuracy: test accuracy at the end, in percent.
+        loss: training loss at the end.
+        mean_gain: `total / iterations` in AdaScale's runs, else nan.
+        tau, test_accuracy, test_loss: the curves.
+    """
+
+    task: Task
+    iterations: int = 0
+    accuracy: float = float("nan")
+    loss: float = float("nan")
+    mean_gain: float = float("nan")
+    tau: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 1797 images, 75 % for training: `(x [n, 64], y [n], x_test, y_test)`, pixels in [0, 1]."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x / 16, y, test_size=0.25, random_state=0, stratify=y)
+    x_train, x_test, y_train, y_test = (torch.as_tensor(part) for part in parts)
+    return x_train.float(), y_train, x_test.float(), y_test
+
+
+def network(seed: int) -> nn.Sequential:
+    """A multilayer perceptron, 64-128-128-10, initialised from `seed`."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def train(task: Task, *, vectorised: bool = True) -> Result:
+    """Train once, on this process's ranks, and evaluate at equal steps of tau."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    x, y, _, _ = digits()
+    net = network(task.seed)
+    model: nn.Module = DistributedDataParallel(net) if ranks > 1 else net
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / task.total))
+    controller = anybatch.attach(
+        optimizer,
+        model=model,
+        rule=_rule(task),
+        scheduler=scheduler,
+        total=task.total,
+        base_batch=BASE_BATCH,
+        micro_batch=BASE_BATCH,
+        record=task.record,
+    )
+    result = Result(task)
+    evaluate(net, 0.0, result)
+    order = torch.Generator().manual_seed(task.seed)
+    while not controller.done:
+        scale = task.scale_at(controller.tau)
+        rows = torch.randint(len(x), (scale, BASE_BATCH), generator=order)
+        if ranks == 1 and vectorised and scale > 1:
+            controller.observe(_gradients(net, x[rows], y[rows]))
+        else:
+            parts = list(_share(rows, rank=rank, ranks=ranks))
+            controller.micro_batch = parts[0].numel()
+            for i, part in enumerate(parts):
+                synced = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
+                with nullcontext() if synced else model.no_sync():
+                    (cross_entropy(model(x[part]), y[part]) / len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if controller.clock.reached(len(result.tau) * task.total / EVALUATIONS):
+            evaluate(net, controller.tau, result)
+    result.iterations = controller.steps
+    result.accuracy = result.test_accuracy[-1]
+    with torch.no_grad():
+        result.loss = cross_entropy(net(x), y).item()
+    if task.rule == "adascale":
+        result.mean_gain = controller.tau / controller.steps
+    controller.detach()
+    return result
+
+
+def evaluate(net: nn.Module, tau: float, result: Result) -> None:
+    """Add a point to the curves."""
+    _, _, x, y = digits()
+    with torch.no_grad():
+        logits = net(x)
+        result.tau.append(tau)
+        result.test_accuracy.append(100 * (logits.argmax(1) == y).double().mean().item())
+        result.test_loss.append(cross_entropy(logits, y).item())
+
+
+def _rule(task: Task) -> anybatch.Rule:
+    if task.rule == "adascale":
+        return anybatch.AdaScale()
+    return anybatch.Linear(warmup=0.055, steps=task.steps if task.rule == "lsw+" else None)
+
+
+def _share(rows: Tensor, *, rank: int, ranks: int) -> Iterator[Tensor]:
+    """This rank's micro-batches of a step: its share of the base batches, or of the one base batch."""
+    mine = rows.flatten().chunk(ranks)[rank]
+    return iter(mine.chunk(max(1, len(rows) // ranks)))
+
+
+def _gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The gradients of S base batches, one tensor `[S, *shape]` a parameter; `x` is `[S, B0, 64]`, `y` `[S, B0]`."""
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(net, parameters, (x,)), y)
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    return [gradients[name] for name in parameters]

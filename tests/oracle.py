@@ -1,0 +1,91 @@
+"""Algorithm 2 of the paper as a plain loop over float64 gradients: no hooks, no library, nothing vectorised.
+
+A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`, one
+micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+TOTAL = 200.0
+LR, MOMENTUM = 0.05, 0.9
+
+
+def make_model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def micro_batch(step, index, size=4, dtype=torch.float64):
+    """The same data for every engine: micro-batch `index` of `step`."""
+    g = torch.Generator().manual_seed(1000 * step + index)
+    x = torch.randn(size, 6, generator=g, dtype=torch.float64)
+    y = torch.stack([x[:, :2].sum(1), x[:, 2:4].sum(1), x[:, 4:].sum(1)], 1) + torch.randn(
+        size, 3, generator=g, dtype=torch.float64
+    )
+    return x.to(dtype), y.to(dtype)
+
+
+def loss_fn(prediction, y):
+    return (prediction - y).square().mean()
+
+
+def cosine(i):
+    return LR * (1 + math.cos(math.pi * i / TOTAL)) / 2
+
+
+def norm2(vector):
+    return sum(float(t.square().sum()) for t in vector)
+
+
+def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
+    """Gains and final parameters of `steps` steps; step t has `counts[t % len(counts)]` micro-batches of `sample`
+    base batches."""
+    model = make_model()
+    weights = [p.detach().clone() for p in model.parameters()]
+    buffers = None
+    tau, previous_iterations = 0.0, 1.0
+    samples = []  # (variance, sqnorm, theta)
+    gains, taus = [], []
+    for t in range(steps):
+        n = counts[t % len(counts)]
+        grads = []
+        for i in range(n):
+            with torch.no_grad():
+                for p, w in zip(model.parameters(), weights):
+                    p.copy_(w)
+            x, y = micro_batch(t, i)
+            grads.append(torch.autograd.grad(loss_fn(model(x), y), list(model.parameters())))
+        mean = [sum(g[k] for g in grads) / n for k in range(len(weights))]
+        scale = n * sample
+        if n > 1:
+            deviation = sum(norm2([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
+            variance = sample * deviation  # covariance of one micro-batch's gradient -> of one base batch's
+            sqnorm = norm2(mean) - deviation / n
+            samples.append((variance, sqnorm, math.exp(-previous_iterations / horizon)))
+            previous_iterations = 0.0
+        total_weight = v = q = 0.0
+        for k, (variance, sqnorm, theta) in enumerate(samples):
+            weight = 1 - theta
+            for later in samples[k + 1 :]:
+                weight *= later[2]
+            total_weight += weight
+            v += weight * variance
+            q += weight * sqnorm
+        if scale == 1:
+            gain = 1.0
+        elif not samples:
+            gain = min(1.0, scale)
+        else:
+            v, q = max(v / total_weight, 0), max(q / total_weight, 0)
+            gain = (v + q) / (v / scale + q)
+        lr = cosine(math.floor(tau))
+        buffers = mean if buffers is None else [MOMENTUM * b + g for b, g in zip(buffers, mean)]
+        weights = [w - gain * lr * b for w, b in zip(weights, buffers)]
+        tau += gain
+        previous_iterations += gain if samples else 0.0
+        gains.append(gain)
+        taus.append(tau)
+    return gains, taus, weights
