@@ -11,9 +11,14 @@ on one device, under DDP (before its reduction) and under `no_sync` alike. The s
 back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
 communication hook of the user's runs as it is.
 
+[Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient;
+not the largest number of gradients that a parameter got, for experts and heads may each see only some micro-batches.
+Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the backward around them.
+
 Nothing here knows what the observed gradients are a part of: `_reduce` turns a window into the norms of samples.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 
 from anybatch._errors import InvalidValueError, UsageError
 from anybatch._norms import norm_into, sample_squared_norm, total_squared_norm
@@ -118,7 +124,8 @@ class Gather:
     @property
     def pending(self) -> int:
         """Backwards seen in the open window; 0 when there is none."""
-        return max(self._fires, default=0) + self._observed
+        # Where every parameter is inside of re-entrant checkpoints, the backward around them never shows.
+        return self._backwards or (max(self._fires, default=0) if self._nested_only else 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,7 +155,7 @@ class Gather:
                     f"for a parameter {list(p.shape)}, n = {n}."
                 )
         self._stale = None
-        self._observed = n
+        self._backwards = n
         self._size()
         with torch.no_grad():
             for p, sample in zip(self._parameters, samples, strict=True):
@@ -192,11 +199,13 @@ class Gather:
         self._fires = [0] * len(self._parameters)
         self._inverse_sizes = 0.0
         self._sized = 0
-        self._observed = 0
+        self._backwards = 0
+        self._nested_only = False
+        self._accumulated = False
         self._observed_square = None
         self._grad_square = None
         self._pair: Pair | None = None
-        self._task: int | None = None
+        self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._witness: Tensor | None = None
         self._witness_version = -1
         self._mixed = False  # whether the window's first backward added to gradients of the step before
@@ -206,7 +215,7 @@ class Gather:
             if self._paused:
                 return
             task = torch._C._current_graph_task_id()
-            if task != self._task:
+            if task not in self._tasks:
                 self._begin_backward(task, self._parameters[index])
             if self._measure:
                 row = self._fires[index]
@@ -222,38 +231,49 @@ class Gather:
         def hook(_: Tensor) -> None:
             if not self._paused:
                 self._fires[index] += 1
+                self._accumulated = True
 
         return hook
 
     def _begin_backward(self, task: int, witness: Tensor) -> None:
-        if self._was_thrown_away():
+        nested = _inside_a_backward()
+        if not nested:
+            self._tasks.clear()  # what is left of a backward that raised
+        if not self._tasks and self._was_thrown_away():
             self._open()
         if self.pending == 0 and self._stale is not None:
             parameter, version = self._stale
             self._mixed = parameter.grad is not None and parameter.grad._version == version
-        self._task = task
+        self._tasks.add(task)
         if self._witness is None:
             self._witness = witness
-        self._queue(_CALLBACK_CHAIN)
+        self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
 
     def _was_thrown_away(self) -> bool:
         """Whether the open window's gradients were cleared: gone, or changed since the last backward and now zero."""
-        if self.pending == 0 or self._witness is None:
+        if self._witness is None:
             return False
         grad = self._witness.grad
         if grad is None:
             return True
         return grad._version != self._witness_version and total_squared_norm([grad]).item() == 0
 
-    def _queue(self, chain: int) -> None:
-        callback = self._end_backward if chain == 1 else lambda: self._queue(chain - 1)
-        Variable._execution_engine.queue_callback(callback)
+    def _queue(self, callback: Callable[[], None], chain: int) -> None:
+        """Run `callback` at the end of this engine run, after the callbacks that others queued."""
+        later = callback if chain == 1 else lambda: self._queue(callback, chain - 1)
+        Variable._execution_engine.queue_callback(later)
 
-    def _end_backward(self) -> None:
-        self._task = None
-        if self.pending == 0:  # torch.autograd.grad: nothing was accumulated
-            self._witness = None
+    def _end_backward(self, task: int, *, nested: bool) -> None:
+        self._tasks.discard(task)
+        if not self._accumulated:  # torch.autograd.grad
+            if self.pending == 0:
+                self._witness = None
             return
+        if nested:
+            self._nested_only = self._backwards == 0
+        else:
+            self._backwards += 1
+            self._accumulated = self._nested_only = False
         self._stale = None
         if self._mixed:
             raise UsageError(
@@ -278,8 +298,13 @@ class Gather:
     def _samples_square(self) -> Tensor:
         if self._observed_square is not None:
             return self._observed_square
-        backwards = self.pending
-        rows = self._slots[:backwards]
+        most = max(self._fires)
+        if most > self.pending:
+            raise UsageError(
+                "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
+                "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        rows = self._slots[:most]
         for index, fires in enumerate(self._fires):
             for slots in rows[fires:]:  # unused in a micro-batch: its gradient there is zero
                 slots.views[index].zero_()
@@ -319,3 +344,13 @@ class _Slots:
         """Sum of the squares, on the first parameter's device."""
         sums = [row.square().sum() for row in self._rows.values()]
         return torch.stack([s.to(sums[0].device) for s in sums]).sum()
+
+
+def _inside_a_backward() -> bool:
+    """Whether the engine was started from inside of a custom function's backward, as re-entrant checkpointing does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

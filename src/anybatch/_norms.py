@@ -2,8 +2,8 @@
 
 Variances here are differences of squared norms that may agree in six digits, so a norm in float32 must not lose
 any. A float32 reduction over a long flat CPU tensor does: off by 2e-4 at 8 million elements, 1 % at 67 million.
-Norms of rows of 4096, combined in float64, are right to 1e-8 at the same cost; below 16384 elements the
-conversion of the whole tensor to float64 is cheaper still.
+Norms of rows of 512, combined in float64, are right to 2e-9 at 1.05 times the cost; below 16384 elements the conversion
+of the whole tensor to float64 is cheaper still.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROW = 4096
+_ROW = 512  # not a power of 4: entries of equal size would put the rows' norms on a binade's edge, 4e-8 off
 _SMALL = 16384
 
 
@@ -84,7 +84,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _row_norms(flat: Tensor) -> Tensor:
-    """Norms of the rows of 4096 entries of `flat`, and of what is left, at least in float32."""
+    """Norms of the rows of 512 entries of `flat`, and of what is left, at least in float32."""
     dtype = torch.float32 if flat.dtype.itemsize < 4 else None
     whole = flat.numel() - flat.numel() % _ROW
     norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)

@@ -2,8 +2,8 @@
 
 [Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided
 by A), so a micro-batch's own gradient is A times the observed one; or it is their sum (`"sum"`), and then the mean is
-`.grad` divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks `.grad`
-is a mean.
+`.grad` divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks
+`.grad` is a mean.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Observation:
 def observation(window: Window, *, group: dist.ProcessGroup | None, reduction: Reduction) -> Observation:
     """Sum the windows of the ranks in `group` (`None`: one rank) and put them in units of a single micro-batch.
 
-    Costs one device-to-host copy, and with a group one all-reduce of five float64 numbers. `||.grad||^2 / W` is summed with
-    the rest, so that every rank computes with the same bits.
+    Costs one device-to-host copy, and with a group one all-reduce of five float64 numbers. `||.grad||^2 / W` is summed
+    with the rest, so that every rank computes with the same bits.
 
     Raises:
         UsageError: the ranks saw different numbers of backwards, or DDP never averaged the gradients of this step.

@@ -151,7 +151,8 @@ class AdaScale(Rule):
         r = (variance + sqnorm) / (variance / S + sqnorm)
         lr_factor = r ** exponent        iterations = r
 
-    with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S linear scaling.
+    with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S
+    linear scaling.
 
     Args:
         estimator: how the two moments become a gain.
