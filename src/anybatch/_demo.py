@@ -138,7 +138,7 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
         scale = task.scale_at(controller.tau)
         rows = torch.randint(len(x), (scale, BASE_BATCH), generator=order)
         if ranks == 1 and vectorised and scale > 1:
-            controller.observe(_gradients(net, x[rows], y[rows]))
+            controller.observe(gradients(net, x[rows], y[rows]))
         else:
             parts = list(_share(rows, rank=rank, ranks=ranks))
             controller.micro_batch = parts[0].numel()
@@ -182,7 +182,7 @@ def _share(rows: Tensor, *, rank: int, ranks: int) -> Iterator[Tensor]:
     return iter(mine.chunk(max(1, len(rows) // ranks)))
 
 
-def _gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+def gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     """The gradients of S base batches, one tensor `[S, *shape]` a parameter; `x` is `[S, B0, 64]`, `y` `[S, B0]`."""
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 

@@ -135,29 +135,27 @@ def read_record(path: str | os.PathLike[str]) -> Run:
     config: dict[str, Any] | None = None
     steps: list[StepRecord] = []
     torn = 0
-    names = [f.name for f in fields(StepRecord)]
     with open(path, encoding="utf-8", errors="replace") as lines:
         for text in lines:
             try:
                 line = json.loads(text)
-                kind = line["kind"]
+                if line["kind"] == "step":
+                    steps.append(_step(line))
+                    continue
+                version, header = line["version"], line["config"]
             except (ValueError, TypeError, KeyError):
                 torn += 1
                 continue
-            if kind == "header":
-                if line["version"] > _VERSION:
-                    raise StateError(
-                        f"{path} has record version {line['version']}; this anybatch reads up to {_VERSION}."
-                    )
-                config = config or line["config"]
-            elif kind == "step":
-                steps.append(_step(line, names))
+            if version > _VERSION:
+                raise StateError(f"{path} has record version {version}; this anybatch reads up to {_VERSION}.")
+            config = config or header
     if config is None:
         raise InvalidValueError(f"{path} is not an anybatch record: it has no header line.")
     return Run(config, steps, torn)
 
 
-def _step(line: dict[str, Any], names: list[str]) -> StepRecord:
+def _step(line: dict[str, Any]) -> StepRecord:
+    names = [f.name for f in fields(StepRecord)]
     values: dict[str, Any] = {name: float("nan") if line[name] is None else line[name] for name in names}
     return StepRecord(**values)
 
