@@ -2,7 +2,8 @@
 
     python benchmarks/decays.py [--seeds 3]
 
-Each row trains the demo's network from the same seeds with hyperparameters tuned at a base batch of 8, T_SI = 3000.
+Each row trains the demo's network from the same seeds with hyperparameters tuned at a base batch of 8, T_SI = 3000,
+the learning rate decaying exponentially to 1 %.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import anybatch
-from anybatch._demo import digits, gradients, network
+from anybatch._demo import LAST_RATE, digits, gradients, network
 
 BASE, TOTAL, THETA = 8, 3000, 0.9
 
@@ -34,7 +35,8 @@ def train(optimizer_name: str, rule: anybatch.Rule, scale: int, seed: int) -> tu
     x, y, x_test, y_test = digits()
     net = network(seed)
     optimizer = MAKERS[optimizer_name](net.parameters())
-    controller = anybatch.attach(optimizer, model=net, rule=rule, total=TOTAL, scale="count")
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / TOTAL))
+    controller = anybatch.attach(optimizer, model=net, rule=rule, scheduler=schedule, total=TOTAL, scale="count")
     order = torch.Generator().manual_seed(seed)
     while not controller.done:
         rows = torch.randint(len(x), (scale, BASE), generator=order)
@@ -61,7 +63,9 @@ def main() -> None:
                 runs = [train(name, rule, scale, seed) for seed in range(options.seeds)]
                 loss, test, steps = (fmean(column) for column in zip(*runs, strict=True))
                 print(f"{name:10} {label:34} {scale:4} {steps:6.0f} {loss:11.4f} {test:10.4f}", flush=True)
-                rows.append({"optimizer": name, "rule": label, "scale": scale, "steps": steps, "train": loss, "test": test})
+                rows.append(
+                    {"optimizer": name, "rule": label, "scale": scale, "steps": steps, "train": loss, "test": test}
+                )
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -1,7 +1,7 @@
 """Algorithm 2 of the paper as a plain loop over float64 gradients: no hooks, no library, nothing vectorised.
 
-A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`, one
-micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
+A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`,
+one micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
 """
 
 import math

@@ -84,7 +84,7 @@ def test_scale_as_a_number_and_by_count_are_the_same_thing():
 
 
 def test_summed_gradients_say_so():
-    """reduction="sum": the moments are those of the mean, whatever the accumulation; the user's sum is what is applied."""
+    """reduction="sum": the moments are those of the mean, whatever the accumulation; the sum is applied."""
     runs = {}
     for reduction in ("mean", "sum"):
         model = oracle.make_model()
@@ -147,7 +147,7 @@ def test_observe_equals_the_loop():
 
 
 def test_consecutive_gradients_show_variance_and_mean():
-    """One gradient a step at a scale of 4: the pair (this one, the one before) is unbiased where the mean does not move."""
+    """One gradient a step at a scale of 4: this one and the one before are unbiased where the mean stays."""
     torch.manual_seed(0)
     d, scale = 50, 4
     mu = torch.full((d,), 0.2, dtype=torch.float64)

@@ -50,7 +50,9 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole():
     torch.testing.assert_close(model.weight.grad, expected)
 
 
-@pytest.mark.parametrize(("batch", "n"), [(torch.zeros(7), 2), (torch.tensor(1.0), 1), ([torch.zeros(4), torch.zeros(6)], 4)])
+@pytest.mark.parametrize(
+    ("batch", "n"), [(torch.zeros(7), 2), (torch.tensor(1.0), 1), ([torch.zeros(4), torch.zeros(6)], 4)]
+)
 def test_split_refuses_unequal_parts(batch, n):
     with pytest.raises(anybatch.InvalidValueError, match="drop_last"):
         anybatch.split(batch, n)

@@ -207,7 +207,7 @@ def used_values(make, rule, *, scale, **options):
     """The group's values during one step."""
     model, optimizer, controller = attached(make, scale=scale, rule=rule, optimizer_options=options)
     seen = {}
-    optimizer.register_step_pre_hook(lambda o, *_: seen.update({k: v for k, v in o.param_groups[0].items()}))
+    optimizer.register_step_pre_hook(lambda o, *_: seen.update(o.param_groups[0]))
     before = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     step(model, optimizer)
     assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
@@ -372,9 +372,7 @@ def test_trap_norms_carry_the_loss_scale_and_the_gradient_is_unscaled_and_clippe
 
 def test_trap_fused_optimizers_run_their_step_under_a_scaler_that_skips():
     for rule in (anybatch.AdaScale(), anybatch.Linear()):
-        model, optimizer, controller = attached(
-            lambda p: torch.optim.Adam(p, lr=0.1, fused=True), rule=rule, total=100
-        )
+        model, optimizer, controller = attached(lambda p: torch.optim.Adam(p, lr=0.1, fused=True), rule=rule, total=100)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for t, factor in enumerate((1.0, math.inf, 1.0)):
             for i in range(2):
@@ -521,9 +519,7 @@ def test_models_and_optimizers_that_do_not_fit():
     with pytest.raises(anybatch.InvalidValueError, match="reduction"):
         anybatch.attach(optimizer, model=model, scale=1, reduction="max")
     with pytest.raises(anybatch.InvalidValueError, match="another optimizer"):
-        anybatch.attach(
-            optimizer, model=model, scale=1, scheduler=torch.optim.lr_scheduler.ConstantLR(linear()[1])
-        )
+        anybatch.attach(optimizer, model=model, scale=1, scheduler=torch.optim.lr_scheduler.ConstantLR(linear()[1]))
     with pytest.raises(anybatch.InvalidValueError, match="step"):
         anybatch.attach(optimizer, model=model, scale=1, scheduler="cosine")
     with pytest.raises(anybatch.InvalidValueError, match="total"):

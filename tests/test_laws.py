@@ -127,7 +127,7 @@ def test_estimates_are_unbiased(s):
 
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_weighted_samples_fit_the_same_formula(n):
-    """Token-weighted micro-batches: w_i = b_i / B, variance per example v = B/(N-1) * (sum w_i ||g_i||^2 - ||gbar||^2)."""
+    """Micro-batches of b_i tokens, w_i = b_i / B: v = B/(N-1) * (sum w_i ||g_i||^2 - ||gbar||^2) for one token."""
     torch.manual_seed(n)
     b, g = torch.arange(1.0, n + 1).double(), torch.randn(n, 5).double()
     w, base = b / b.sum(), 3.0
@@ -241,9 +241,7 @@ def test_finding_clipping_before_averaging_is_biased_low():
 
 def test_elastic_changes_leave_the_averages_alone():
     """The moments are those of one base batch: at a new scale the gain is right on the first step."""
-    averages = Averages().updated(
-        anybatch.Moments(6.0, 2.0), scale=4, smoothing=0.5, estimator="unbiased", total=None
-    )
+    averages = Averages().updated(anybatch.Moments(6.0, 2.0), scale=4, smoothing=0.5, estimator="unbiased", total=None)
     for s in (2, 64, 0.5):
         assert averages.gain(s, estimator="unbiased") == pytest.approx((6 + 2) / (6 / s + 2))
 

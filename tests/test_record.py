@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -12,9 +13,8 @@ import anybatch
 
 
 def step(i, **values):
-    names = ("tau", "iterations", "scale", "raw_variance", "raw_sqnorm", "variance", "sqnorm", "gain", "lr", "lr_factor",
-             "noise_scale", "seconds")  # fmt: skip
-    return anybatch.StepRecord(step=i, count=2, **{**dict.fromkeys(names, 1.5), **values})
+    names = [field.name for field in dataclasses.fields(anybatch.StepRecord)]
+    return anybatch.StepRecord(**{**dict.fromkeys(names, 1.5), "step": i, "count": 2, "skipped": False, **values})
 
 
 def test_round_trip_and_resume(tmp_path):

@@ -1,4 +1,4 @@
-"""Every torch scheduler, driven to floor(tau): after any moves of the clock, the rate that as many single steps give."""
+"""Every torch scheduler, driven to floor(tau): after any moves of the clock, the rate of as many single steps."""
 
 import math
 import random

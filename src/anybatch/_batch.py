@@ -54,11 +54,11 @@ class BatchSize:
         """The pair `(scale, sample)` of a step of `count` micro-batches with `inverse_sizes` = sum of `1 / b_i`."""
         if self.scale == "count":
             return float(count), 1.0
-        if self.scale is not None:
-            return float(self.scale), float(self.scale) / count
-        assert self.base_batch is not None  # held by __post_init__; for the type checker
-        sample = count / inverse_sizes / self.base_batch
-        return count * sample, sample
+        if self.base_batch is not None:
+            sample = count / inverse_sizes / self.base_batch
+            return count * sample, sample
+        scale = float(self.scale or 1)
+        return scale, scale / count
 
 
 def check_positive(name: str, value: object) -> float:

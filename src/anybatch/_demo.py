@@ -9,18 +9,11 @@ backwards gives the same moments and the same weights (tests/test_demo.py), only
 is that loop, in two processes under DistributedDataParallel.
 """
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import count
-from math import ceil, isfinite
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +30,8 @@ MOMENTUM = 0.9
 LAST_RATE = 0.01  # the schedule ends at 1 % of the learning rate
 EVALUATIONS = 40
 
-ELASTIC = {"32→64→128": (32, 64, 128), "128→64→32": (128, 64, 32)}
+ELASTIC = ((32, 64, 128), (128, 64, 32))
+RULES = ("adascale", "lsw", "lsw+")
 
 
 @dataclass(frozen=True)
@@ -96,14 +90,15 @@ class Result:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 1797 images, 75 % for training: `(x [n, 64], y [n], x_test, y_test)`, pixels in [0, 1]."""
+    """The 1797 images, 75 % for training: `(x [n, 64], y [n], x_test, y_test)`; pixels standardised."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
-    parts = train_test_split(x / 16, y, test_size=0.25, random_state=0, stratify=y)
+    parts = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
     x_train, x_test, y_train, y_test = (torch.as_tensor(part) for part in parts)
-    return x_train.float(), y_train, x_test.float(), y_test
+    mean, std = x_train.mean(), x_train.std()
+    return ((x_train - mean) / std).float(), y_train, ((x_test - mean) / std).float(), y_test
 
 
 def network(seed: int) -> nn.Sequential:
@@ -118,7 +113,8 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
     rank = dist.get_rank() if dist.is_initialized() else 0
     x, y, _, _ = digits()
     net = network(task.seed)
-    model: nn.Module = DistributedDataParallel(net) if ranks > 1 else net
+    ddp = DistributedDataParallel(net) if ranks > 1 else None
+    model: nn.Module = ddp or net
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / task.total))
     controller = anybatch.attach(
@@ -143,12 +139,11 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
             parts = list(_share(rows, rank=rank, ranks=ranks))
             controller.micro_batch = parts[0].numel()
             for i, part in enumerate(parts):
-                synced = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
-                with nullcontext() if synced else model.no_sync():
+                with ddp.no_sync() if ddp and i < len(parts) - 1 else nullcontext():
                     (cross_entropy(model(x[part]), y[part]) / len(parts)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if controller.clock.reached(len(result.tau) * task.total / EVALUATIONS):
+        if controller.done or controller.clock.reached(len(result.tau) * task.total / EVALUATIONS):
             evaluate(net, controller.tau, result)
     result.iterations = controller.steps
     result.accuracy = result.test_accuracy[-1]
@@ -158,6 +153,20 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
         result.mean_gain = controller.tau / controller.steps
     controller.detach()
     return result
+
+
+def train_group(scales: tuple[int, ...], seed: int, *, rules: Sequence[str], total: int, out: Path) -> Iterator[Result]:
+    """All rules at one scale (or one elastic sequence) from one seed; LSW+ takes as many steps as AdaScale did."""
+    steps = None
+    for rule in sorted(rules, key=RULES.index):
+        if rule != "adascale" and (len(scales) > 1 or scales == (1,)):
+            continue  # at scale 1 all rules are one; elastic runs are AdaScale's
+        name = f"{rule}-S{'-'.join(map(str, scales))}-seed{seed}.jsonl"
+        record = out / "records" / name
+        record.unlink(missing_ok=True)  # of an earlier demo: a record would be continued
+        result = train(Task(rule, scales, seed, total, steps=steps, record=str(record)))
+        steps = result.iterations if rule == "adascale" else steps
+        yield result
 
 
 def evaluate(net: nn.Module, tau: float, result: Result) -> None:
@@ -189,5 +198,5 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(functional_call(net, parameters, (x,)), y)
 
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
-    return [gradients[name] for name in parameters]
+    samples: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    return [samples[name] for name in parameters]

@@ -128,6 +128,12 @@ class RunRecord:
 def read_record(path: str | os.PathLike[str]) -> Run:
     """Read a record back.
 
+    Args:
+        path: a file that a `RunRecord` wrote.
+
+    Returns:
+        The run, without its torn lines.
+
     Raises:
         InvalidValueError: the file is not a record.
         StateError: it was written by a newer anybatch.

@@ -58,6 +58,9 @@ class Rule(ABC):
 class Identity(Rule):
     """Identity scaling: `lr_factor = 1`, `iterations = 1`, whatever the batch. Exact when the gradient has no noise.
 
+    Args:
+        decays: as for every `Rule`.
+
     Example:
         >>> anybatch.Identity()(scale=8, gain=float("nan"), clock=anybatch.Clock(), exponent=1)
         Scaling(lr_factor=1.0, iterations=1.0)
@@ -118,7 +121,7 @@ class Linear(Rule):
         if clock.total is not None and self.warmup:
             ramp = min(1.0, clock.tau / clock.total / self.warmup)
         iterations = scale if self.steps is None or clock.total is None else clock.total / self.steps
-        return Scaling(1 + (scale - 1) * ramp, iterations)
+        return Scaling(1 + (scale - 1) * ramp, float(iterations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,9 @@ class SquareRoot(Rule):
 
     On the Adam family, whose decays are on the clock by default, this is the SDE scaling rule: betas become
     `beta ** S` and AdamW's weight decay is multiplied by `sqrt(S)`.
+
+    Args:
+        decays: as for every `Rule`.
 
     Example:
         >>> anybatch.SquareRoot()(scale=16, gain=float("nan"), clock=anybatch.Clock(), exponent=0.5)
@@ -141,7 +147,7 @@ class SquareRoot(Rule):
     """
 
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
-        return Scaling(sqrt(scale), scale)
+        return Scaling(sqrt(scale), float(scale))
 
 
 @dataclass(frozen=True, kw_only=True)

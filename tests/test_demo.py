@@ -1,0 +1,115 @@
+"""The demo keeps its promises: on the real digits, at the README's own settings."""
+
+import json
+
+import pytest
+import torch
+
+import anybatch
+
+pytest.importorskip("sklearn")
+
+from anybatch import _demo as demo
+from anybatch import _demo_run as demo_run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_vectorised_pass_equals_the_plain_loop(tmp_path):
+    runs = {}
+    for vectorised in (True, False):
+        path = tmp_path / f"{vectorised}.jsonl"
+        task = demo.Task("adascale", (8,), 0, 300, record=str(path))
+        runs[vectorised] = demo.train(task, vectorised=vectorised), anybatch.read_record(path).steps
+    (fast, fast_steps), (slow, slow_steps) = runs.values()
+    assert fast.iterations == slow.iterations > 20
+    assert [s.gain for s in fast_steps] == pytest.approx([s.gain for s in slow_steps], rel=1e-3)
+    assert fast.test_loss == pytest.approx(slow.test_loss, rel=1e-3)
+    assert fast_steps[0].raw_variance == pytest.approx(slow_steps[0].raw_variance, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    plan = demo_run.Plan((1, 8, 32, 128), demo.RULES, 3, 4000, 1, tmp_path_factory.mktemp("demo"))
+    results = list(demo_run.run(plan))
+    assert len(results) == plan.runs == 36
+    return plan, results, {(row.scale, row.rule): row for row in demo_run.summarise(results)}
+
+
+@pytest.mark.slow
+def test_adascale_keeps_the_quality_at_every_scale(table):
+    _, _, rows = table
+    base = rows["1", "adascale"].accuracy
+    assert base > 97
+    for scale in ("8", "32", "128", "32→64→128", "128→64→32"):
+        assert rows[scale, "adascale"].accuracy >= base - 0.7, scale
+    assert rows["32", "adascale"].iterations < 4000 / 15
+
+
+@pytest.mark.slow
+def test_linear_scaling_with_warm_up_does_not(table):
+    _, _, rows = table
+    for scale in ("32", "128"):
+        assert rows[scale, "lsw"].accuracy < rows["1", "adascale"].accuracy - 20
+        assert rows[scale, "lsw"].worse
+        assert rows[scale, "lsw+"].iterations == pytest.approx(rows[scale, "adascale"].iterations, abs=1)
+
+
+@pytest.mark.slow
+def test_adascales_curves_against_tau_fall_on_one_another(table):
+    _, results, _ = table
+    report = pytest.importorskip("anybatch._demo_report")
+    for scale, (accuracy, loss) in report.distances(results).items():
+        assert accuracy < 1.5, scale
+        assert loss < 0.15, scale
+
+
+@pytest.mark.slow
+def test_the_report_is_written(table):
+    plan, results, rows = table
+    report = pytest.importorskip("anybatch._demo_report")
+    target = report.write(plan, results, list(rows.values()), seconds=1.0)
+    text = target.read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "<script" not in text
+    data = json.loads((plan.out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert len(data["rows"]) == 12
+    assert len(list((plan.out / "records").glob("*.jsonl"))) == 36
+    for path in plan.out.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_ranks_do_what_one_does(tmp_path):
+    """The same micro-batches, shared by two processes: the same steps and gains."""
+    records = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        plan = demo_run.Plan((1, 8), ("adascale", "lsw"), 1, 120, ranks, out)
+        results = {(r.task.name, r.task.rule): r for r in demo_run.run(plan)}
+        assert len(results) == plan.runs
+        steps = anybatch.read_record(out / "records" / "adascale-S8-seed0.jsonl").steps
+        records[ranks] = results["8", "adascale"].iterations, [s.gain for s in steps], results["1", "adascale"].iterations
+    assert records[1][0] == records[2][0]
+    assert records[1][1] == pytest.approx(records[2][1], rel=1e-3)
+    assert records[1][2] == records[2][2] == 120
+
+
+def test_significance():
+    assert demo_run.significantly_below([90.0, 90.1, 90.2], [97.0, 97.1, 97.2])
+    assert not demo_run.significantly_below([97.0, 97.1, 97.2], [97.0, 97.2, 97.1])
+    assert not demo_run.significantly_below([99.0, 99.1], [97.0, 97.1])
+    assert not demo_run.significantly_below([90.0], [97.0])
+    assert demo_run.significantly_below([10.0, 10.0], [97.0, 97.0])
+
+
+def test_curves_are_interpolated_in_tau():
+    task = demo.Task("adascale", (8,), 0, 40)
+    run = demo.Result(task, tau=[0.0, 7.0, 25.0, 41.0], test_accuracy=[10.0, 17.0, 35.0, 51.0], test_loss=[1.0] * 4)
+    curve = demo_run.curve([run])
+    assert curve.accuracy == pytest.approx([10 + tau for tau in curve.tau])
