@@ -39,6 +39,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/smoothing.py
+	$(BIN)/python benchmarks/decays.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo

@@ -94,7 +94,8 @@ def test_two_ranks_do_what_one_does(tmp_path):
         results = {(r.task.name, r.task.rule): r for r in demo_run.run(plan)}
         assert len(results) == plan.runs
         steps = anybatch.read_record(out / "records" / "adascale-S8-seed0.jsonl").steps
-        records[ranks] = results["8", "adascale"].iterations, [s.gain for s in steps], results["1", "adascale"].iterations
+        one, eight = results["1", "adascale"], results["8", "adascale"]
+        records[ranks] = eight.iterations, [s.gain for s in steps], one.iterations
     assert records[1][0] == records[2][0]
     assert records[1][1] == pytest.approx(records[2][1], rel=1e-3)
     assert records[1][2] == records[2][2] == 120

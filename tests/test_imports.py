@@ -15,7 +15,7 @@ def levels():
     """The table in docs/architecture.md: module name to level."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     found = {}
-    for level, names in re.findall(r"^ {4}(\d)\s+(.+)$", text, re.MULTILINE):
+    for level, names in re.findall(r"^ {4}(\d+)\s+(.+)$", text, re.MULTILINE):
         found.update(dict.fromkeys(re.findall(r"[\w.]+", names), int(level)))
     return found
 

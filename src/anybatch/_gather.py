@@ -211,15 +211,18 @@ class Gather:
         self._mixed = False  # whether the window's first backward added to gradients of the step before
 
     def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
-        def hook(grad: Tensor) -> None:
+        current_task = torch._C._current_graph_task_id
+        measure = self._measure
+
+        def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
             if self._paused:
                 return
-            task = torch._C._current_graph_task_id()
+            task = current_task()
             if task not in self._tasks:
                 self._begin_backward(task, self._parameters[index])
-            if self._measure:
+            if measure:
                 row = self._fires[index]
-                while row >= len(self._slots):
+                if row >= len(self._slots):
                     self._slots.append(_Slots(self._parameters))
                 norm_into(self._slots[row].views[index], grad)
 

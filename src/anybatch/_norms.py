@@ -40,23 +40,22 @@ def norm_into(out: Tensor, tensor: Tensor) -> None:
 
     One dispatched operation for a small tensor, two to four for a large one; no memory of the tensor's size.
     """
-    flat = _flat(tensor)
-    if flat.numel() < _SMALL:
-        torch.linalg.vector_norm(flat, dtype=torch.float64, out=out)
-    else:
-        torch.linalg.vector_norm(_row_norms(flat), dtype=torch.float64, out=out)
+    tensor = _real(tensor)
+    if tensor.numel() >= _SMALL:
+        tensor = _row_norms(tensor)
+    torch.linalg.vector_norm(tensor, dtype=torch.float64, out=out)
 
 
 def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squared norms of `tensors`: a float64 tensor of shape `[]` on the first tensor's device."""
     small: dict[torch.device, list[Tensor]] = {}
     norms: list[Tensor] = []
-    for tensor in tensors:
-        flat = _flat(tensor)
-        if flat.numel() < _SMALL:
-            small.setdefault(flat.device, []).append(flat)
+    for each in tensors:
+        tensor = _real(each)
+        if tensor.numel() < _SMALL:
+            small.setdefault(tensor.device, []).append(tensor)
         else:
-            norms.append(torch.linalg.vector_norm(_row_norms(flat), dtype=torch.float64))
+            norms.append(torch.linalg.vector_norm(_row_norms(tensor), dtype=torch.float64))
     for group in small.values():
         norms.extend(torch._foreach_norm(group, 2, dtype=torch.float64))
     if not norms:
@@ -71,20 +70,22 @@ def sample_squared_norm(samples: Tensor) -> Tensor:
     return rows.double().square().sum()
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A strided real tensor with the same entries; a view wherever the layout allows one."""
-    tensor = tensor.detach()
+def _real(tensor: Tensor) -> Tensor:
+    """A strided, real tensor with the same entries and no graph; the tensor itself where it is one already."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
+    return tensor
+
+
+def _row_norms(tensor: Tensor) -> Tensor:
+    """Norms of rows of 512 entries of `tensor`, and of what is left, at least in float32."""
     if tensor.dim() == 4 and not tensor.is_contiguous():  # channels-last: the order of entries is free, so no copy
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(-1)
-
-
-def _row_norms(flat: Tensor) -> Tensor:
-    """Norms of the rows of 512 entries of `flat`, and of what is left, at least in float32."""
+    flat = tensor.reshape(-1)
     dtype = torch.float32 if flat.dtype.itemsize < 4 else None
     whole = flat.numel() - flat.numel() % _ROW
     norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)

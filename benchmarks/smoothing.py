@@ -1,0 +1,40 @@
+"""The averages of AdaScale's moments: the paper's estimators against a horizon on the clock, on the digits.
+
+    python benchmarks/smoothing.py [--seeds 4]
+
+On a short run 1000/S iterations, the paper's memory, are a large part of the run; 1 % of the run on the clock is not.
+"""
+
+from functools import partial
+
+import torch
+from digits import table, train
+
+import anybatch
+
+ESTIMATORS = {
+    "paper: clip, then 1 - S/1000": anybatch.AdaScale(estimator="paper", smoothing="paper"),
+    "ratio: 1 - S/1000": anybatch.AdaScale(estimator="ratio", smoothing="paper"),
+    "unbiased: 1 - S/1000": anybatch.AdaScale(smoothing="paper"),
+    "unbiased: 1 % of the run (the default)": anybatch.AdaScale(),
+}
+TASKS = {
+    "B0=16, T=3000, no momentum": (16, 3000, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "B0=8, T=4000, momentum .9": (8, 4000, lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9)),
+}
+
+
+def rows():
+    for task, (base, total, make) in TASKS.items():
+        print(task)
+        for scale in (8, 32, 128):
+            for label, rule in ESTIMATORS.items():
+                yield f"  {label}", scale, partial(_run, make, rule, base, total, scale)
+
+
+def _run(make, rule, base, total, scale, seed):
+    return train(make, rule, base=base, total=total, scale=scale, seed=seed)
+
+
+if __name__ == "__main__":
+    table(__doc__, rows)
