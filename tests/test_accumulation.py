@@ -5,22 +5,14 @@ from contextlib import nullcontext
 import oracle
 import pytest
 import torch
+from common import attach_task
 
 import anybatch
 
 
 def train(steps, counts, *, dtype=torch.float64, sample=1.0, use_closure=False):
     model = oracle.make_model(dtype=dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(oracle.TOTAL))
-    controller = anybatch.attach(
-        optimizer,
-        model=model,
-        scheduler=scheduler,
-        total=oracle.TOTAL,
-        base_batch=4 / sample,
-        micro_batch=4,
-    )
+    optimizer, controller = attach_task(model, sample=sample)
     gains, taus = [], []
     for t in range(steps):
         n = counts[t % len(counts)]
@@ -127,11 +119,7 @@ def test_unequal_micro_batches_are_unbiased():
 def test_observe_equals_the_loop():
     expected = oracle.adascale(steps=12, counts=(3,))
     model = oracle.make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(oracle.TOTAL))
-    controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=oracle.TOTAL, base_batch=4, micro_batch=4
-    )
+    optimizer, controller = attach_task(model)
     gains, taus = [], []
     for t in range(12):
         grads = []

@@ -1,8 +1,9 @@
 """anybatch: tune once, train at any batch size."""
 
+from anybatch._attach import attach
 from anybatch._batch import split
 from anybatch._clock import Clock
-from anybatch._controller import Controller, attach
+from anybatch._controller import Controller
 from anybatch._errors import (
     AnybatchError,
     AnybatchWarning,

@@ -1,4 +1,4 @@
-"""attach: the controller puts hooks on the user's own optimizer and owns the order of one step.
+"""The controller: hooks on the user's own optimizer, and the order of one step.
 
 [Note: one step] Before `step()`: the window is read and reduced, moments and gain follow, the rule gives the scaling,
 and the optimizer's values are changed for this one call. After it: they are put back, and, if the step really happened,
@@ -10,9 +10,9 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite, isnan, nan
+from math import isnan, nan
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from anybatch._batch import BatchSize, check_positive
 from anybatch._clock import Clock
-from anybatch._errors import InvalidValueError, StateError, UnsupportedError, UsageError
+from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gather import Gather
 from anybatch._hyperparameters import check_decays, family_of, scaled
 from anybatch._judge import Judge, Step
@@ -30,81 +30,9 @@ from anybatch._record import RunRecord, StepRecord
 from anybatch._reduce import Reduction, group_of, observation
 from anybatch._rules import AdaScale, Rule
 from anybatch._schedules import ScheduleDriver
+from anybatch._state import STATE_VERSION, checked_state
 
-_STATE_VERSION = 1
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
-
-
-def attach(
-    optimizer: Optimizer,
-    *,
-    model: nn.Module,
-    rule: Rule | None = None,
-    scheduler: Any = None,
-    total: float | None = None,
-    base_batch: float | None = None,
-    micro_batch: float | None = None,
-    scale: float | Literal["count"] | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    reduction: Reduction = "mean",
-    record: str | PathLike[str] | RunRecord | None = None,
-) -> "Controller":
-    """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
-
-    The optimizer stays the user's own, with the hyperparameters tuned at the base batch. Inside of `optimizer.step()`
-    its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
-
-    Args:
-        optimizer: of a class whose learning rate is known to follow the batch (SGD, Adam, AdamW, RMSprop, Adagrad),
-            or any other with `rule=AdaScale(exponent=...)`.
-        model: the module that it trains; under DDP the wrapped one. Each loss is a mean over its examples.
-        rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
-        scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
-        total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
-            averages their horizon.
-        base_batch: batch the hyperparameters were tuned for, in examples or tokens.
-        micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
-            before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
-        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
-        process_group: ranks whose gradients are averaged; DDP's own by default.
-        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
-            as trainers do), or `"sum"`.
-        record: a path or a `RunRecord`; rank 0 writes one line a step.
-
-    Returns:
-        The controller.
-
-    Raises:
-        InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
-            parameters, or one that this optimizer does not train.
-        UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
-        UsageError: the optimizer has a controller already; several ranks without DDP.
-
-    Example:
-        >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> controller = anybatch.attach(optimizer, model=model, total=100, base_batch=8, micro_batch=8)
-        >>> batch = torch.randn(32, 4)
-        >>> for part in anybatch.split(batch, 4):                  # 4 backwards of 8 examples: S = 4
-        ...     (model(part).square().mean() / 4).backward()
-        >>> optimizer.step()
-        >>> controller.scale, 1 <= controller.gain <= 4, controller.tau == controller.gain
-        (4.0, True, True)
-
-    Source:
-        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
-    """
-    return Controller(
-        optimizer,
-        model=model,
-        rule=AdaScale() if rule is None else rule,
-        scheduler=scheduler,
-        batch=BatchSize(base_batch, micro_batch, scale),
-        clock=Clock(total),
-        process_group=process_group,
-        reduction=reduction,
-        record=record,
-    )
 
 
 class Controller:
@@ -274,7 +202,7 @@ class Controller:
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
         self._restore()
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "parameters": self._size,
             "base_batch": self._batch.base_batch or 0.0,
             "tau": self._clock.tau,
@@ -294,29 +222,7 @@ class Controller:
         Raises:
             StateError: the state has other names or a newer version, or is of another model or base batch.
         """
-        self._restore()
-        mine = self.state_dict()
-        if float(state.get("version", 0)) > _STATE_VERSION:
-            raise StateError(
-                f"The state has version {state['version']}, this anybatch reads up to {_STATE_VERSION}: "
-                "upgrade anybatch."
-            )
-        if set(state) != set(mine):
-            odd = sorted(set(state) ^ set(mine))
-            raise StateError(f"Not a controller's state: {odd} are missing or unknown.")
-        values = {name: float(value) for name, value in state.items()}
-        if not all(isfinite(value) for value in values.values()):
-            raise StateError("The state holds a number that is not finite.")
-        if values["parameters"] != mine["parameters"]:
-            raise StateError(
-                f"The state is of a model with {values['parameters']:.0f} trained parameters, this one has "
-                f"{mine['parameters']}."
-            )
-        if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:
-            raise StateError(
-                f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
-                f"{mine['base_batch']:g}: the hyperparameters are tuned for one base batch, keep it."
-            )
+        values = checked_state(state, mine=self.state_dict())
         self._clock.tau = values["tau"]
         self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
         self._averages = Averages(
@@ -406,10 +312,8 @@ class Controller:
         """Everything that is known of the coming step."""
         if self._gather is None:
             return self._judge.step(self._averages, None)
-        window = self._gather.window()
-        if window.backwards == 0 and self._group is None:
-            return self._judge.nothing(self._averages)
-        return self._judge.step(self._averages, observation(window, group=self._group, reduction=self._reduction))
+        seen = observation(self._gather.window(), group=self._group, reduction=self._reduction)
+        return self._judge.step(self._averages, seen)
 
     def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
         step, self._pending = self._pending, None

@@ -51,12 +51,10 @@ class Judge:
         self._exponent = exponent
         self._warned = False
 
-    def nothing(self, averages: Averages) -> Step:
-        """A step without any gradient."""
-        return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
-
     def step(self, averages: Averages, seen: Observation | None) -> Step:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
+        if seen is not None and seen.count == 0:
+            return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
         count = 0 if seen is None else seen.count
         if seen is None:
             scale, sample = self._batch.of_step(1, 1.0)

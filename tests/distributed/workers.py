@@ -5,6 +5,7 @@ import contextlib
 import oracle
 import torch
 import torch.distributed as dist
+from common import attach_task
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -16,16 +17,7 @@ def train(rank, *, accumulation, steps=13, sample=1.0, dtype=torch.float64, hook
     model = DDP(oracle.make_model(dtype=dtype), **ddp_options)
     if hook is not None:
         model.register_comm_hook(None, hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(oracle.TOTAL))
-    controller = anybatch.attach(
-        optimizer,
-        model=model,
-        scheduler=scheduler,
-        total=oracle.TOTAL,
-        base_batch=4 / sample,
-        micro_batch=4,
-    )
+    optimizer, controller = attach_task(model, sample=sample)
     gains, taus = [], []
     for t in range(steps):
         for a in range(accumulation):

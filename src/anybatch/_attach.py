@@ -1,0 +1,87 @@
+"""attach: the one call that a training loop needs."""
+
+from os import PathLike
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from anybatch._batch import BatchSize
+from anybatch._clock import Clock
+from anybatch._controller import Controller
+from anybatch._record import RunRecord
+from anybatch._reduce import Reduction
+from anybatch._rules import AdaScale, Rule
+
+
+def attach(
+    optimizer: Optimizer,
+    *,
+    model: nn.Module,
+    rule: Rule | None = None,
+    scheduler: Any = None,
+    total: float | None = None,
+    base_batch: float | None = None,
+    micro_batch: float | None = None,
+    scale: float | Literal["count"] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    reduction: Reduction = "mean",
+    record: str | PathLike[str] | RunRecord | None = None,
+) -> Controller:
+    """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
+
+    The optimizer stays the user's own, with the hyperparameters tuned at the base batch. Inside of `optimizer.step()`
+    its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
+
+    Args:
+        optimizer: of a class whose learning rate is known to follow the batch (SGD, Adam, AdamW, RMSprop, Adagrad),
+            or any other with `rule=AdaScale(exponent=...)`.
+        model: the module that it trains; under DDP the wrapped one. Each loss is a mean over its examples.
+        rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
+        scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
+        total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
+            averages their horizon.
+        base_batch: batch the hyperparameters were tuned for, in examples or tokens.
+        micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
+            before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
+        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
+        process_group: ranks whose gradients are averaged; DDP's own by default.
+        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
+            as trainers do), or `"sum"`.
+        record: a path or a `RunRecord`; rank 0 writes one line a step.
+
+    Returns:
+        The controller.
+
+    Raises:
+        InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
+            parameters, or one that this optimizer does not train.
+        UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
+        UsageError: the optimizer has a controller already; several ranks without DDP.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> controller = anybatch.attach(optimizer, model=model, total=100, base_batch=8, micro_batch=8)
+        >>> batch = torch.randn(32, 4)
+        >>> for part in anybatch.split(batch, 4):                  # 4 backwards of 8 examples: S = 4
+        ...     (model(part).square().mean() / 4).backward()
+        >>> optimizer.step()
+        >>> controller.scale, 1 <= controller.gain <= 4, controller.tau == controller.gain
+        (4.0, True, True)
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
+    """
+    return Controller(
+        optimizer,
+        model=model,
+        rule=AdaScale() if rule is None else rule,
+        scheduler=scheduler,
+        batch=BatchSize(base_batch, micro_batch, scale),
+        clock=Clock(total),
+        process_group=process_group,
+        reduction=reduction,
+        record=record,
+    )
