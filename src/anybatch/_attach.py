@@ -3,6 +3,7 @@
 from os import PathLike
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +27,7 @@ def attach(
     micro_batch: float | None = None,
     scale: float | Literal["count"] | None = None,
     process_group: dist.ProcessGroup | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
     record: str | PathLike[str] | RunRecord | None = None,
 ) -> Controller:
@@ -37,7 +39,7 @@ def attach(
     Args:
         optimizer: of a class whose learning rate is known to follow the batch (SGD, Adam, AdamW, RMSprop, Adagrad),
             or any other with `rule=AdaScale(exponent=...)`.
-        model: the module that it trains; under DDP the wrapped one. Each loss is a mean over its examples.
+        model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
         total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
@@ -46,7 +48,9 @@ def attach(
         micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
             before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
         scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
-        process_group: ranks whose gradients are averaged; DDP's own by default.
+        process_group: ranks whose gradients are averaged; DDP's or FSDP2's own by default.
+        grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
+            units for a while after the scaler has changed its factor.
         reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
             as trainers do), or `"sum"`.
         record: a path or a `RunRecord`; rank 0 writes one line a step.
@@ -82,6 +86,7 @@ def attach(
         batch=BatchSize(base_batch, micro_batch, scale),
         clock=Clock(total),
         process_group=process_group,
+        grad_scaler=grad_scaler,
         reduction=reduction,
         record=record,
     )

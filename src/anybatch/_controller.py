@@ -14,20 +14,21 @@ from math import isnan, nan
 from os import PathLike
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from anybatch._batch import BatchSize, check_positive
 from anybatch._clock import Clock
-from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
+from anybatch._engine import engine_of
+from anybatch._errors import InvalidValueError, UsageError
 from anybatch._gather import Gather
 from anybatch._hyperparameters import check_decays, family_of, scaled
 from anybatch._judge import Judge, Step
 from anybatch._moments import Averages
 from anybatch._record import RunRecord, StepRecord
-from anybatch._reduce import Reduction, group_of, observation
+from anybatch._reduce import Reduction, observation
 from anybatch._rules import AdaScale, Rule
 from anybatch._schedules import ScheduleDriver
 from anybatch._state import STATE_VERSION, checked_state
@@ -48,6 +49,7 @@ class Controller:
         batch: BatchSize,
         clock: Clock,
         process_group: dist.ProcessGroup | None,
+        grad_scaler: torch.amp.GradScaler | None,
         reduction: Reduction,
         record: str | PathLike[str] | RunRecord | None,
     ) -> None:
@@ -70,15 +72,16 @@ class Controller:
         check_decays(optimizer, self._family, self._decays)
         self._judge = Judge(rule=rule, batch=batch, clock=clock, exponent=self._family.exponent)
         trained = _check_parameters(optimizer, model)
-        ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self._group = group_of(ddp, process_group)
+        self._engine = engine_of(model, trained, process_group)
         self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
         self._gather: Gather | None = None
         if adascale or batch.counts:
             self._gather = Gather(
                 trained,
                 measure=adascale,
-                reduced=None if self._group is None else lambda: ddp is None or bool(ddp.require_backward_grad_sync),
+                leaves=self._engine.leaves,
+                reduced=self._engine.reduced,
+                loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=isinstance(rule, AdaScale) and rule.consecutive,
             )
             self._gather.micro_batch = batch.micro_batch or 1.0
@@ -92,7 +95,7 @@ class Controller:
         self.skipped = 0
         self._record: RunRecord | None = None
         self._owns_record = record is not None and not isinstance(record, RunRecord)
-        if record is not None and (self._group is None or dist.get_rank(self._group) == 0):
+        if record is not None and self._engine.ranks.first:
             self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config(trained))
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -273,6 +276,8 @@ class Controller:
             return
         if self._driver is not None:
             self._driver.check()
+        if self._gather is not None:
+            self._engine.check()
         self._pending = step = self._observe()
         if step.skipped:
             return
@@ -312,7 +317,7 @@ class Controller:
         """Everything that is known of the coming step."""
         if self._gather is None:
             return self._judge.step(self._averages, None)
-        seen = observation(self._gather.window(), group=self._group, reduction=self._reduction)
+        seen = observation(self._gather.window(), ranks=self._engine.ranks, reduction=self._reduction)
         return self._judge.step(self._averages, seen)
 
     def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
@@ -372,7 +377,7 @@ class Controller:
             "decays": self._decays,
             "total": self._clock.total,
             **vars(self._batch),
-            "ranks": 1 if self._group is None else dist.get_world_size(self._group),
+            "ranks": self._engine.ranks.size,
             "parameters": sum(p.numel() for p in trained),
         }
 
@@ -390,8 +395,6 @@ def _check_parameters(optimizer: Optimizer, model: nn.Module) -> list[Tensor]:
     trained = _trainable(optimizer)
     if not trained:
         raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
-    if any(hasattr(p, "device_mesh") for p in trained):
-        raise UnsupportedError("Parameters that are DTensors (FSDP2, tensor parallelism) are not supported yet.")
     mine = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in mine for p in trained)
     if strangers:

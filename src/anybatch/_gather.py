@@ -11,6 +11,9 @@ on one device, under DDP (before its reduction) and under `no_sync` alike. The s
 back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
 communication hook of the user's runs as it is.
 
+Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
+the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
+
 [Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient;
 not the largest number of gradients that a parameter got, for experts and heads may each see only some micro-batches.
 Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the backward around them.
@@ -70,8 +73,10 @@ class Gather:
     Args:
         parameters: those of one optimizer; the ones that need no gradient are passed over.
         measure: whether norms are taken; else backwards are only counted.
-        reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks, or will be
-            before the step; `None` on one rank.
+        leaves: gives the tensor on which a parameter's gradient arrives; the parameter itself without FSDP.
+        reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
+            rank.
+        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
     """
 
@@ -80,15 +85,20 @@ class Gather:
         parameters: Iterable[Tensor],
         *,
         measure: bool,
+        leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda parameters: parameters,
         reduced: Callable[[], bool] | None = None,
+        loss_scale: Callable[[], Tensor | None] = lambda: None,
         consecutive: bool = False,
     ) -> None:
         self.micro_batch = 1.0
         self._measure = measure
+        self._leaves_of = leaves
         self._reduced = reduced
+        self._loss_scale = loss_scale
         self._consecutive = consecutive
         self._paused = False
         self._parameters: list[Tensor] = []
+        self._leaves: list[Tensor] = []
         self._handles: list[Any] = []
         self._fires: list[int] = []
         self._slots: list[_Slots] = []  # [backwards of the longest window so far]
@@ -106,15 +116,16 @@ class Gather:
         backward may have come before the hooks, is counted and not measured.
         """
         known = {id(p) for p in self._parameters}
-        for p in parameters:
-            if p.requires_grad and id(p) not in known:
-                index = len(self._parameters)
-                self._parameters.append(p)
-                self._fires.append(0)
-                self._slots.clear()
-                self._handles.append(p.register_hook(self._before_accumulation(index)))
-                self._handles.append(p.register_post_accumulate_grad_hook(self._after_accumulation(index)))
-                self._unmeasured = True
+        new = [p for p in parameters if p.requires_grad and id(p) not in known]
+        for p, leaf in zip(new, self._leaves_of(new) if new else (), strict=True):
+            index = len(self._parameters)
+            self._parameters.append(p)
+            self._leaves.append(leaf)
+            self._fires.append(0)
+            self._slots.clear()
+            self._handles.append(leaf.register_hook(self._before_accumulation(index)))
+            self._handles.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
+            self._unmeasured = True
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -163,25 +174,30 @@ class Gather:
             if self._measure:
                 squares = [sample_squared_norm(sample) for sample in samples]
                 self._observed_square = torch.stack(squares).sum() / n**2
-                self._grad_square = total_squared_norm(p.grad for p in self._parameters if p.grad is not None)
+                self._grad_square = total_squared_norm(self._grads())
             self._remember(single=n == 1)
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step."""
         backwards = self.pending
         measured = self._measure and not self._unmeasured and backwards > 0
-        samples = self._samples_square() if measured else None
-        grad = self._grad_square if measured else None
-        if measured and grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
+        if not measured:
+            return Window(backwards, self._inverse_sizes, None, None, None)
+        samples, grad, pair = self._samples_square(), self._grad_square, self._pair
+        if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
-        return Window(backwards, self._inverse_sizes, samples, grad, self._pair if measured else None)
+        if self._scale is not None:
+            unit = self._scale.to(samples.device, torch.float64).square()
+            samples, grad = samples / unit, None if grad is None else grad / unit
+            pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
+        return Window(backwards, self._inverse_sizes, samples, grad, pair)
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         witness = self._witness
         self._stale = None
         if witness is not None and witness.grad is not None:
-            self._stale = (witness, witness.grad._version)
+            self._stale = (witness, _local(witness.grad)._version)
         if forget:
             self._previous = None
         self._unmeasured = False
@@ -207,7 +223,8 @@ class Gather:
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._witness: Tensor | None = None
-        self._witness_version = -1
+        self._witness_version: int | None = None  # of its gradient after the last backward; None while there was none
+        self._scale: Tensor | None = None
         self._mixed = False  # whether the window's first backward added to gradients of the step before
 
     def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
@@ -223,7 +240,7 @@ class Gather:
             if measure:
                 row = self._fires[index]
                 if row >= len(self._slots):
-                    self._slots.append(_Slots(self._parameters))
+                    self._slots.append(_Slots(self._leaves))
                 norm_into(self._slots[row].views[index], grad)
 
         return hook
@@ -241,12 +258,12 @@ class Gather:
     def _begin_backward(self, task: int, witness: Tensor) -> None:
         nested = _inside_a_backward()
         if not nested:
-            self._tasks.clear()  # what is left of a backward that raised
+            self._tasks.clear()
         if not self._tasks and self._was_thrown_away():
             self._open()
         if self.pending == 0 and self._stale is not None:
             parameter, version = self._stale
-            self._mixed = parameter.grad is not None and parameter.grad._version == version
+            self._mixed = parameter.grad is not None and _local(parameter.grad)._version == version
         self._tasks.add(task)
         if self._witness is None:
             self._witness = witness
@@ -256,10 +273,14 @@ class Gather:
         """Whether the open window's gradients were cleared: gone, or changed since the last backward and now zero."""
         if self._witness is None:
             return False
+        if self.pending == 0:  # a backward that raised
+            return True
+        if self._witness_version is None:  # FSDP2 without synchronisation: the gradient is not in `.grad` yet
+            return False
         grad = self._witness.grad
         if grad is None:
             return True
-        return grad._version != self._witness_version and total_squared_norm([grad]).item() == 0
+        return _local(grad)._version != self._witness_version and total_squared_norm([_local(grad)]).item() == 0
 
     def _queue(self, callback: Callable[[], None], chain: int) -> None:
         """Run `callback` at the end of this engine run, after the callbacks that others queued."""
@@ -285,13 +306,19 @@ class Gather:
             )
         self._size()
         if self._witness is not None and self._witness.grad is not None:
-            self._witness_version = self._witness.grad._version
+            self._witness_version = _local(self._witness.grad)._version
         if not self._measure:
             return
+        scale = self._loss_scale()
+        self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
         alone = self._reduced is None and self.pending == 1
         if not alone and (self._reduced is None or self._reduced()):
-            self._grad_square = total_squared_norm(p.grad for p in self._parameters if p.grad is not None)
+            self._grad_square = total_squared_norm(self._grads())
         self._remember(single=alone)
+
+    def _grads(self) -> list[Tensor]:
+        """This rank's part of every `.grad`."""
+        return [_local(p.grad) for p in self._parameters if p.grad is not None]
 
     def _size(self) -> None:
         """Note the size of the micro-batches that came since the last call."""
@@ -316,7 +343,7 @@ class Gather:
     def _remember(self, *, single: bool) -> None:
         if not self._consecutive:
             return
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        grads = self._grads()
         if not single or len(grads) != len(self._parameters):
             self._previous = None
             return
@@ -347,6 +374,12 @@ class _Slots:
         """Sum of the squares, on the first parameter's device."""
         sums = [row.square().sum() for row in self._rows.values()]
         return torch.stack([s.to(sums[0].device) for s in sums]).sum()
+
+
+def _local(grad: Tensor) -> Tensor:
+    """The tensor itself, or a DTensor's shard on this rank."""
+    local: Tensor = getattr(grad, "_local_tensor", grad)
+    return local
 
 
 def _inside_a_backward() -> bool:

@@ -21,6 +21,26 @@ Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The ranks whose gradients are averaged.
+
+    Args:
+        group: their process group; `None` for one rank.
+        size: how many they are, W.
+        replicas: how many of them hold the same part of `.grad`: all under DDP, one under FSDP2.
+    """
+
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+    replicas: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first of them."""
+        return self.group is None or dist.get_rank(self.group) == 0
+
+
+@dataclass(frozen=True)
 class Observation:
     """What all ranks together saw in one step.
 
@@ -37,22 +57,23 @@ class Observation:
     pair: SquaredNorms | None
 
 
-def observation(window: Window, *, group: dist.ProcessGroup | None, reduction: Reduction) -> Observation:
-    """Sum the windows of the ranks in `group` (`None`: one rank) and put them in units of a single micro-batch.
+def observation(window: Window, *, ranks: Ranks, reduction: Reduction) -> Observation:
+    """Sum the windows of the ranks and put them in units of a single micro-batch.
 
-    Costs one device-to-host copy, and with a group one all-reduce of five float64 numbers. `||.grad||^2 / W` is summed
-    with the rest, so that every rank computes with the same bits.
+    Costs one device-to-host copy, and with several ranks one all-reduce of five float64 numbers. `||.grad||^2` is
+    summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
+    same bits.
 
     Raises:
         UsageError: the ranks saw different numbers of backwards, or DDP never averaged the gradients of this step.
     """
-    size = 1 if group is None else dist.get_world_size(group)
+    group, size = ranks.group, ranks.size
     backwards = window.backwards
     measured = window.samples_square is not None
     if measured and window.grad_square is None:
         raise UsageError(
             "The gradients of this step were never averaged over the ranks: the last backward before "
-            "optimizer.step() must run outside of no_sync()."
+            "optimizer.step() must run outside of no_sync(), or with set_requires_gradient_sync(True)."
         )
     device = window.samples_square.device if window.samples_square is not None else torch.device("cpu")
     if group is not None and not measured:
@@ -66,7 +87,7 @@ def observation(window: Window, *, group: dist.ProcessGroup | None, reduction: R
     else:
         counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64, device=device)
         packed = torch.cat([norms, counts])
-        packed[1] /= size
+        packed[1] /= ranks.replicas
         dist.all_reduce(packed, group=group)
         numbers = packed.tolist()
         count, inverse_sizes = round(numbers[2]), numbers[4]
@@ -88,8 +109,12 @@ def observation(window: Window, *, group: dist.ProcessGroup | None, reduction: R
     return Observation(count, inverse_sizes, None, two)
 
 
-def group_of(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks whose gradients are averaged; `None` for one rank."""
+def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> Ranks:
+    """The ranks of a model that is whole on each of them.
+
+    Raises:
+        UsageError: there are several ranks, but nothing that averages their gradients.
+    """
     group = given if given is not None else getattr(ddp, "process_group", None)
     if group is None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -98,11 +123,11 @@ def group_of(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | Non
                 "DistributedDataParallel. Give attach the wrapped module; if every rank trains for itself, give it a "
                 "process_group of one rank."
             )
-        return None
+        return Ranks()
     size = dist.get_world_size(group)
     if ddp is None and size > 1:
         raise UsageError("A process_group of several ranks needs a model wrapped in DistributedDataParallel.")
-    return group if size > 1 else None
+    return Ranks(group, size, size) if size > 1 else Ranks()
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
