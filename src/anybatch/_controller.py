@@ -98,8 +98,9 @@ class Controller:
         if record is not None and self._engine.ranks.first:
             self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config(trained))
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
             optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
         ]

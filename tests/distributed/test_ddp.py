@@ -30,6 +30,8 @@ CASES = {
     "many buckets": (2, 1.0),
     "find unused": (2, 1.0),
     "own hook": (2, 1.0),
+    "compiled before DDP": (2, 1.0),
+    "compiled after DDP": (2, 1.0),
 }
 
 

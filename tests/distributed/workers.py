@@ -12,9 +12,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import anybatch
 
 
-def train(rank, *, accumulation, steps=13, sample=1.0, dtype=torch.float64, hook=None, **ddp_options):
+def train(rank, *, accumulation, steps=13, sample=1.0, dtype=torch.float64, hook=None, compiled=None, **ddp_options):
     """The task of the oracle; micro-batch `a` of rank `r` is number `r * accumulation + a`."""
-    model = DDP(oracle.make_model(dtype=dtype), **ddp_options)
+    model = oracle.make_model(dtype=dtype)
+    if compiled == "before":
+        model.compile(backend="aot_eager")
+    model = DDP(model, **ddp_options)
+    if compiled == "after":
+        model.compile(backend="aot_eager")
     if hook is not None:
         model.register_comm_hook(None, hook)
     optimizer, controller = attach_task(model, sample=sample)
@@ -48,6 +53,8 @@ def parity(rank, world):
     results["many buckets"] = train(rank, accumulation=2, bucket_cap_mb=1e-4)
     results["find unused"] = train(rank, accumulation=2, find_unused_parameters=True)
     results["own hook"] = train(rank, accumulation=2, hook=allreduce_hook)
+    for compiled in ("before", "after"):
+        results[f"compiled {compiled} DDP"] = train(rank, accumulation=2, compiled=compiled)
     results["float32"] = train(rank, accumulation=2, dtype=torch.float32)
     results["fp16 hook"] = train(rank, accumulation=1, dtype=torch.float32, hook=fp16_compress_hook)
     return results
