@@ -40,9 +40,9 @@ def norm2(vector):
     return sum(float(t.square().sum()) for t in vector)
 
 
-def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
+def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
     """Gains and final parameters of `steps` steps; step t has `counts[t % len(counts)]` micro-batches of `sample`
-    base batches."""
+    base batches. Lagged, a step's own gradients count from the next step on."""
     model = make_model()
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = None
@@ -66,6 +66,9 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
             sqnorm = norm2(mean) - deviation / n
             samples.append((variance, sqnorm, math.exp(-previous_iterations / horizon)))
             previous_iterations = 0.0
+        now = None
+        if lagged and n > 1:
+            now = samples.pop()
         total_weight = v = q = 0.0
         for k, (variance, sqnorm, theta) in enumerate(samples):
             weight = 1 - theta
@@ -85,6 +88,8 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
         buffers = mean if buffers is None else [MOMENTUM * b + g for b, g in zip(buffers, mean)]
         weights = [w - gain * lr * b for w, b in zip(weights, buffers)]
         tau += gain
+        if now is not None:  # it is folded in a step later, when the clock has moved by this step's gain
+            samples.append((*now[:2], math.exp(-(gain if samples else 1.0) / horizon)))
         previous_iterations += gain if samples else 0.0
         gains.append(gain)
         taus.append(tau)

@@ -63,9 +63,9 @@ def test_compiled_training_is_the_same_and_stays_compiled(name, what):
     eager, eager_parameters, _ = train(MAKERS[name], rule=rule)
     gains, parameters, (warm, end) = train(MAKERS[name], rule=rule, **what)
     assert len(set(eager)) > 3  # the gain changes from step to step: a baked-in one would show
-    assert gains == pytest.approx(eager, rel=1e-9)
+    assert gains == pytest.approx(eager, rel=1e-5)  # a compiled Adam debiases in the float32 of its step count
     for p, q in zip(parameters, eager_parameters, strict=True):
-        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
     assert end == warm
 
 

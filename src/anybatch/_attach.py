@@ -29,6 +29,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
+    lagged: bool = False,
     record: str | PathLike[str] | RunRecord | None = None,
 ) -> Controller:
     """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
@@ -53,6 +54,9 @@ def attach(
             units for a while after the scaler has changed its factor.
         reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
             as trainers do), or `"sum"`.
+        lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
+            nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
+            finite is noticed one step late: without a `GradScaler`, its step counts.
         record: a path or a `RunRecord`; rank 0 writes one line a step.
 
     Returns:
@@ -88,5 +92,6 @@ def attach(
         process_group=process_group,
         grad_scaler=grad_scaler,
         reduction=reduction,
+        lagged=lagged,
         record=record,
     )

@@ -26,9 +26,9 @@ from anybatch._errors import InvalidValueError, UsageError
 from anybatch._gather import Gather
 from anybatch._hyperparameters import check_decays, family_of, scaled
 from anybatch._judge import Judge, Step
-from anybatch._moments import Averages
+from anybatch._moments import Averages, Moments
 from anybatch._record import RunRecord, StepRecord
-from anybatch._reduce import Reduction, observation
+from anybatch._reduce import Flight, Reduction, launch
 from anybatch._rules import AdaScale, Rule
 from anybatch._schedules import ScheduleDriver
 from anybatch._state import STATE_VERSION, checked_state
@@ -51,6 +51,7 @@ class Controller:
         process_group: dist.ProcessGroup | None,
         grad_scaler: torch.amp.GradScaler | None,
         reduction: Reduction,
+        lagged: bool,
         record: str | PathLike[str] | RunRecord | None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -88,6 +89,8 @@ class Controller:
         self._size = sum(p.numel() for p in trained)
         self._averages = Averages()
         self._pending: Step | None = None
+        self._lagged = lagged
+        self._flight: Flight | None = None
         self._restore_values: Callable[[], None] | None = None
         self._last: Step | None = None
         self._time = time.perf_counter()
@@ -205,6 +208,7 @@ class Controller:
     def state_dict(self) -> dict[str, float | int]:
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
         self._restore()
+        self._land()
         return {
             "version": STATE_VERSION,
             "parameters": self._size,
@@ -232,6 +236,7 @@ class Controller:
         self._averages = Averages(
             values["variance"], values["sqnorm"], values["weight"], int(values["samples"]), values["iterations"]
         )
+        self._flight = None
         self._last = None
         if self._driver is not None:
             self._driver.resume(offset=int(values["schedule_offset"]))
@@ -315,11 +320,27 @@ class Controller:
         )
 
     def _observe(self) -> Step:
-        """Everything that is known of the coming step."""
+        """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
         if self._gather is None:
             return self._judge.step(self._averages, None)
-        seen = observation(self._gather.window(), ranks=self._engine.ranks, reduction=self._reduction)
-        return self._judge.step(self._averages, seen)
+        window, ranks = self._gather.window(), self._engine.ranks
+        if window.backwards == 0 and ranks.group is None:
+            return self._judge.nothing(self._averages)
+        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged)
+        if not self._lagged:
+            return self._judge.step(self._averages, flight.land())
+        raw = self._land()
+        self._flight = flight
+        count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
+        return self._judge.decide(self._averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
+
+    def _land(self) -> Moments | None:
+        """Fold what is still under way from the last step, lagged, into the averages."""
+        if self._flight is None:
+            return None
+        raw, self._averages = self._judge.fold(self._averages, self._flight.land())
+        self._flight = None
+        return raw
 
     def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
         step, self._pending = self._pending, None

@@ -1,7 +1,7 @@
 """Judge: from what a step showed to how far it may go. Numbers in, numbers out; no tensors, no process groups."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 
 from anybatch._batch import BatchSize
@@ -51,29 +51,42 @@ class Judge:
         self._exponent = exponent
         self._warned = False
 
+    def nothing(self, averages: Averages) -> Step:
+        """A step without any gradient."""
+        return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
+
     def step(self, averages: Averages, seen: Observation | None) -> Step:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
-        if seen is not None and seen.count == 0:
-            return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
-        count = 0 if seen is None else seen.count
         if seen is None:
-            scale, sample = self._batch.of_step(1, 1.0)
-        else:
-            scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
-        raw, gain = None, nan
-        if self._adascale is not None and seen is not None:
-            raw = self._raw(seen, scale=scale, sample=sample, known=averages.samples > 0)
-            if raw is not None and not raw.finite:
-                return Step(scale, count, raw, averages, nan, _NO_STEP, skipped=True)
-            if raw is not None:
-                averages = averages.updated(
-                    raw,
-                    scale=scale,
-                    smoothing=self._adascale.smoothing,
-                    estimator=self._adascale.estimator,
-                    total=self._clock.total,
-                )
-            gain = averages.gain(scale, estimator=self._adascale.estimator)
+            return self.decide(averages, count=0, inverse_sizes=0.0)
+        raw, averages = self.fold(averages, seen)
+        step = self.decide(averages, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        if raw is not None and not raw.finite:
+            return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
+        return step
+
+    def fold(self, averages: Averages, seen: Observation) -> tuple[Moments | None, Averages]:
+        """The moments that `seen` alone shows, and the averages with them, if they are finite."""
+        if self._adascale is None or seen.count == 0:
+            return None, averages
+        scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
+        raw = self._raw(seen, scale=scale, sample=sample, known=averages.samples > 0)
+        if raw is None or not raw.finite:
+            return raw, averages
+        return raw, averages.updated(
+            raw,
+            scale=scale,
+            smoothing=self._adascale.smoothing,
+            estimator=self._adascale.estimator,
+            total=self._clock.total,
+        )
+
+    def decide(self, averages: Averages, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
+        """The step of `count` micro-batches, from `averages`; 0 where the scale is a number and nothing was counted."""
+        if count == 0 and self._batch.counts:
+            return self.nothing(averages)
+        scale, _ = self._batch.of_step(count or 1, inverse_sizes)
+        gain = nan if self._adascale is None else averages.gain(scale, estimator=self._adascale.estimator)
         scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent)
         return Step(scale, count, raw or _UNKNOWN, averages, gain, scaling)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UsageError
@@ -57,46 +58,99 @@ class Observation:
     pair: SquaredNorms | None
 
 
-def observation(window: Window, *, ranks: Ranks, reduction: Reduction) -> Observation:
-    """Sum the windows of the ranks and put them in units of a single micro-batch.
+@dataclass
+class Flight:
+    """A window on its way over the ranks; `land()` waits for it.
 
-    Costs one device-to-host copy, and with several ranks one all-reduce of five float64 numbers. `||.grad||^2` is
-    summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
-    same bits.
+    Args:
+        window: this rank's window.
+        ranks: the ranks it is summed over.
+        reduction: what the user's `.grad` is.
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks.
+        work: the reduction under way, or `None`.
+        copied: an event after which `numbers`, in pinned memory, may be read; or `None`.
+    """
+
+    window: Window
+    ranks: Ranks
+    reduction: Reduction
+    numbers: Tensor
+    work: dist.Work | None = None
+    copied: torch.cuda.Event | None = None
+
+    def land(self) -> Observation:
+        """What all ranks together saw.
+
+        Raises:
+            UsageError: the ranks saw different numbers of backwards.
+        """
+        if self.work is not None:
+            self.work.wait()
+        if self.copied is not None:
+            self.copied.synchronize()
+        return _observation(self.numbers.tolist(), self.window, self.ranks, self.reduction)
+
+
+def launch(window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = False) -> Flight:
+    """Begin to sum the windows of the ranks.
+
+    With several ranks that is one all-reduce of five float64 numbers. `||.grad||^2` is summed with the rest, over the
+    shards or divided by the number of replicas, so that every rank computes with the same bits. Landing costs the one
+    device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step later
+    waits for nothing.
 
     Raises:
-        UsageError: the ranks saw different numbers of backwards, or DDP never averaged the gradients of this step.
+        UsageError: DDP or FSDP2 never averaged the gradients of this step.
     """
-    group, size = ranks.group, ranks.size
-    backwards = window.backwards
     measured = window.samples_square is not None
     if measured and window.grad_square is None:
         raise UsageError(
             "The gradients of this step were never averaged over the ranks: the last backward before "
             "optimizer.step() must run outside of no_sync(), or with set_requires_gradient_sync(True)."
         )
-    device = window.samples_square.device if window.samples_square is not None else torch.device("cpu")
-    if group is not None and not measured:
-        device = _device_of(group)
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack([zero if n is None else n for n in (window.samples_square, window.grad_square)])
-    if group is None:
-        count, inverse_sizes = backwards, window.inverse_sizes
-        pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
-        numbers = torch.cat([norms, *(n.reshape(1) for n in pair)]).tolist() if measured else [0.0, 0.0]
+    if window.samples_square is not None:
+        device = window.samples_square.device
     else:
-        counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64, device=device)
-        packed = torch.cat([norms, counts])
+        device = torch.device("cpu") if ranks.group is None else _device_of(ranks.group)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    norms = [zero if n is None else n for n in (window.samples_square, window.grad_square)]
+    if ranks.group is None:
+        pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
+        flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair]))
+    else:
+        backwards = window.backwards
+        counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64)
+        packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True)])
         packed[1] /= ranks.replicas
-        dist.all_reduce(packed, group=group)
-        numbers = packed.tolist()
+        work = dist.all_reduce(packed, group=ranks.group, async_op=True)
+        flight = Flight(window, ranks, reduction, packed, work)
+    if ahead and device.type == "cuda":  # pragma: no cover
+        _copy_ahead(flight)
+    return flight
+
+
+def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
+    """Start the copy to the host behind the reduction, on the current stream: the host waits for neither."""
+    if flight.work is not None:
+        flight.work.wait()  # NCCL: the stream waits, not the host
+        flight.work = None
+    buffer = torch.empty(flight.numbers.shape, dtype=torch.float64, pin_memory=True)
+    buffer.copy_(flight.numbers, non_blocking=True)
+    flight.numbers, flight.copied = buffer, torch.cuda.Event()
+    flight.copied.record()
+
+
+def _observation(numbers: list[float], window: Window, ranks: Ranks, reduction: Reduction) -> Observation:
+    backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
+    if ranks.group is not None:
         count, inverse_sizes = round(numbers[2]), numbers[4]
-        if size * numbers[3] != numbers[2] ** 2:
+        if ranks.size * numbers[3] != numbers[2] ** 2:
             raise UsageError(
-                f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all {size} "
-                f"ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the data even."
+                f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all "
+                f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "
+                "data even."
             )
-    if not measured:
+    if window.samples_square is None:
         return Observation(count, inverse_sizes, None, None)
     samples, grad = numbers[0], numbers[1]
     if reduction == "mean":

@@ -12,7 +12,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import anybatch
 
 
-def train(rank, *, accumulation, steps=13, sample=1.0, dtype=torch.float64, hook=None, compiled=None, **ddp_options):
+def train(
+    rank,
+    *,
+    accumulation,
+    steps=13,
+    sample=1.0,
+    dtype=torch.float64,
+    hook=None,
+    compiled=None,
+    lagged=False,
+    **ddp_options,
+):
     """The task of the oracle; micro-batch `a` of rank `r` is number `r * accumulation + a`."""
     model = oracle.make_model(dtype=dtype)
     if compiled == "before":
@@ -22,7 +33,7 @@ def train(rank, *, accumulation, steps=13, sample=1.0, dtype=torch.float64, hook
         model.compile(backend="aot_eager")
     if hook is not None:
         model.register_comm_hook(None, hook)
-    optimizer, controller = attach_task(model, sample=sample)
+    optimizer, controller = attach_task(model, sample=sample, lagged=lagged)
     gains, taus = [], []
     for t in range(steps):
         for a in range(accumulation):
@@ -55,6 +66,7 @@ def parity(rank, world):
     results["own hook"] = train(rank, accumulation=2, hook=allreduce_hook)
     for compiled in ("before", "after"):
         results[f"compiled {compiled} DDP"] = train(rank, accumulation=2, compiled=compiled)
+    results["lagged"] = train(rank, accumulation=2, lagged=True)
     results["float32"] = train(rank, accumulation=2, dtype=torch.float32)
     results["fp16 hook"] = train(rank, accumulation=1, dtype=torch.float32, hook=fp16_compress_hook)
     return results
