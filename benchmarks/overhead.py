@@ -37,13 +37,17 @@ MODELS = {
     "mlp 8.8M, batch 128": (lambda: mlp(1024, 2048, 2048, 1024, 256), 128, 1024),
     "60 layers of 64, batch 32": (lambda: mlp(*[64] * 61), 32, 64),
 }
-RULES = {"AdaScale": anybatch.AdaScale(), "Linear, counting": anybatch.Linear()}
+KINDS = {
+    "AdaScale": {"rule": anybatch.AdaScale()},
+    "AdaScale, lagged": {"rule": anybatch.AdaScale(), "lagged": True},
+    "Linear, counting": {"rule": anybatch.Linear()},
+}
 
 
-def loop(model: nn.Module, x: torch.Tensor, accumulation: int, rule: anybatch.Rule | None):
+def loop(model: nn.Module, x: torch.Tensor, accumulation: int, options: dict | None):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    if rule is not None:
-        anybatch.attach(optimizer, model=model, rule=rule, base_batch=len(x), micro_batch=len(x))
+    if options is not None:
+        anybatch.attach(optimizer, model=model, base_batch=len(x), micro_batch=len(x), **options)
 
     def step() -> float:
         start = time.perf_counter()
@@ -66,20 +70,20 @@ def measure(rounds: int, ranks: int) -> list[dict]:
                 continue  # one gradient a step shows no variance
             x = torch.randn(batch, width)
             steps = {}
-            for label, rule in {"bare": None, **RULES}.items():
+            for label, kind in {"bare": None, **KINDS}.items():
                 torch.manual_seed(0)
                 model = make()
                 model = DistributedDataParallel(model) if ranks > 1 else model
-                steps[label] = loop(model, x, accumulation, rule)
+                steps[label] = loop(model, x, accumulation, kind)
             times: dict[str, list[float]] = {label: [] for label in steps}
             for _ in range(rounds):
                 for label, step in steps.items():
                     times[label].append(step())
             bare = median(times["bare"][rounds // 5 :])
-            for label in RULES:
+            for label in KINDS:
                 mine = median(times[label][rounds // 5 :])
                 rows.append({
-                    "model": name, "ranks": ranks, "accumulation": accumulation, "rule": label,
+                    "model": name, "ranks": ranks, "accumulation": accumulation, "kind": label,
                     "bare_ms": 1e3 * bare, "ratio": mine / bare, "host_us": 1e6 * (mine - bare),
                 })  # fmt: skip
     return rows
@@ -107,10 +111,10 @@ def main() -> None:
         torch.multiprocessing.start_processes(_rank, args=(options.rounds, folder), nprocs=2, start_method="spawn")
         with open(os.path.join(folder, "rows.json")) as file:
             rows += json.load(file)
-    print(f"{'model':28} {'ranks':>5} {'A':>2} {'rule':18} {'bare ms':>9} {'ratio':>6} {'host us':>8}")
+    print(f"{'model':28} {'ranks':>5} {'A':>2} {'kind':18} {'bare ms':>9} {'ratio':>6} {'host us':>8}")
     for r in rows:
         print(
-            f"{r['model']:28} {r['ranks']:5} {r['accumulation']:2} {r['rule']:18} {r['bare_ms']:9.3f} "
+            f"{r['model']:28} {r['ranks']:5} {r['accumulation']:2} {r['kind']:18} {r['bare_ms']:9.3f} "
             f"{r['ratio']:6.3f} {r['host_us']:8.0f}"
         )
     if options.json:

@@ -1,0 +1,106 @@
+"""Deterministic costs of one step: dispatched operations, tensors of a parameter's size, reads by the host."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import anybatch
+
+LAYERS, WIDTH, ACCUMULATION = 6, 200, 3  # weights of 40,000 entries are large, biases of 200 small
+
+
+class Ops(TorchDispatchMode):
+    """Counts operations, and results of at least a weight's size that share no memory with an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.large = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        self.ops[name.split(".")[1]] += 1
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.numel() >= WIDTH**2 and t.untyped_storage().data_ptr() not in given:
+                self.large += 1
+        return result
+
+
+def count(steps=1, **attach):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    if attach:
+        anybatch.attach(optimizer, model=model, scale="count", total=100, **attach)
+
+    def step():
+        for _ in range(ACCUMULATION):
+            (model(torch.ones(2, WIDTH)).square().mean() / ACCUMULATION).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # slots and momentum buffers are made once
+    with Ops() as ops:
+        for _ in range(steps):
+            step()
+    return ops
+
+
+@pytest.mark.parametrize(
+    "attach", [{"rule": anybatch.AdaScale()}, {"lagged": True}, {"rule": anybatch.Linear()}], ids=str
+)
+def test_no_tensor_of_a_parameters_size(attach):
+    assert count(steps=3, **attach).large == count(steps=3).large
+
+
+def test_a_copy_of_the_gradient_for_consecutive_gradients_alone():
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    anybatch.attach(optimizer, model=model, scale=4, rule=anybatch.AdaScale(consecutive=True))
+    large = []
+    for _ in range(4):
+        with Ops() as ops:
+            model(torch.ones(1, WIDTH)).square().mean().backward()
+        large.append(ops.large)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert large[0] == large[1] + 1
+    assert large[1:] == large[1:2] * 3
+
+
+def test_operations_for_each_parameter_and_backward():
+    """A norm of a small gradient is one operation. Of a large one: a norm of rows, one of what is left over, and views."""
+    extra = count(rule=anybatch.AdaScale()).ops
+    extra.subtract(count().ops)
+    norms = extra["linalg_vector_norm"]
+    hooks = LAYERS * ACCUMULATION * (1 + 3)  # bias, weight
+    totals = LAYERS * (ACCUMULATION - 1) * 3  # ||.grad||^2, from the second backward on
+    assert norms == hooks + totals
+    assert sum(extra.values()) < 12 * LAYERS * ACCUMULATION + 20 * ACCUMULATION + 20
+
+
+def test_counting_dispatches_nothing_in_the_backward():
+    extra = count(rule=anybatch.Linear()).ops
+    extra.subtract(count().ops)
+    assert sum(abs(n) for n in extra.values()) <= 12
+
+
+def test_a_fixed_rule_with_a_number_dispatches_nothing():
+    torch.manual_seed(0)
+    counts = []
+    for attach in (False, True):
+        model = nn.Linear(WIDTH, WIDTH)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if attach:
+            anybatch.attach(optimizer, model=model, scale=4, rule=anybatch.Linear())
+        with Ops() as ops:
+            model(torch.ones(1, WIDTH)).sum().backward()
+            optimizer.step()
+        counts.append(ops.ops)
+    assert counts[0] == counts[1]
