@@ -38,8 +38,8 @@ def attach(
     its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
 
     Args:
-        optimizer: of a class whose learning rate is known to follow the batch (SGD, Adam, AdamW, RMSprop, Adagrad),
-            or any other with `rule=AdaScale(exponent=...)`.
+        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
+            another class with `rule=AdaScale(exponent=...)`.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.

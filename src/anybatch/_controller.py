@@ -276,6 +276,11 @@ class Controller:
         return (args[0], closure_then_prepare, *args[2:]), kwargs
 
     def _prepare(self) -> None:
+        if self._gather is not None and torch._C._current_graph_task_id() != -1:
+            raise UsageError(
+                "optimizer.step() was called during a backward, and what a step measures is complete only at its end. "
+                "Call it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
+            )
         if self._gather is not None:
             self._gather.follow(_trainable(self._optimizer))
         if self._is_phantom():
