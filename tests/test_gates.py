@@ -75,7 +75,7 @@ def test_a_copy_of_the_gradient_for_consecutive_gradients_alone():
 
 
 def test_operations_for_each_parameter_and_backward():
-    """A norm of a small gradient is one operation; of a large one, norms of rows, of what is left over, and of these."""
+    """A norm of a small gradient is one operation; of a large one norms of rows, of what is left over, of these."""
     extra = count(rule=anybatch.AdaScale()).ops
     extra.subtract(count().ops)
     norms = extra["linalg_vector_norm"]

@@ -17,6 +17,7 @@ WITH_EXAMPLES = [
     "Clock",
     "Identity",
     "Linear",
+    "ModelEMA",
     "RunRecord",
     "SquareRoot",
     "attach",
@@ -24,7 +25,7 @@ WITH_EXAMPLES = [
     "moments",
     "split",
 ]
-WITH_SOURCES = ["AdaScale", "Clock", "Identity", "Linear", "SquareRoot", "attach", "gain", "moments"]
+WITH_SOURCES = ["AdaScale", "Clock", "Identity", "Linear", "ModelEMA", "SquareRoot", "attach", "gain", "moments"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +39,7 @@ def test_is_documented_with_all_its_arguments(name):
         assert re.search(rf"\b{argument}\b.*:", text), f"{name} does not document {argument}"
 
 
-@pytest.mark.parametrize("name", ["Controller", "Clock", "RunRecord", "Moments", "Rule"])
+@pytest.mark.parametrize("name", ["Controller", "Clock", "ModelEMA", "RunRecord", "Moments", "Rule"])
 def test_public_members_are_documented(name):
     for member, value in vars(getattr(anybatch, name)).items():
         if not member.startswith("_") and (callable(value) or isinstance(value, property)):

@@ -4,6 +4,7 @@ from anybatch._attach import attach
 from anybatch._batch import split
 from anybatch._clock import Clock
 from anybatch._controller import Controller
+from anybatch._ema import ModelEMA
 from anybatch._errors import (
     AnybatchError,
     AnybatchWarning,
@@ -26,6 +27,7 @@ __all__ = [
     "Identity",
     "InvalidValueError",
     "Linear",
+    "ModelEMA",
     "Moments",
     "Rule",
     "Run",
