@@ -624,6 +624,25 @@ def test_nothing_keeps_a_dropped_optimizer_alive():
     assert reference() is None
 
 
+@pytest.mark.parametrize("rule", [anybatch.AdaScale(), anybatch.Linear()])
+def test_trap_hooks_keep_no_dropped_model_alive(rule):
+    """Without detach(): torch's collector does not see into the hooks on parameters."""
+    model, optimizer, controller = attached(rule=rule)
+    step(model, optimizer)
+    references = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(optimizer), weakref.ref(controller)]
+    del model, optimizer, controller
+    gc.collect()
+    assert all(reference() is None for reference in references)
+
+
+def test_a_model_outlives_its_optimizer():
+    model, optimizer, controller = attached()
+    step(model, optimizer)
+    del optimizer, controller
+    gc.collect()
+    backwards(model)  # the hooks that are left do nothing
+
+
 def test_copies_of_the_optimizer_are_bare():
     model, optimizer, _ = attached()
     step(model, optimizer)

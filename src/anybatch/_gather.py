@@ -22,6 +22,7 @@ Nothing here knows what the observed gradients are a part of: `_reduce` turns a 
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,31 +228,39 @@ class Gather:
         self._scale: Tensor | None = None
         self._mixed = False  # whether the window's first backward added to gradients of the step before
 
+    # The hooks hold this object weakly: torch's garbage collector does not look into post-accumulation hooks, so that a
+    # strong reference would keep parameters, and under DDP the process group's threads, alive for good.
+
     def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
         measure = self._measure
+        reference = weakref.ref(self)
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
-            if self._paused:
+            gather = reference()
+            if gather is None or gather._paused:
                 return
             task = current_task()
-            if task not in self._tasks:
-                self._begin_backward(task, self._parameters[index])
+            if task not in gather._tasks:
+                gather._begin_backward(task, gather._parameters[index])
             if measure:
-                row = self._fires[index]
-                if row >= len(self._slots):
-                    self._slots.append(_Slots(self._leaves))
-                norm_into(self._slots[row].views[index], grad)
+                row = gather._fires[index]
+                if row >= len(gather._slots):
+                    gather._slots.append(_Slots(gather._leaves))
+                norm_into(gather._slots[row].views[index], grad)
 
         return hook
 
     def _after_accumulation(self, index: int) -> Callable[[Tensor], None]:
         # Counting here, not in the hook before, leaves out torch.autograd.grad: it computes gradients that nothing
         # accumulates, and their norms are overwritten by the next backward.
+        reference = weakref.ref(self)
+
         def hook(_: Tensor) -> None:
-            if not self._paused:
-                self._fires[index] += 1
-                self._accumulated = True
+            gather = reference()
+            if gather is not None and not gather._paused:
+                gather._fires[index] += 1
+                gather._accumulated = True
 
         return hook
 

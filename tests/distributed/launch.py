@@ -1,5 +1,6 @@
 """Run a function in real gloo processes and collect what each returns."""
 
+import gc
 import os
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ def _entry(rank, function, world, folder, args):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
+        gc.collect()  # cycles hold process groups, whose threads must not outlive their group
         dist.barrier()  # without it about a third of the processes abort at exit
     finally:
         dist.destroy_process_group()
