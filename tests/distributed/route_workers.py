@@ -1,0 +1,56 @@
+"""The same micro-batches through DDP and FSDP2, and a loss scale that overflows on one rank."""
+
+import contextlib
+import warnings
+
+import oracle
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import anybatch
+from distributed.fsdp_workers import shard
+
+STEPS = 3
+
+
+def moments(model, *, accumulation, rank=0):
+    """The averaged moments after three steps at a learning rate of 0; no rank's weights ever move."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = anybatch.attach(optimizer, model=model, scale="count", rule=anybatch.AdaScale(smoothing=0.5))
+    for t in range(STEPS):
+        for a in range(accumulation):
+            x, y = oracle.micro_batch(t, rank * accumulation + a)
+            local = isinstance(model, DDP) and a < accumulation - 1
+            with model.no_sync() if local else contextlib.nullcontext():
+                (oracle.loss_fn(model(x), y) / accumulation).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return controller.count, controller.variance, controller.sqnorm
+
+
+def routes(rank, world):
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for a in (1, 2, 3):
+        found["DDP", a] = moments(DDP(oracle.make_model()), accumulation=a, rank=rank)
+        found["FSDP2", a] = moments(shard(oracle.make_model(), mesh=mesh), accumulation=a, rank=rank)
+    return found
+
+
+def overflow_on_one_rank(rank, world):
+    """A GradScaler, and in the third step an infinite loss on rank 0 alone."""
+    model = DDP(oracle.make_model(dtype=torch.float32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    controller = anybatch.attach(optimizer, model=model, scale="count", grad_scaler=scaler)
+    for t in range(5):
+        x, y = oracle.micro_batch(t, rank, dtype=torch.float32)
+        loss = oracle.loss_fn(model(x), y) * (float("inf") if t == 2 and rank == 0 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    return controller.steps, controller.skipped, controller.tau, scaler.get_scale(), finite
