@@ -1,7 +1,10 @@
 """What the tests of accumulation and of DDP share: the oracle's task, given to the library."""
 
+from contextlib import contextmanager
+
 import oracle
 import torch
+import torch.distributed as dist
 
 import anybatch
 
@@ -14,3 +17,19 @@ def attach_task(model, *, sample=1.0, **options):
         optimizer, model=model, scheduler=scheduler, total=oracle.TOTAL, base_batch=4 / sample, micro_batch=4, **options
     )
     return optimizer, controller
+
+
+@contextmanager
+def counted_all_reduces():
+    """The sizes of the all-reduces that Python code calls inside."""
+    calls, original = [], dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        yield calls
+    finally:
+        dist.all_reduce = original

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from anybatch._batch import BatchSize, check_positive
 from anybatch._clock import Clock
 from anybatch._engine import engine_of
-from anybatch._errors import InvalidValueError, UsageError
+from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gather import Gather
 from anybatch._hyperparameters import check_decays, family_of, scaled
+from anybatch._join import ShadowHook
 from anybatch._judge import Judge, Step
 from anybatch._moments import Averages, Moments
 from anybatch._record import RunRecord, StepRecord
-from anybatch._reduce import Flight, Reduction, launch
+from anybatch._reduce import Flight, Reduction, Share, launch, shadow
 from anybatch._rules import AdaScale, Rule
 from anybatch._schedules import ScheduleDriver
 from anybatch._state import STATE_VERSION, checked_state
@@ -36,7 +38,7 @@ from anybatch._state import STATE_VERSION, checked_state
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
-class Controller:
+class Controller(Joinable):
     """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
 
     def __init__(
@@ -54,6 +56,7 @@ class Controller:
         lagged: bool,
         record: str | PathLike[str] | RunRecord | None,
     ) -> None:
+        super().__init__()
         if not isinstance(optimizer, Optimizer):
             raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if optimizer in _attached:
@@ -90,6 +93,7 @@ class Controller:
         self._averages = Averages()
         self._pending: Step | None = None
         self._lagged = lagged
+        self._scaler = grad_scaler
         self._flight: Flight | None = None
         self._restore_values: Callable[[], None] | None = None
         self._last: Step | None = None
@@ -231,6 +235,11 @@ class Controller:
             StateError: the state has other names or a newer version, or is of another model or base batch.
         """
         values = checked_state(state, mine=self.state_dict())
+        self._adopt(values)
+        if self._driver is not None:
+            self._driver.resume(offset=int(values["schedule_offset"]))
+
+    def _adopt(self, values: Mapping[str, float]) -> None:
         self._clock.tau = values["tau"]
         self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
         self._averages = Averages(
@@ -238,8 +247,6 @@ class Controller:
         )
         self._flight = None
         self._last = None
-        if self._driver is not None:
-            self._driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
@@ -254,6 +261,47 @@ class Controller:
         if self._record is not None and self._owns_record:
             self._record.close()
         _attached.discard(self._optimizer)
+
+    # ---- uneven inputs: torch.distributed.algorithms.Join([model, controller]) ----
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """What `Join` calls on a rank that has run out of data; the model must come first in its list."""
+        ddp = self._engine.ddp
+        if ddp is None or self._lagged or self._scaler is not None:
+            raise UnsupportedError(
+                "Join needs a model under DistributedDataParallel, and neither lagged=True nor a grad_scaler: the "
+                "ranks that are done must know which steps the others take."
+            )
+        counted = self._gather is not None
+        return ShadowHook(
+            ddp, shadow=lambda: shadow(self._engine.ranks) if counted else None, adopt=self._adopt_from_last
+        )
+
+    @property
+    def join_device(self) -> torch.device:
+        """DDP's."""
+        return self._engine.ddp.join_device if self._engine.ddp is not None else torch.device("cpu")
+
+    @property
+    def join_process_group(self) -> Any:
+        """DDP's."""
+        return self._engine.ranks.group
+
+    def _share(self) -> Share | None:
+        if self._engine.ddp is None or not self._join_config.enable:
+            return None
+        return "all" if self._engine.ddp._divide_by_initial_world_size else "active"
+
+    def _adopt_from_last(self, is_last: bool) -> None:
+        """Take the clock and the averages of the rank that took the most steps."""
+        state, group = self.state_dict(), self._engine.ranks.group
+        numbers = torch.tensor(list(state.values()), dtype=torch.float64, device=self.join_device)
+        source = torch.tensor(dist.get_rank() if is_last else -1, device=self.join_device)
+        dist.all_reduce(source, op=dist.ReduceOp.MAX, group=group)
+        dist.broadcast(numbers, src=int(source), group=group)
+        self._adopt(dict(zip(state, numbers.tolist(), strict=True)))
+        if self._driver is not None:
+            self._driver.catch_up()
 
     # ---- one step ----
 
@@ -288,7 +336,7 @@ class Controller:
         if self._driver is not None:
             self._driver.check()
         if self._gather is not None:
-            self._engine.check()
+            self._engine.check(self._join_config.enable)
         self._pending = step = self._observe()
         if step.skipped:
             return
@@ -331,7 +379,7 @@ class Controller:
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._averages)
-        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged)
+        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=self._share())
         if not self._lagged:
             return self._judge.step(self._averages, flight.land())
         raw = self._land()

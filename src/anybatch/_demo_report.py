@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ NAMES = {"adascale": "AdaScale", "lsw": "LSW", "lsw+": "LSW+"}
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table, as text; an accuracy significantly below scale 1 carries a mark."""
+    plural = not isnan(row.spread)  # of one seed there is no spread
     return (
         row.scale,
         NAMES[row.rule] if row.scale != "1" else "(any)",
-        f"{show(row.accuracy, 1)} ± {show(row.spread, 1)}{' *' if row.worse else ''}",
+        show(row.accuracy, 1) + (f" ± {show(row.spread, 1)}" if plural else "") + (" *" if row.worse else ""),
         show(row.loss, 4),
         f"{row.iterations:.0f}",
         show(row.gain, 1),

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from anybatch._errors import UnsupportedError
+from anybatch._errors import UnsupportedError, UsageError
 from anybatch._reduce import Ranks, replicated_ranks
 
 
@@ -19,13 +19,16 @@ class Engine:
         ranks: whose gradients are averaged.
         leaves: for the trained parameters, the tensors on which gradients arrive.
         reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
-        check: raises before a step that this engine would take in a way that cannot be measured.
+        check: raises before a step that this engine would take in a way that cannot be measured; is told whether the
+            controller takes part in a `Join`.
+        ddp: the DistributedDataParallel module, if that is the engine.
     """
 
     ranks: Ranks
     leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     reduced: Callable[[], bool] | None
-    check: Callable[[], None]
+    check: Callable[[bool], None]
+    ddp: DistributedDataParallel | None = None
 
 
 def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Engine:
@@ -43,7 +46,7 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
             ranks,
             leaves=lambda new: unsharded_leaves(model, new),
             reduced=None if ranks.group is None else lambda: True,
-            check=lambda: None,
+            check=lambda _: None,
         )
     if dist.is_available() and dist.is_initialized():
         from anybatch._gather_fsdp import refuse_fsdp1
@@ -52,20 +55,21 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
     ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     ranks = replicated_ranks(ddp, process_group)
     if ddp is None or ranks.group is None:
-        return Engine(ranks, leaves=lambda new: new, reduced=None, check=lambda: None)
+        return Engine(ranks, leaves=lambda new: new, reduced=None, check=lambda _: None)
     return Engine(
         ranks,
         leaves=lambda new: new,
         reduced=lambda: bool(ddp.require_backward_grad_sync),
-        check=lambda: _check_ddp(ddp),
+        check=lambda joined: _check_ddp(ddp, joined=joined),
+        ddp=ddp,
     )
 
 
-def _check_ddp(ddp: DistributedDataParallel) -> None:
-    if ddp._join_config.enable:
-        raise UnsupportedError(
-            "DDP.join() is not supported: a rank that has run out of data does not take part in the reduction of the "
-            "norms. Give every rank the same number of batches (drop_last=True, or a sampler that pads)."
+def _check_ddp(ddp: DistributedDataParallel, *, joined: bool) -> None:
+    if ddp._join_config.enable and not joined:
+        raise UsageError(
+            "Inside of model.join() a rank that has run out of data would not take part in the reduction of the norms. "
+            "Join both: with torch.distributed.algorithms.Join([model, controller]): ..."
         )
     for _, state in ddp._comm_hooks:
         if type(state).__name__ == "PowerSGDState":

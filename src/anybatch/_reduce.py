@@ -19,6 +19,7 @@ from anybatch._gather import Window
 from anybatch._norms import SquaredNorms
 
 Reduction = Literal["mean", "sum"]
+Share = Literal["all", "active"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Flight:
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
         numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks.
+        share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
+            `"all"` ranks or those still `"active"`; else `None`.
         work: the reduction under way, or `None`.
         copied: an event after which `numbers`, in pinned memory, may be read; or `None`.
     """
@@ -75,6 +78,7 @@ class Flight:
     ranks: Ranks
     reduction: Reduction
     numbers: Tensor
+    share: Share | None = None
     work: dist.Work | None = None
     copied: torch.cuda.Event | None = None
 
@@ -88,10 +92,12 @@ class Flight:
             self.work.wait()
         if self.copied is not None:
             self.copied.synchronize()
-        return _observation(self.numbers.tolist(), self.window, self.ranks, self.reduction)
+        return _observation(self.numbers.tolist(), self)
 
 
-def launch(window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = False) -> Flight:
+def launch(
+    window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = False, share: Share | None = None
+) -> Flight:
     """Begin to sum the windows of the ranks.
 
     With several ranks that is one all-reduce of five float64 numbers. `||.grad||^2` is summed with the rest, over the
@@ -123,7 +129,7 @@ def launch(window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = 
         packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True)])
         packed[1] /= ranks.replicas
         work = dist.all_reduce(packed, group=ranks.group, async_op=True)
-        flight = Flight(window, ranks, reduction, packed, work)
+        flight = Flight(window, ranks, reduction, packed, share, work)
     if ahead and device.type == "cuda":  # pragma: no cover
         _copy_ahead(flight)
     return flight
@@ -140,11 +146,23 @@ def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
     flight.copied.record()
 
 
-def _observation(numbers: list[float], window: Window, ranks: Ranks, reduction: Reduction) -> Observation:
+def shadow(ranks: Ranks) -> None:
+    """Take part in `launch` on the other ranks with nothing to add."""
+    if ranks.group is not None:
+        dist.all_reduce(torch.zeros(5, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group)
+
+
+def _observation(numbers: list[float], flight: Flight) -> Observation:
+    window, ranks, reduction = flight.window, flight.ranks, flight.reduction
     backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
     if ranks.group is not None:
         count, inverse_sizes = round(numbers[2]), numbers[4]
-        if ranks.size * numbers[3] != numbers[2] ** 2:
+        active = ranks.size
+        if flight.share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
+            active = round(numbers[2] ** 2 / numbers[3]) if numbers[3] else 1
+            mean = ranks.size / active if flight.share == "all" else 1.0
+            numbers[1] *= ranks.replicas / active * mean**2
+        if active * numbers[3] != numbers[2] ** 2:
             raise UsageError(
                 f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all "
                 f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "

@@ -42,6 +42,10 @@ class ScheduleDriver:
         self.offset = offset
         self._at = self._target()
 
+    def catch_up(self) -> None:
+        """Step the scheduler to where the clock is now."""
+        self._follow(0.0)
+
     def check(self) -> None:
         """Raise if the scheduler is not where this driver left it.
 

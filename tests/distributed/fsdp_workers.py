@@ -6,7 +6,7 @@ import warnings
 import oracle
 import torch
 import torch.distributed as dist
-from common import attach_task
+from common import attach_task, counted_all_reduces
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -166,7 +166,7 @@ def refusals(rank, world):
         with ddp.join():
             oracle.loss_fn(ddp(oracle.micro_batch(0, rank)[0]), 0).backward()
             optimizer.step()
-    except anybatch.UnsupportedError as error:
+    except anybatch.UsageError as error:
         outcome["join"] = str(error)
     dist.barrier()
     return outcome
@@ -177,20 +177,10 @@ def collectives(rank, world):
     warnings.simplefilter("ignore")
     model = shard(oracle.make_model(), mesh=init_device_mesh("cpu", (world,)))
     optimizer, _ = attach_task(model)
-    calls = []
-    original = dist.all_reduce
-
-    def counted(tensor, *args, **kwargs):
-        calls.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    try:
+    with counted_all_reduces() as calls:
         for t in range(3):
             x, y = oracle.micro_batch(t, rank)
             oracle.loss_fn(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-    finally:
-        dist.all_reduce = original
     return calls

@@ -54,3 +54,25 @@ def overflow_on_one_rank(rank, world):
         optimizer.zero_grad()
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     return controller.steps, controller.skipped, controller.tau, scaler.get_scale(), finite
+
+
+def uneven(rank, world, rule, divide):
+    """Rank r has 3 + 2 r steps of two backwards. What the last rank saw, and the state of all at the end."""
+    from torch.distributed.algorithms.join import Join
+
+    ddp = DDP(oracle.make_model())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)
+    controller = anybatch.attach(optimizer, model=ddp, scheduler=scheduler, scale="count", total=60, rule=rule)
+    seen = []
+    with Join([ddp, controller], divide_by_initial_world_size=divide):
+        for t in range(3 + 2 * rank):
+            for a in range(2):
+                x, y = oracle.micro_batch(t, rank * 2 + a)
+                with ddp.no_sync() if a == 0 else contextlib.nullcontext():
+                    (oracle.loss_fn(ddp(x), y) / 2).backward()
+            before = [p.detach().clone() for p in ddp.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append((controller.count, controller.gain, before))
+    return seen, controller.state_dict(), scheduler.last_epoch, [p.detach() for p in ddp.parameters()]

@@ -88,7 +88,7 @@ def test_what_cannot_be_measured_is_a_typed_error():
         assert "UnsupportedError" in outcome["partly sharded"]
         assert outcome["whole 2-D mesh"] == "ran: 2"
         assert "PowerSGD" in outcome["PowerSGD"]
-        assert "drop_last" in outcome["join"]
+        assert "Join([model, controller])" in outcome["join"]
 
 
 def test_one_collective_of_five_numbers_a_step():

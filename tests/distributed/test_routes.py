@@ -4,7 +4,9 @@ import functools
 
 import oracle
 import pytest
+import torch
 
+import anybatch
 from distributed import launch
 from distributed import route_workers as workers
 
@@ -31,3 +33,31 @@ def test_an_overflow_on_one_rank_is_a_skip_on_all():
     steps, skipped, tau, scale, finite = first
     assert (steps, skipped, scale, finite) == (4, 1, 32.0, True)
     assert 4 <= tau <= 8
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("rule", [anybatch.AdaScale(smoothing=0.0), anybatch.Linear()])
+def test_trap_uneven_inputs_join(rule, divide):
+    """A rank that is done adds nothing: the moments are those of the micro-batches that there were, by a plain loop."""
+    world = 3
+    results = launch.run(workers.uneven, world=world, args=(world, rule, divide))
+    seen, state, position, parameters = results[-1]
+    assert [count for count, _, _ in seen] == [6, 6, 6, 4, 4, 2, 2]
+    if isinstance(rule, anybatch.AdaScale):
+        for t, (count, gain, weights) in enumerate(seen):
+            model = oracle.make_model()
+            with torch.no_grad():
+                for p, w in zip(model.parameters(), weights, strict=True):
+                    p.copy_(w)
+            grads = []
+            for rank in range(world - count // 2, world):
+                for a in range(2):
+                    x, y = oracle.micro_batch(t, rank * 2 + a)
+                    grads.append(torch.autograd.grad(oracle.loss_fn(model(x), y), list(model.parameters())))
+            mean = [sum(g) / count for g in zip(*grads, strict=True)]
+            deviation = sum(oracle.norm2([a - b for a, b in zip(g, mean, strict=True)]) for g in grads) / (count - 1)
+            v, q = max(deviation, 0), max(oracle.norm2(mean) - deviation / count, 0)
+            assert gain == pytest.approx((v + q) / (v / count + q), rel=1e-6), t
+    for _, other, at, weights in results:
+        assert (other, at) == (state, position)
+        assert all(map(torch.equal, weights, parameters))

@@ -5,7 +5,7 @@ import contextlib
 import oracle
 import torch
 import torch.distributed as dist
-from common import attach_task
+from common import attach_task, counted_all_reduces
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -77,22 +77,12 @@ def collectives_per_step(rank, world):
     model = DDP(oracle.make_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     anybatch.attach(optimizer, model=model, scale="count")
-    calls = []
-    original = dist.all_reduce
-
-    def counted(tensor, *args, **kwargs):
-        calls.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    try:
+    with counted_all_reduces() as calls:
         for _ in range(3):
             x, y = oracle.micro_batch(0, rank)
             oracle.loss_fn(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-    finally:
-        dist.all_reduce = original
     return calls
 
 
