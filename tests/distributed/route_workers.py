@@ -76,3 +76,25 @@ def uneven(rank, world, rule, divide):
             optimizer.zero_grad()
             seen.append((controller.count, controller.gain, before))
     return seen, controller.state_dict(), scheduler.last_epoch, [p.detach() for p in ddp.parameters()]
+
+
+def averaged(rank, world, sharded):
+    """The model average after five steps, and whether `applied()` put the weights back."""
+    warnings.simplefilter("ignore")
+    model = shard(oracle.make_model(), mesh=init_device_mesh("cpu", (world,))) if sharded else DDP(oracle.make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    controller = anybatch.attach(optimizer, model=model, scale="count", total=60)
+    ema = anybatch.ModelEMA(model, 0.8, clock=controller.clock)
+    for t in range(5):
+        x, y = oracle.micro_batch(t, rank)
+        oracle.loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def whole():
+        return [p.full_tensor().detach() if sharded else p.detach().clone() for p in model.parameters()]
+
+    before = whole()
+    with ema.applied():
+        average = whole()
+    return average, all(map(torch.equal, before, whole())), not all(map(torch.equal, before, average))

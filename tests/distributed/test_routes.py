@@ -61,3 +61,13 @@ def test_trap_uneven_inputs_join(rule, divide):
     for _, other, at, weights in results:
         assert (other, at) == (state, position)
         assert all(map(torch.equal, weights, parameters))
+
+
+def test_model_averages_of_shards_are_those_of_the_whole():
+    whole = launch.run(workers.averaged, world=2, args=(2, False))
+    shards = launch.run(workers.averaged, world=2, args=(2, True))
+    for average, restored, moved in whole + shards:
+        assert restored
+        assert moved
+        for mine, expected in zip(average, whole[0][0], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
