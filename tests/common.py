@@ -19,6 +19,19 @@ def attach_task(model, *, sample=1.0, **options):
     return optimizer, controller
 
 
+def run_task(optimizer, controller, backward, *, steps, accumulation):
+    """Gains and clock after each step; `backward(t, a)` does micro-batch `a` of step `t` on this rank."""
+    gains, taus = [], []
+    for t in range(steps):
+        for a in range(accumulation):
+            backward(t, a)
+        optimizer.step()
+        optimizer.zero_grad()
+        gains.append(controller.gain)
+        taus.append(controller.tau)
+    return {"gains": gains, "taus": taus, "count": controller.count, "scale": controller.scale}
+
+
 @contextmanager
 def counted_all_reduces():
     """The sizes of the all-reduces that Python code calls inside."""

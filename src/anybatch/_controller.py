@@ -70,8 +70,8 @@ class Controller(Joinable):
         self._batch = batch
         self._reduction: Reduction = reduction
         self._clock = clock
-        adascale = isinstance(rule, AdaScale)
-        self._family = family_of(optimizer, exponent=rule.exponent if isinstance(rule, AdaScale) else 1.0)
+        adascale = rule if isinstance(rule, AdaScale) else None
+        self._family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
         self._decays = rule.decays or self._family.decays
         check_decays(optimizer, self._family, self._decays)
         self._judge = Judge(rule=rule, batch=batch, clock=clock, exponent=self._family.exponent)
@@ -79,14 +79,14 @@ class Controller(Joinable):
         self._engine = engine_of(model, trained, process_group)
         self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
         self._gather: Gather | None = None
-        if adascale or batch.counts:
+        if adascale is not None or batch.counts:
             self._gather = Gather(
                 trained,
-                measure=adascale,
+                measure=adascale is not None,
                 leaves=self._engine.leaves,
                 reduced=self._engine.reduced,
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
-                consecutive=isinstance(rule, AdaScale) and rule.consecutive,
+                consecutive=adascale is not None and adascale.consecutive,
             )
             self._gather.micro_batch = batch.micro_batch or 1.0
         self._size = sum(p.numel() for p in trained)
@@ -103,7 +103,7 @@ class Controller(Joinable):
         self._record: RunRecord | None = None
         self._owns_record = record is not None and not isinstance(record, RunRecord)
         if record is not None and self._engine.ranks.first:
-            self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config(trained))
+            self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config())
         self._handles = [
             # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
@@ -324,12 +324,13 @@ class Controller(Joinable):
         return (args[0], closure_then_prepare, *args[2:]), kwargs
 
     def _prepare(self) -> None:
-        if self._gather is not None and torch._C._current_graph_task_id() != -1:
-            raise UsageError(
-                "optimizer.step() was called during a backward, and what a step measures is complete only at its end. "
-                "Call it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
-            )
         if self._gather is not None:
+            if torch._C._current_graph_task_id() != -1:
+                raise UsageError(
+                    "optimizer.step() was called during a backward, and what a step measures is complete only at its "
+                    "end. Call it after loss.backward(), or give attach a number as scale and a rule that measures "
+                    "nothing."
+                )
             self._gather.follow(_trainable(self._optimizer))
         if self._is_phantom():
             return
@@ -445,7 +446,7 @@ class Controller(Joinable):
         if restore is not None:
             restore()
 
-    def _config(self, trained: Sequence[Tensor]) -> dict[str, Any]:
+    def _config(self) -> dict[str, Any]:
         return {
             "rule": repr(self._rule),
             "optimizer": type(self._optimizer).__name__,
@@ -453,7 +454,7 @@ class Controller(Joinable):
             "total": self._clock.total,
             **vars(self._batch),
             "ranks": self._engine.ranks.size,
-            "parameters": sum(p.numel() for p in trained),
+            "parameters": self._size,
         }
 
 

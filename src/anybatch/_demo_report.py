@@ -13,6 +13,7 @@ from matplotlib import figure as mpl
 import anybatch
 from anybatch._demo import BASE_BATCH, Result
 from anybatch._demo_run import Curve, Plan, Row, curve, largest_distance, show
+from anybatch._json import strict
 from anybatch._report import Block, Figure, Heading, Table, Text, page
 
 COLUMNS = ("scale", "rule", "test accuracy", "training loss", "iterations", "mean gain")
@@ -55,7 +56,7 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
         "curves": {rule: {name: asdict(c) for name, c in curves(results, rule).items()} for rule in plan.rules},
         "distances": distances(results),
     }
-    (plan.out / "results.json").write_text(json.dumps(_strict(data), indent=1, ensure_ascii=False))
+    (plan.out / "results.json").write_text(json.dumps(strict(data), allow_nan=False, indent=1, ensure_ascii=False))
     against_tau = _against_tau(plan, results)
     blocks: list[Block] = [
         Text(
@@ -145,13 +146,3 @@ def _against_steps(plan: Plan) -> Path:
 def _save(figure: mpl.Figure, path: Path) -> Path:
     figure.savefig(path, dpi=140)
     return path
-
-
-def _strict(value: object) -> object:
-    if isinstance(value, float):
-        return value if value == value else None  # noqa: PLR0124  JSON has no nan
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return value

@@ -99,6 +99,7 @@ class Gather:
         self._consecutive = consecutive
         self._paused = False
         self._parameters: list[Tensor] = []
+        self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
         self._leaves: list[Tensor] = []
         self._handles: list[Any] = []
         self._fires: list[int] = []
@@ -116,22 +117,17 @@ class Gather:
         """Hook the parameters that are not hooked yet: a group added, a layer unfrozen. Their first window, whose
         backward may have come before the hooks, is counted and not measured.
         """
-        known = {id(p) for p in self._parameters}
-        new = [p for p in parameters if p.requires_grad and id(p) not in known]
+        new = [p for p in parameters if p.requires_grad and id(p) not in self._known]
         for p, leaf in zip(new, self._leaves_of(new) if new else (), strict=True):
             index = len(self._parameters)
             self._parameters.append(p)
+            self._known.add(id(p))
             self._leaves.append(leaf)
             self._fires.append(0)
             self._slots.clear()
             self._handles.append(leaf.register_hook(self._before_accumulation(index)))
             self._handles.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
             self._unmeasured = True
-
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        """The hooked parameters, in the order of `observe`."""
-        return self._parameters
 
     @property
     def pending(self) -> int:

@@ -10,13 +10,13 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from anybatch._errors import InvalidValueError, StateError
+from anybatch._json import strict
 from anybatch._version import __version__
 
 _VERSION = 1
@@ -122,7 +122,7 @@ class RunRecord:
 
     def _write(self, line: dict[str, Any]) -> None:
         # One write of a whole line to a file in append mode: a kill before it leaves nothing, after it the line.
-        os.write(self._file, (json.dumps(_strict(line), allow_nan=False) + "\n").encode())
+        os.write(self._file, (json.dumps(strict(line), allow_nan=False) + "\n").encode())
 
 
 def read_record(path: str | os.PathLike[str]) -> Run:
@@ -164,14 +164,3 @@ def _step(line: dict[str, Any]) -> StepRecord:
     names = [f.name for f in fields(StepRecord)]
     values: dict[str, Any] = {name: float("nan") if line[name] is None else line[name] for name in names}
     return StepRecord(**values)
-
-
-def _strict(value: Any) -> Any:
-    """The value with non-finite floats as None: JSON has no nan."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return value if isinstance(value, str | int | bool | None) else str(value)

@@ -67,7 +67,8 @@ class Flight:
         window: this rank's window.
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
-        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks.
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks; empty where one
+            rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
         work: the reduction under way, or `None`.
@@ -116,8 +117,10 @@ def launch(
         )
     if window.samples_square is not None:
         device = window.samples_square.device
-    else:
-        device = torch.device("cpu") if ranks.group is None else _device_of(ranks.group)
+    elif ranks.group is not None:
+        device = _device_of(ranks.group)
+    else:  # counted on one rank: nothing to sum and nothing to read
+        return Flight(window, ranks, reduction, torch.empty(0))
     zero = torch.zeros((), dtype=torch.float64, device=device)
     norms = [zero if n is None else n for n in (window.samples_square, window.grad_square)]
     if ranks.group is None:

@@ -6,7 +6,7 @@ import warnings
 import oracle
 import torch
 import torch.distributed as dist
-from common import attach_task, counted_all_reduces
+from common import attach_task, counted_all_reduces, run_task
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -24,25 +24,16 @@ def shard(model, **options):
 def train(rank, model, *, accumulation, steps=13, sample=1.0, sync_every=True, dtype=torch.float64, compiled=False):
     optimizer, controller = attach_task(model, sample=sample)
     forward = torch.compile(model, backend="aot_eager") if compiled else model
-    gains, taus = [], []
-    for t in range(steps):
-        for a in range(accumulation):
-            x, y = oracle.micro_batch(t, rank * accumulation + a, dtype=dtype)
-            if not sync_every:
-                model.set_requires_gradient_sync(a == accumulation - 1)
-            (oracle.loss_fn(forward(x), y) / accumulation).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        gains.append(controller.gain)
-        taus.append(controller.tau)
-    return {
-        "gains": gains,
-        "taus": taus,
-        "parameters": [
-            p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()
-        ],
-        "count": controller.count,
-    }
+
+    def backward(t, a):
+        x, y = oracle.micro_batch(t, rank * accumulation + a, dtype=dtype)
+        if not sync_every:
+            model.set_requires_gradient_sync(a == accumulation - 1)
+        (oracle.loss_fn(forward(x), y) / accumulation).backward()
+
+    result = run_task(optimizer, controller, backward, steps=steps, accumulation=accumulation)
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return {**result, "parameters": [p.detach() for p in parameters]}
 
 
 def parity(rank, world):

@@ -5,7 +5,7 @@ import contextlib
 import oracle
 import torch
 import torch.distributed as dist
-from common import attach_task, counted_all_reduces
+from common import attach_task, counted_all_reduces, run_task
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -34,23 +34,14 @@ def train(
     if hook is not None:
         model.register_comm_hook(None, hook)
     optimizer, controller = attach_task(model, sample=sample, lagged=lagged)
-    gains, taus = [], []
-    for t in range(steps):
-        for a in range(accumulation):
-            x, y = oracle.micro_batch(t, rank * accumulation + a, dtype=dtype)
-            with contextlib.nullcontext() if a == accumulation - 1 else model.no_sync():
-                (oracle.loss_fn(model(x), y) / accumulation).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        gains.append(controller.gain)
-        taus.append(controller.tau)
-    return {
-        "gains": gains,
-        "taus": taus,
-        "parameters": [p.detach() for p in model.parameters()],
-        "count": controller.count,
-        "scale": controller.scale,
-    }
+
+    def backward(t, a):
+        x, y = oracle.micro_batch(t, rank * accumulation + a, dtype=dtype)
+        with contextlib.nullcontext() if a == accumulation - 1 else model.no_sync():
+            (oracle.loss_fn(model(x), y) / accumulation).backward()
+
+    result = run_task(optimizer, controller, backward, steps=steps, accumulation=accumulation)
+    return {**result, "parameters": [p.detach() for p in model.parameters()]}
 
 
 def parity(rank, world):
