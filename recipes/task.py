@@ -1,0 +1,99 @@
+"""What a recipe gives to `train.py`: data, model, loss, metric, and the hyperparameters of its base batch.
+
+The hyperparameters are those of scale 1. No task knows the scale: that is the library's part.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class DataError(Exception):
+    """Data that cannot be used: the message names the file and says what is wrong with it."""
+
+
+class Task(ABC):
+    """One of the papers' tasks.
+
+    Args:
+        data: the folder with the data in its standard on-disk format.
+        tiny: a small width and depth of the same model, and a short run, for CI and for a first look.
+
+    Raises:
+        DataError: the folder or a file in it is missing or unreadable.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]  # what `evaluate` calls the number to compare, higher is better
+    base_batch: int  # B0, in examples (transformer: in tokens)
+    total: int  # T_SI, base iterations
+    train_set: Dataset[Any]
+
+    def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
+        self.data = data
+        self.tiny = tiny
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new model; the caller has set the seed."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer as tuned at the base batch."""
+
+    @abstractmethod
+    def scheduler(self, optimizer: Optimizer) -> Any:
+        """Its schedule over base iterations."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss over the examples (or tokens) of `batch`, which lies on the model's device."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """The metric, by the name in `metric`, and the test loss as `"loss"`; the model is in eval mode."""
+
+    def collate(self, examples: list[Any]) -> Any:
+        """Examples of `train_set` as one batch: tensors, or a list, tuple or dictionary of them."""
+        return torch.utils.data.default_collate(examples)
+
+    def size(self, batch: Any) -> int:
+        """How many examples (or tokens) `batch` has, in the unit of `base_batch`."""
+        first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        return len(first)
+
+    def batches(
+        self, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int = 0, workers: int = 0
+    ) -> Iterator[Any]:
+        """Endless micro-batches of this rank; `start` examples were used by all ranks together before."""
+        order = Shuffled(self.train_set, micro_batch, seed=seed, rank=rank, ranks=ranks, start=start)
+        return iter(DataLoader(self.train_set, batch_sampler=order, collate_fn=self.collate, num_workers=workers))
+
+
+class Shuffled(Sampler[list[int]]):
+    """Endless epochs, each in its own order; the ranks take turns, so that the order does not depend on their number."""
+
+    def __init__(self, data: Any, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int) -> None:
+        self.length = len(data)
+        if self.length == 0:
+            raise DataError("The training set is empty.")
+        self.micro_batch, self.seed, self.rank, self.ranks, self.start = micro_batch, seed, rank, ranks, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position, epoch, order = self.start + self.rank * self.micro_batch, -1, torch.empty(0)
+        while True:
+            chosen = []
+            for i in range(position, position + self.micro_batch):
+                if i // self.length != epoch:
+                    epoch = i // self.length
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.length, generator=generator)
+                chosen.append(int(order[i % self.length]))
+            yield chosen
+            position += self.ranks * self.micro_batch
