@@ -77,7 +77,7 @@ class Task(ABC):
 
 
 class Shuffled(Sampler[list[int]]):
-    """Endless epochs, each in its own order; the ranks take turns, so that the order does not depend on their number."""
+    """Endless epochs, each in its own order; the ranks take turns, so it does not depend on their number."""
 
     def __init__(self, data: Any, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int) -> None:
         self.length = len(data)
