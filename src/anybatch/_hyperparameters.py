@@ -5,6 +5,7 @@ memories counted in steps. Everything is changed for one `step()` and put back.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from anybatch._errors import AnybatchWarning, InvalidValueError, UnsupportedErro
 
 Decays = Literal["clock", "constant"]
 
+# Optimizers that have a controller: it scales them at every step, so nobody else may.
+attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
 
 @dataclass(frozen=True)
 class Family:
@@ -30,6 +34,8 @@ class Family:
         rates: group entries that multiply the step count: times the iterations.
         state: state entries that count base iterations, each with its power of them.
         decoupled: whether the weight decay is decoupled although the group has no entry that says so.
+        eps: power of the batch by which the size of what eps is added to falls.
+        source: the paper of the exponent; empty where it was worked out here.
         least: beta2 on the clock must stay above it.
         off_clock: why the decays cannot be on the clock; empty where they can.
         warning: what a user should know at `attach`.
@@ -41,33 +47,40 @@ class Family:
     rates: tuple[str, ...] = ()
     state: Mapping[str, int] = field(default_factory=dict)
     decoupled: bool = False
+    eps: float = 0.0
+    source: str = ""
     least: float = 0.0
     off_clock: str = ""
     warning: str = ""
 
 
-_ADAM = Family(0.5, "clock", ("betas",), state={"step": 1})
+_SDE = "Malladi et al. 2022"
+_ADAM = Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, source=_SDE)
 
 # Every class of torch.optim: its row, or why it is refused. The exponent is what makes constant gradients under noise
 # go equally far per base iteration at any batch (tests/test_optimizers.py): 1 where the step is proportional to the
 # gradient; 1/2 where it is divided by its own running size, which the noise dominates (Malladi et al. 2022). Decays on
 # the clock: docs/architecture.md. The momentum of RMSprop and of Muon stays as it is, as SGD's does by default.
 _TABLE: dict[str, Family | str] = {
-    "SGD": Family(1.0, "constant", ("momentum",)),
+    "SGD": Family(1.0, "constant", ("momentum",), source="Goyal et al. 2017"),
     "Adam": _ADAM,
     "AdamW": _ADAM,
     # momentum_decay multiplies the step count; the running product of its factors is forgotten within a few steps.
-    "NAdam": Family(0.5, "clock", ("betas",), rates=("momentum_decay",), state={"step": 1}),
+    "NAdam": Family(0.5, "clock", ("betas",), rates=("momentum_decay",), state={"step": 1}, eps=0.5),
     # Its average has the length 2 / (1 - beta2) - 1; it never divides by one of 5 or less.
-    "RAdam": Family(0.5, "clock", ("betas",), state={"step": 1}, least=2 / 3),
-    "RMSprop": Family(0.5, "clock", ("alpha",)),
+    "RAdam": Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, least=2 / 3),
+    "RMSprop": Family(0.5, "clock", ("alpha",), eps=0.5, source=_SDE),
     # The maximum of n noisy gradients grows with n: only with n counted in steps does it fall as one gradient's size.
-    "Adamax": Family(0.5, "constant", off_clock="it divides by a maximum, which grows with the number of gradients"),
+    "Adamax": Family(
+        0.5, "constant", eps=0.5, off_clock="it divides by a maximum, which grows with the number of gradients"
+    ),
     "Adadelta": Family(0.5, "constant", off_clock="it averages its own updates, whose size depends on rho"),
-    "SparseAdam": Family(0.5, "constant", off_clock="a row's averages move when the row is used, not with the clock"),
+    "SparseAdam": Family(
+        0.5, "constant", eps=0.5, off_clock="a row's averages move when the row is used, not with the clock"
+    ),
     # A sum grows by 1/r of its size in 1/r of the steps, so the step is r times as long by itself. In units of base
     # iterations the sum is r^2 times itself, which keeps it right while r changes.
-    "Adagrad": Family(0.0, "clock", rates=("lr_decay",), state={"step": 1, "sum": 2}),
+    "Adagrad": Family(0.0, "clock", rates=("lr_decay",), state={"step": 1, "sum": 2}, eps=1.0),
     # Orthogonalised, so its length says nothing of the gradient's, as with a sign: 1/2. lr multiplies its weight decay.
     "Muon": Family(0.5, "clock", decoupled=True),
     # min(lr, 1/sqrt(step)): with the count on the clock the second one, too, is multiplied by sqrt(r).
@@ -87,30 +100,42 @@ _TABLE: dict[str, Family | str] = {
 _CLASSES = {getattr(torch.optim, name): row for name, row in _TABLE.items() if hasattr(torch.optim, name)}
 
 
+def row_of(optimizer: Optimizer) -> Family | None:
+    """The table's row for `optimizer`; `None` where its class is unknown.
+
+    Raises:
+        UnsupportedError: scaling has no meaning for this class.
+    """
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise UnsupportedError("ZeroRedundancyOptimizer(overlap_with_ddp=True) never calls step(): use False.")
+    local = local_of(optimizer)
+    for cls in type(local).__mro__:
+        row = _CLASSES.get(cls)
+        if isinstance(row, str):
+            raise UnsupportedError(f"{type(local).__name__} cannot be scaled: {row}.")
+        if row is not None:
+            return row
+    return None
+
+
 def family_of(optimizer: Optimizer, *, exponent: float | None) -> Family:
     """The table's row for `optimizer`, or a row for a stated `exponent`.
 
     Raises:
         UnsupportedError: scaling has no meaning for this class, or it is unknown and no exponent is stated.
     """
-    if getattr(optimizer, "_overlap_with_ddp", False):
-        raise UnsupportedError("ZeroRedundancyOptimizer(overlap_with_ddp=True) never calls step(): use False.")
-    local = _local(optimizer)
-    for cls in type(local).__mro__:
-        row = _CLASSES.get(cls)
-        if isinstance(row, str):
-            raise UnsupportedError(f"{type(local).__name__} cannot be scaled: {row}.")
-        if row is not None:
-            if row.warning:
-                warnings.warn(row.warning, AnybatchWarning, stacklevel=4)
-            return row
+    row = row_of(optimizer)
+    if row is not None:
+        if row.warning:
+            warnings.warn(row.warning, AnybatchWarning, stacklevel=4)
+        return row
     if exponent is not None:
         return Family(exponent, "constant", off_clock="which of its entries are decays is not known")
     known = ", ".join(sorted(cls.__name__ for cls, row in _CLASSES.items() if isinstance(row, Family)))
     raise UnsupportedError(
-        f"How the learning rate of {type(local).__name__} follows the batch is not known (known: {known}). State "
-        f"it: rule=anybatch.AdaScale(exponent=1) if its step is proportional to the gradient, exponent=0.5 if the "
-        f"gradient is divided by its own running size."
+        f"How the learning rate of {type(local_of(optimizer)).__name__} follows the batch is not known (known: "
+        f"{known}). State it: rule=anybatch.AdaScale(exponent=1) if its step is proportional to the gradient, "
+        "exponent=0.5 if the gradient is divided by its own running size."
     )
 
 
@@ -120,7 +145,7 @@ def check_decays(optimizer: Optimizer, family: Family, decays: Decays) -> None:
         return
     if family.off_clock:
         raise UnsupportedError(
-            f"The decays of {type(_local(optimizer)).__name__} cannot be on the clock: {family.off_clock}. Use "
+            f"The decays of {type(local_of(optimizer)).__name__} cannot be on the clock: {family.off_clock}. Use "
             "decays='constant'."
         )
     for group in optimizer.param_groups:
@@ -157,7 +182,7 @@ def scaled(
         return
     k = iterations if decays == "clock" else 1.0
     groups = list(optimizer.param_groups)
-    if (local := _local(optimizer)) is not optimizer:
+    if (local := local_of(optimizer)) is not optimizer:
         groups += local.param_groups  # a closure runs after these were synchronised with the outer ones
     changes = [_scaled_values(group, family, lr_factor, k) for group in groups]
     # All are read before any is written: groups may share one tensor.
@@ -207,7 +232,7 @@ def _is_sgd(family: Family) -> bool:
     return family.names == ("momentum",)
 
 
-def _local(optimizer: Optimizer) -> Optimizer:
+def local_of(optimizer: Optimizer) -> Optimizer:
     """What holds the state: the optimizer itself, or the one that a ZeroRedundancyOptimizer runs on this rank's shard.
 
     By name: importing torch.distributed.optim warns of torch.jit, and not every build of torch has it.
@@ -218,7 +243,7 @@ def _local(optimizer: Optimizer) -> Optimizer:
 
 def _prepare_momentum(optimizer: Optimizer) -> None:
     """Give SGD zero buffers: its first step would take the gradient without the dampening."""
-    local = _local(optimizer)
+    local = local_of(optimizer)
     for group in local.param_groups:
         if not group["momentum"]:
             continue
@@ -232,7 +257,7 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
 
 def _state_entries(optimizer: Optimizer, family: Family, k: float) -> Iterator[tuple[list[Tensor], int]]:
     for name, power in family.state.items() if k != 1 else ():
-        entries = [s[name] for s in _local(optimizer).state.values() if isinstance(s.get(name), Tensor)]
+        entries = [s[name] for s in local_of(optimizer).state.values() if isinstance(s.get(name), Tensor)]
         if entries:
             yield entries, power
 

@@ -1,0 +1,166 @@
+"""A plan: every hyperparameter at the base batch and at another one, and where the theory behind it ends."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, inf, isnan
+from os import PathLike
+from statistics import median
+from typing import Any
+
+import anybatch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a change of the batch asks for.
+
+    Args:
+        optimizer: the class's name, as given.
+        base_batch: what the values were tuned for, examples.
+        batch: the new one, examples.
+        kappa: batch / base_batch.
+        changes: each value, by name.
+        limits: where the theory ends for this plan, one sentence each.
+        adascale: what AdaScale does instead.
+        noise_scale: of the end of the given run, examples; `None` without a record.
+        gain: base iterations that one step at the new batch is worth by that noise scale.
+    """
+
+    optimizer: str
+    base_batch: int
+    batch: int
+    kappa: float
+    changes: dict[str, anybatch.Change]
+    limits: list[str]
+    adascale: str
+    noise_scale: float | None
+    gain: float | None
+
+
+def plan(
+    optimizer: str,
+    *,
+    base_batch: int,
+    batch: int,
+    values: Mapping[str, Any],
+    steps: Mapping[str, int],
+    record: str | PathLike[str] | None,
+) -> Plan:
+    """The plan for `optimizer` from `base_batch` to `batch`.
+
+    Args:
+        optimizer: the name of a class of torch.optim.
+        base_batch: examples; positive.
+        batch: examples; positive.
+        values: the keywords of `scale_hyperparameters`.
+        steps: numbers of steps at the base batch, by name: the same examples at the new one.
+        record: a run to take the noise scale from.
+
+    Raises:
+        InvalidValueError: a value out of range, or a record that cannot be read.
+        StateError: a record of a newer anybatch.
+        UnsupportedError: the optimizer cannot be scaled.
+    """
+    for name, number in {"base-batch": base_batch, "batch": batch, **steps}.items():
+        if number < 1:
+            raise anybatch.InvalidValueError(f"{name} must be at least 1, got {number}.")
+    kappa = batch / base_batch
+    changes = anybatch.scale_hyperparameters(optimizer, kappa, **values)
+    for name, number in steps.items():
+        why = "steps / kappa: the same examples"
+        changes[name] = anybatch.Change(
+            number, number if kappa == 1 else ceil(number / kappa), why, "Goyal et al. 2017"
+        )
+    noise_scale = None if record is None else _noise_scale(record, base_batch)
+    gain = None if noise_scale is None else _gain(noise_scale / base_batch, kappa)
+    return Plan(
+        optimizer=optimizer,
+        base_batch=base_batch,
+        batch=batch,
+        kappa=kappa,
+        changes=changes,
+        limits=_limits(optimizer.lower(), kappa, batch, changes, noise_scale),
+        adascale=_adascale(base_batch, kappa, gain),
+        noise_scale=noise_scale,
+        gain=gain,
+    )
+
+
+def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
+    """The median over the last tenth of a run, in examples.
+
+    Raises:
+        InvalidValueError: not a record, or one without a noise scale.
+    """
+    run = anybatch.read_record(record)
+    known = [_of_step(step) for step in run.steps if not step.skipped]
+    known = [noise for noise in known if not isnan(noise)]
+    if not known:
+        raise anybatch.InvalidValueError(f"{record} has no step with a noise scale: it takes a run with AdaScale.")
+    recent = median(known[-ceil(len(known) / 10) :])
+    return recent * (1 if run.config.get("base_batch") else base_batch)  # else it counts base batches
+
+
+def _of_step(step: anybatch.StepRecord) -> float:
+    """Its noise scale; a file has nan for an infinite one."""
+    return inf if step.variance > 0 and step.sqnorm == 0 else step.noise_scale
+
+
+def _gain(noise: float, kappa: float) -> float:
+    """AdaScale's, for a noise scale in base batches."""
+    return kappa if noise == inf else (noise + 1) / (noise / kappa + 1)
+
+
+def _adascale(base_batch: int, kappa: float, gain: float | None) -> str:
+    least, most = sorted((1.0, kappa))
+    text = (
+        f"AdaScale needs none of this: keep the values for {base_batch}, and attach(optimizer, model=model, "
+        f"base_batch={base_batch}, micro_batch=...). It measures how many base iterations each step is worth, from "
+        f"{least:g} to {most:g}, and moves learning rate, schedule and EMA by that."
+    )
+    return text if gain is None else f"{text} By the noise of the given run, a step would be worth {gain:.4g}."
+
+
+def _limits(
+    optimizer: str, kappa: float, batch: int, changes: Mapping[str, anybatch.Change], noise_scale: float | None
+) -> list[str]:
+    limits = []
+    if noise_scale is not None and batch > noise_scale:
+        limits.append(
+            f"The batch of {batch} is beyond the run's noise scale of {noise_scale:.4g} examples: there the gradient "
+            "has little noise left to average, and these rules, which take it to be mostly noise, step too far."
+        )
+    if optimizer == "sgd" and kappa > 1:
+        limits.append(
+            "Linear scaling is stable only while kappa * lr < 2 / beta, and beta, the curvature, is not known here: "
+            "ramp the learning rate up (anybatch.Linear(warmup=0.055)), or use AdaScale."
+        )
+    lr, decay = changes.get("lr"), changes.get("weight_decay")
+    if optimizer == "sgd" and lr and decay and _number(lr.after) * _number(decay.after) > 1:
+        limits.append(
+            f"lr * weight_decay would be {_number(lr.after) * _number(decay.after):.4g}: above 1 each step turns the "
+            "weights' sign."
+        )
+    for name in ("betas", "alpha", "ema_decay"):
+        change = changes.get(name)
+        short = [b for b in _numbers(change.before) if b and kappa * (1 - b) >= 1] if change and kappa > 1 else []
+        limits += [
+            f"{name} {beta:g}: its memory of {1 / (1 - beta):.4g} base iterations is not longer than one step of "
+            f"{kappa:g}. What the papers show is for small kappa * (1 - beta); beyond it the value has no theory."
+            for beta in short
+            if change and change.after != change.before
+        ]
+    if kappa < 1:
+        limits.append(
+            f"A smaller batch: training takes {1 / kappa:.4g} times as many steps over the same examples. BatchNorm's "
+            "statistics get noisier with the batch itself, which no value here corrects."
+        )
+    return limits
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _number(value: float | tuple[float, ...]) -> float:
+    return _numbers(value)[0]
