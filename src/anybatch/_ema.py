@@ -1,19 +1,20 @@
 """ModelEMA: a moving average of a model's weights whose memory is counted in base iterations."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import expm1, isfinite, log
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybatch._clock import Clock
-from anybatch._errors import InvalidValueError, StateError, UsageError
-
-_VERSION = 1
-# Half-precision weights are widened through a scratch of this many elements: no copy of the model's size.
-_SCRATCH = 1 << 20
+from anybatch._ema_decay import new_weight
+from anybatch._ema_lerp import Lerp
+from anybatch._ema_offload import Offload
+from anybatch._ema_state import averages_keys, checked_state, numbers
+from anybatch._ema_tensors import Tensors, is_sharded
+from anybatch._errors import InvalidValueError, UsageError
 
 
 class ModelEMA:
@@ -25,19 +26,28 @@ class ModelEMA:
     skipped. Under `Linear` k is the scale, which is the EMA scaling rule; under `AdaScale` k is the gain, so that the
     average is the same function of tau at every batch size.
 
-    Averages are kept in float32 or wider, each on its parameter's device, and under FSDP2 as this rank's shards. Shared
-    parameters are averaged once. Buffers are not averaged: `applied()` leaves them as the model has them, for a running
-    statistic is an average already, and an average of counters or of power iterations means nothing.
+    Averages are kept in float32 or wider, and under FSDP2 as this rank's shards. Shared parameters are averaged once.
+    Buffers are not averaged: `applied()` leaves them as the model has them, for a running statistic is an average
+    already, and an average of counters or of power iterations means nothing.
 
     Args:
-        model: the module whose parameters are averaged.
-        decay: rho, the factor per base iteration, in [0, 1); as tuned at the base batch. From a half-life of h base
-            iterations: `0.5 ** (1 / h)`.
+        model: the module whose parameters are averaged; make the average after compiling, wrapping or sharding it.
+        decay: rho, the factor per base iteration, in [0, 1), as tuned at the base batch; `half_life(...)` gives it from
+            a half-life. Several, as a sequence, are averaged in one pass.
         clock: `controller.clock`; `None` to call `update` yourself.
-        include: which parameters, by name; all that are floating by default.
+        include: which floating parameters, by name; all by default.
+        base_batch: the batch size of one base iteration, positive; needed for `update(batch_size=...)` alone.
+        update_every: the averages move at every so many updates, at least 1, by all that the clock has moved since:
+            that saves time and keeps the half-life.
+        warmup: whether base iteration t has the decay min(rho, (1 + t) / (10 + t)), so that the first weights are soon
+            forgotten. It is integrated over a step: k base iterations at once are k steps of one.
+        average_statistics: whether floating `running_mean` and `running_var` are averaged like parameters. If not, a
+            model with batch norm is best evaluated after `torch.optim.swa_utils.update_bn` inside of `applied()`.
+        device: "cpu" to keep the averages off the GPU: they move in a thread, while training goes on. By default each
+            is on its parameter's device.
 
     Raises:
-        InvalidValueError: `decay` out of range, or no parameter to average.
+        InvalidValueError: a value out of range, or no parameter to average.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -56,118 +66,212 @@ class ModelEMA:
     Differs from the paper in:
         1. The exponent is how far the clock moved: the paper's kappa under linear scaling, the gain under AdaScale.
         2. The weight is `-expm1(k * log(rho))` in double: `1 - rho**k` loses all digits of a decay near 1.
+        3. The warm-up, which the paper has not: `(1 + t) / (10 + t)` is TensorFlow's.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        decay: float,
+        decay: float | Sequence[float],
         *,
         clock: Clock | None = None,
         include: Callable[[str], bool] = lambda _: True,
+        base_batch: float | None = None,
+        update_every: int = 1,
+        warmup: bool = False,
+        average_statistics: bool = False,
+        device: str | torch.device | None = None,
     ) -> None:
-        if not (isfinite(decay) and 0 <= decay < 1):
-            raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {decay!r}.")
         self.decay = decay
-        self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and include(n)}
-        if not self._parameters:
-            raise InvalidValueError("The model has no floating parameter of the names to include: nothing to average.")
-        self._averages = {name: _first(_local(p).detach()) for name, p in self._parameters.items()}
-        self._saved: dict[str, Tensor] | None = None
-        self._scratch: Tensor | None = None
-        self.stop: Callable[[], None] = (lambda: None) if clock is None else clock.subscribe(self.update)
+        self._decays = tuple(decay) if isinstance(decay, Sequence) else (decay,)
+        if not all(isfinite(d) and 0 <= d < 1 for d in self._decays):
+            raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {decay!r}.")
+        if not self._decays or len(set(self._decays)) < len(self._decays):
+            raise InvalidValueError(f"Several decays must be different, and at least one, got {decay!r}.")
+        if base_batch is not None and not (isfinite(base_batch) and base_batch > 0):
+            raise InvalidValueError(f"base_batch must be positive and finite, got {base_batch!r}.")
+        if update_every < 1:
+            raise InvalidValueError(f"update_every is a number of updates, at least 1, got {update_every!r}.")
+        self._base_batch, self._update_every, self._warmup = base_batch, update_every, warmup
+        self._tensors = Tensors(model, include, statistics=average_statistics)
+        self._device = None if device is None else torch.device(device)
+        first = self._tensors.local()
+        self._averages = [[_first(tensor.detach(), self._device) for tensor in first] for _ in self._decays]
+        self.tau = 0.0
+        self._pending, self._waiting = 0.0, 0
+        self._lerp: Lerp | Offload | None = None
+        self._addresses: list[int] = []
+        self._own: list[tuple[Tensor, Tensor]] | None = None
+        self._unsubscribe: Callable[[], None] = (lambda: None) if clock is None else clock.subscribe(self.update)
 
-    @torch.no_grad()
-    def update(self, iterations: float = 1.0) -> None:
+    def stop(self) -> None:
+        """Follow the clock no longer."""
+        self._unsubscribe()
+        if isinstance(self._lerp, Offload):
+            self._lerp.close()
+            self._lerp, self._addresses = None, []
+
+    def update(self, iterations: float | None = None, *, batch_size: float | None = None) -> None:
         """Move by `iterations` base iterations, at least 0; with a clock this is called for you.
 
+        Args:
+            iterations: base iterations of this step; 1 by default.
+            batch_size: instead of them the examples or tokens of this step, in the unit of `base_batch`.
+
         Raises:
-            InvalidValueError: `iterations` is negative or not finite.
-            UsageError: inside of `applied()`, where the model does not hold its own weights.
+            InvalidValueError: `iterations` or `batch_size` is negative or not finite, or both are given.
+            UsageError: inside of `applied()`, where the model does not hold its own weights; a `batch_size` without a
+                `base_batch`; or a parameter has gone from the model.
         """
-        if not (isfinite(iterations) and iterations >= 0):
-            raise InvalidValueError(f"iterations must be finite and not negative, got {iterations!r}.")
-        if self._saved is not None:
+        if self._own is not None:
             raise UsageError("The average cannot move inside of applied(): the model holds the average there.")
-        weight = 1.0 if self.decay == 0 and iterations else -expm1(iterations * log(self.decay or 1.0))
-        averages: list[Tensor] = []
-        weights: list[Tensor] = []
-        for name, p in self._parameters.items():
-            average, local = self._averages[name], _local(p)
-            if local.dtype == average.dtype:
-                averages.append(average)
-                weights.append(local)
-            else:
-                self._lerp_wide(average, local, weight)
-        if averages:
-            torch._foreach_lerp_(averages, weights, weight)
+        moved = self._pending + self._counted(iterations, batch_size)
+        self._pending, self._waiting = moved, self._waiting + 1
+        if self._waiting < self._update_every:
+            return
+        lerp = self._prepared()
+        lerp([new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays])
+        self.tau += moved
+        self._pending, self._waiting = 0.0, 0
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, decay: float | None = None) -> Iterator[None]:
         """Put the averages into the model for the time of a `with`, and the model's own weights back after it.
 
-        The weights come back also when the body raises. `state_dict()` of this object holds the averages as ever.
+        The weights come back also when the body raises, and so do all buffers, whatever a forward has made of them.
+        `model.state_dict()` holds the averages inside, to export them. A checkpoint to go on from would lose the
+        model's own weights there: so `state_dict()` of this object is refused inside, but not in `withdrawn()`.
+
+        Args:
+            decay: whose averages, if there are several decays.
 
         Raises:
             UsageError: inside of another `applied()`.
+            InvalidValueError: `decay` is not one of those averaged, or is not given though there are several.
         """
-        if self._saved is not None:
+        averages = self._averages[self._index(decay)]
+        if self._own is not None:
             raise UsageError("applied() is not nested: the model holds the averages already.")
-        locals_ = {name: _local(p).detach() for name, p in self._parameters.items()}
-        self._saved = {name: local.clone() for name, local in locals_.items()}
-        try:
-            for name, local in locals_.items():
-                local.copy_(self._averages[name])
+        self._prepared()  # which raises if the averages do not fit any more
+        self._finish()
+        with self._tensors.kept() as own:
+            self._own = own
+            try:
+                for tensor, average in zip(self._tensors.local(), averages, strict=True):
+                    tensor.detach().copy_(average)
+                yield
+            finally:
+                self._own = None
+
+    @contextmanager
+    def withdrawn(self) -> Iterator[None]:
+        """The model's own weights and buffers, for the time of a `with` inside of `applied()`: to write a checkpoint.
+
+        Outside of `applied()` it does nothing, so that a callback need not know where it is called.
+        """
+        own = self._own
+        if own is None:
             yield
-        finally:
-            for name, local in locals_.items():
-                local.copy_(self._saved[name])
-            self._saved = None
+            return
+        with self._tensors.kept():  # what a forward has made of the buffers comes back, too
+            for tensor, value in own:
+                tensor.copy_(value)
+            self._own = None
+            try:
+                yield
+            finally:
+                self._own = own
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name, with the decay and a version."""
-        return {"version": _VERSION, "decay": self.decay, "averages": dict(self._averages)}
+        """The averages by parameter name, the decay, and what is needed to go on exactly.
+
+        Shards of FSDP2 are DTensors, as in the model's own state: `torch.distributed.checkpoint` saves and loads them
+        at any world size without gathering. "averages" are those of the first decay, "averages_1" of the second.
+
+        Raises:
+            UsageError: inside of `applied()`, where the model's part of the checkpoint would not be its own weights.
+        """
+        if self._own is not None:
+            raise UsageError(
+                "A checkpoint written inside of applied() loses the model's own weights. Leave it first, or write the "
+                "checkpoint in `with ema.withdrawn():`."
+            )
+        self._finish()
+        state = self._numbers()
+        for key, averages in zip(averages_keys(self._decays), self._averages, strict=True):
+            state[key] = {n: self._tensors.as_saved(n, a) for n, a in zip(self._tensors.names, averages, strict=True)}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take saved averages, copied into this object's own tensors; the decay stays the one given here.
+        """Take saved averages, copied into this object's own tensors; a single decay stays the one given here.
 
         Raises:
-            StateError: other names or shapes, or a newer version.
+            StateError: other names, shapes or decays, or a newer version.
+            UsageError: inside of `applied()`.
         """
-        if not isinstance(state, Mapping) or set(state) != {"version", "decay", "averages"}:
-            raise StateError("Not the state of a ModelEMA: it needs exactly version, decay and averages.")
-        if state["version"] > _VERSION:
-            raise StateError(f"The state has version {state['version']}, this anybatch reads up to {_VERSION}.")
-        averages = state["averages"]
-        odd = sorted(set(averages) ^ set(self._averages))
-        if odd:
-            raise StateError(f"The state is of another model: {odd[:5]} are missing or unknown.")
-        for name, average in self._averages.items():
-            if averages[name].shape != average.shape:
-                shapes = f"{list(averages[name].shape)} for {list(average.shape)}"
-                raise StateError(f"The state is of another model: {name} has shape {shapes}.")
-        for name, average in self._averages.items():
-            average.copy_(averages[name])
+        if self._own is not None:
+            raise UsageError("A state cannot be loaded inside of applied(): the model holds the old averages there.")
+        self._finish()
+        names = self._tensors.names
+        state = checked_state(state, decays=self._decays, names=names)
+        saved = [state[key] for key in averages_keys(self._decays)]
+        loaded = [[self._tensors.as_held(name, values[name]) for name in names] for values in saved]
+        for averages, values in zip(self._averages, loaded, strict=True):
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+        self.tau, self._pending, self._waiting = float(state["tau"]), float(state["pending"]), int(state["waiting"])
 
-    def _lerp_wide(self, average: Tensor, narrow: Tensor, weight: float) -> None:
-        """`lerp_` of a wide average towards a narrow tensor, a scratch at a time."""
-        if self._scratch is None or self._scratch.device != average.device:
-            self._scratch = torch.empty(_SCRATCH, dtype=torch.float32, device=average.device)
-        flat, source = average.view(-1), narrow.reshape(-1)
-        for start in range(0, flat.numel(), _SCRATCH):
-            part = source[start : start + _SCRATCH]
-            wide = self._scratch[: part.numel()].copy_(part)
-            flat[start : start + _SCRATCH].lerp_(wide, weight)
+    def _numbers(self) -> dict[str, Any]:
+        return numbers(self._decays, tau=self.tau, pending=self._pending, waiting=self._waiting)
+
+    def _index(self, decay: float | None) -> int:
+        if decay is None and len(self._decays) == 1:
+            return 0
+        if decay not in self._decays:
+            raise InvalidValueError(f"applied() needs one of the decays {self._decays}, got {decay!r}.")
+        return self._decays.index(decay)
+
+    def _counted(self, iterations: float | None, batch_size: float | None) -> float:
+        if iterations is not None and batch_size is not None:
+            raise InvalidValueError("update() takes iterations or batch_size, not both.")
+        name, value = ("iterations", 1.0 if iterations is None else iterations)
+        if batch_size is not None:
+            if self._base_batch is None:
+                raise UsageError(
+                    "update(batch_size=...) needs the batch of one base iteration: ModelEMA(base_batch=...)."
+                )
+            name, value = "batch_size", batch_size / self._base_batch
+        if not (isfinite(value) and value >= 0):
+            raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
+        return value
+
+    def _prepared(self) -> Lerp | Offload:
+        """The lists to move, made anew when a tensor has come to lie somewhere else."""
+        tensors = self._tensors.local()
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if self._lerp is None or addresses != self._addresses:
+            self._finish()
+            for averages in self._averages:
+                for i, (name, tensor) in enumerate(zip(self._tensors.names, tensors, strict=True)):
+                    if averages[i].shape != tensor.shape or is_sharded(tensor):
+                        raise UsageError(
+                            f"{name} has another shape than when ModelEMA was made: make it after sharding."
+                        )
+                    averages[i] = averages[i].to(self._device or tensor.device)
+            if isinstance(self._lerp, Offload):
+                self._lerp.close()
+            here = all(average.device == tensor.device for average, tensor in zip(averages, tensors, strict=True))
+            self._lerp = (Lerp if here else Offload)(tensors, self._averages)
+            self._addresses = addresses
+        return self._lerp
+
+    def _finish(self) -> None:
+        if isinstance(self._lerp, Offload):
+            self._lerp.wait()
 
 
-def _local(p: Tensor) -> Tensor:
-    local: Tensor = getattr(p, "_local_tensor", p)
-    return local
-
-
-def _first(local: Tensor) -> Tensor:
-    """The average before the first step: a copy, in float32 at least."""
-    if local.dtype.itemsize >= 4:
-        return local.clone()
-    return local.to(torch.float32, memory_format=torch.contiguous_format)  # `_lerp_wide` goes through it flat
+def _first(local: Tensor, device: torch.device | None) -> Tensor:
+    """The average before the first step: a copy, in float32 at least, with the strides of the weights."""
+    dtype = local.dtype if local.dtype.itemsize >= 4 else torch.float32
+    return torch.empty_like(local, dtype=dtype, device=device or local.device).copy_(local)
