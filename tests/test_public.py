@@ -14,18 +14,43 @@ ROOT = Path(__file__).parent.parent
 NAMES = [name for name in anybatch.__all__ if not name.startswith("__")]
 WITH_EXAMPLES = [
     "AdaScale",
+    "BatchController",
     "Clock",
     "Identity",
     "Linear",
     "ModelEMA",
+    "Progressive",
     "RunRecord",
+    "Seesaw",
     "SquareRoot",
     "attach",
+    "ema_state_from",
+    "forecast",
     "gain",
+    "half_life",
+    "iter_record",
     "moments",
+    "scale_hyperparameters",
+    "scale_optimizer",
     "split",
 ]
-WITH_SOURCES = ["AdaScale", "Clock", "Identity", "Linear", "ModelEMA", "SquareRoot", "attach", "gain", "moments"]
+WITH_SOURCES = [
+    "AdaScale",
+    "BatchController",
+    "Clock",
+    "Identity",
+    "Linear",
+    "ModelEMA",
+    "Progressive",
+    "Seesaw",
+    "SquareRoot",
+    "attach",
+    "forecast",
+    "gain",
+    "moments",
+    "scale_hyperparameters",
+    "scale_optimizer",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

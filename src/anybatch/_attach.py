@@ -1,6 +1,6 @@
 """attach: the one call that a training loop needs."""
 
-from os import PathLike
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from anybatch._batch import BatchSize
 from anybatch._clock import Clock
 from anybatch._controller import Controller
-from anybatch._record import RunRecord
+from anybatch._errors import InvalidValueError
+from anybatch._logbook import Destination
 from anybatch._reduce import Reduction
 from anybatch._rules import AdaScale, Rule
 
@@ -30,7 +31,7 @@ def attach(
     grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
     lagged: bool = False,
-    record: str | PathLike[str] | RunRecord | None = None,
+    record: Destination | Sequence[Destination] | None = None,
 ) -> Controller:
     """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
 
@@ -57,7 +58,8 @@ def attach(
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
             finite is noticed one step late: without a `GradScaler`, its step counts.
-        record: a path or a `RunRecord`; rank 0 writes one line a step.
+        record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
+            has those for TensorBoard, W&B and MLflow), or a list of these.
 
     Returns:
         The controller.
@@ -82,10 +84,17 @@ def attach(
     Source:
         Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
     """
+    rule = AdaScale() if rule is None else rule
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if not isinstance(rule, Rule):
+        raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+    if reduction not in ("mean", "sum"):
+        raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
     return Controller(
         optimizer,
         model=model,
-        rule=AdaScale() if rule is None else rule,
+        rule=rule,
         scheduler=scheduler,
         batch=BatchSize(base_batch, micro_batch, scale),
         clock=Clock(total),

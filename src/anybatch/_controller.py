@@ -6,39 +6,37 @@ the averages are kept, the clock moves, and with it the schedule and every subsc
 has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
 """
 
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from math import isnan, nan
-from os import PathLike
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from math import nan
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from anybatch._batch import BatchSize, check_positive
 from anybatch._clock import Clock
 from anybatch._engine import engine_of
-from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
+from anybatch._errors import UsageError
 from anybatch._gather import Gather
-from anybatch._hyperparameters import check_decays, family_of, scaled
-from anybatch._join import ShadowHook
+from anybatch._hyperparameters import attached, check_decays, family_of, scaled
+from anybatch._join import Companion
 from anybatch._judge import Judge, Step
-from anybatch._moments import Averages, Moments
-from anybatch._record import RunRecord, StepRecord
-from anybatch._reduce import Flight, Reduction, Share, launch, shadow
+from anybatch._logbook import Destination, Logbook
+from anybatch._moments import Moments
+from anybatch._parameters import check_no_backward, is_phantom, trainable, trained_parameters
+from anybatch._progress import progress_bar
+from anybatch._provenance import run_config
+from anybatch._reduce import Flight, Reduction, launch
 from anybatch._rules import AdaScale, Rule
 from anybatch._schedules import ScheduleDriver
 from anybatch._state import STATE_VERSION, checked_state
+from anybatch._tally import Readings, Tally
 
-_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
-
-class Controller(Joinable):
+class Controller(Readings, Companion):
     """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
 
     def __init__(
@@ -54,32 +52,28 @@ class Controller(Joinable):
         grad_scaler: torch.amp.GradScaler | None,
         reduction: Reduction,
         lagged: bool,
-        record: str | PathLike[str] | RunRecord | None,
+        record: Destination | Sequence[Destination] | None,
     ) -> None:
-        super().__init__()
-        if not isinstance(optimizer, Optimizer):
-            raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-        if optimizer in _attached:
+        if optimizer in attached:
             raise UsageError("This optimizer has a controller already: detach() that one first.")
-        if not isinstance(rule, Rule):
-            raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
-        if reduction not in ("mean", "sum"):
-            raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
         self._optimizer = optimizer
         self._rule = rule
         self._batch = batch
         self._reduction: Reduction = reduction
-        self._clock = clock
         adascale = rule if isinstance(rule, AdaScale) else None
         self._family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
         self._decays = rule.decays or self._family.decays
         check_decays(optimizer, self._family, self._decays)
         self._judge = Judge(rule=rule, batch=batch, clock=clock, exponent=self._family.exponent)
-        trained = _check_parameters(optimizer, model)
+        trained = trained_parameters(optimizer, model=model)
+        self._size = sum(p.numel() for p in trained)
         self._engine = engine_of(model, trained, process_group)
+        counted = adascale is not None or batch.counts
+        foreseen = not lagged and grad_scaler is None
+        super().__init__(self._engine.ddp, ranks=self._engine.ranks, counted=counted, foreseen=foreseen)
         self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
         self._gather: Gather | None = None
-        if adascale is not None or batch.counts:
+        if counted:
             self._gather = Gather(
                 trained,
                 measure=adascale is not None,
@@ -89,21 +83,26 @@ class Controller(Joinable):
                 consecutive=adascale is not None and adascale.consecutive,
             )
             self._gather.micro_batch = batch.micro_batch or 1.0
-        self._size = sum(p.numel() for p in trained)
-        self._averages = Averages()
         self._pending: Step | None = None
         self._lagged = lagged
-        self._scaler = grad_scaler
         self._flight: Flight | None = None
         self._restore_values: Callable[[], None] | None = None
-        self._last: Step | None = None
-        self._time = time.perf_counter()
-        self.steps = 0
-        self.skipped = 0
-        self._record: RunRecord | None = None
-        self._owns_record = record is not None and not isinstance(record, RunRecord)
-        if record is not None and self._engine.ranks.first:
-            self._record = record if isinstance(record, RunRecord) else RunRecord(record, config=self._config())
+        self._tally = Tally(clock=clock, batch=batch)
+        config = run_config(
+            optimizer,
+            rule=rule,
+            decays=self._decays,
+            total=clock.total,
+            batch=batch,
+            ranks=self._ranks.size,
+            trained=trained,
+        )
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            self._logbook = Logbook(record, config=config, first=self._ranks.first)
+        except Exception:
+            self._let_go()
+            raise
         self._handles = [
             # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
@@ -111,67 +110,15 @@ class Controller(Joinable):
             optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
         ]
-        _attached.add(optimizer)
+        attached.add(optimizer)
 
-    # ---- what a user reads ----
-
-    @property
-    def clock(self) -> Clock:
-        """The clock; subscribe what should move with training."""
-        return self._clock
-
-    @property
-    def tau(self) -> float:
-        """Base iterations done."""
-        return self._clock.tau
+    # ---- what a user calls ----
 
     @property
     def done(self) -> bool:
         """Whether `tau >= total`; an error without a `total`."""
         self._restore()
-        return self._clock.done
-
-    @property
-    def gain(self) -> float:
-        """The gain r of the last step; nan before the first, and for rules other than AdaScale."""
-        return nan if self._last is None else self._last.gain
-
-    @property
-    def scale(self) -> float:
-        """S of the last step; nan before the first."""
-        return nan if self._last is None else self._last.scale
-
-    @property
-    def count(self) -> int:
-        """N, the micro-batches on all ranks in the last step; 0 where nothing needed counting."""
-        return 0 if self._last is None else self._last.count
-
-    @property
-    def lr_factor(self) -> float:
-        """The factor that the last step applied to `lr(tau)`."""
-        return nan if self._last is None else self._last.scaling.lr_factor
-
-    @property
-    def iterations(self) -> float:
-        """How far the last step moved the clock, base iterations."""
-        return nan if self._last is None else self._last.scaling.iterations
-
-    @property
-    def variance(self) -> float:
-        """The averaged sigma^2 of one base batch, clipped at 0; nan while unknown."""
-        variance = self._averages.moments.variance
-        return variance if isnan(variance) else max(variance, 0.0)
-
-    @property
-    def sqnorm(self) -> float:
-        """The averaged mu^2, clipped at 0; nan while unknown."""
-        sqnorm = self._averages.moments.sqnorm
-        return sqnorm if isnan(sqnorm) else max(sqnorm, 0.0)
-
-    @property
-    def noise_scale(self) -> float:
-        """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
-        return self._averages.moments.noise_scale * (self._batch.base_batch or 1.0)
+        return self.clock.done
 
     @property
     def micro_batch(self) -> float | None:
@@ -184,7 +131,11 @@ class Controller(Joinable):
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
         self._gather.micro_batch = check_positive("micro_batch", value)
 
-    # ---- what a user calls ----
+    @property
+    def base_lr(self) -> float:
+        """The first group's learning rate where the schedule is now, before any scaling."""
+        self._restore()
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def paused(self) -> AbstractContextManager[None]:
         """A context whose backwards are not training: neither counted nor measured."""
@@ -209,6 +160,35 @@ class Controller(Joinable):
             raise UsageError('observe() sets .grad to the mean of the gradients: attach with reduction="mean".')
         self._gather.observe(gradients)
 
+    def log(self, **results: float) -> None:
+        """Add the results of an evaluation to the record, and to the trackers beside it, at this step and tau.
+
+        Every rank may call it; rank 0's results are written.
+
+        Args:
+            results: numbers by their names, such as `accuracy=0.93`.
+
+        Raises:
+            InvalidValueError: a result that is not a number, or is called step or tau.
+            UsageError: `attach` was given no record.
+        """
+        self._logbook.metrics(results, step=self.steps, tau=self.tau)
+
+    def progress(self, *, console: Any = None) -> AbstractContextManager[None]:
+        """A context with a progress bar in tau: gain, scale, learning rate and the time left.
+
+        Nothing is shown on ranks other than 0, and where standard error is not a terminal.
+
+        Args:
+            console: a `rich.console.Console` to draw on.
+
+        Raises:
+            UsageError: rich is not installed.
+        """
+        return progress_bar(
+            self.clock, shown=self._ranks.first, values=lambda: self._tally.in_words(self._lr()), console=console
+        )
+
     def state_dict(self) -> dict[str, float | int]:
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
         self._restore()
@@ -217,14 +197,7 @@ class Controller(Joinable):
             "version": STATE_VERSION,
             "parameters": self._size,
             "base_batch": self._batch.base_batch or 0.0,
-            "tau": self._clock.tau,
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "variance": self._averages.variance,
-            "sqnorm": self._averages.sqnorm,
-            "weight": self._averages.weight,
-            "samples": self._averages.samples,
-            "iterations": self._averages.iterations,
+            **self._tally.numbers(),
             "schedule_offset": 0 if self._driver is None else self._driver.offset,
         }
 
@@ -235,22 +208,20 @@ class Controller(Joinable):
             StateError: the state has other names or a newer version, or is of another model or base batch.
         """
         values = checked_state(state, mine=self.state_dict())
-        self._adopt(values)
+        self._tally.adopt(values)
+        self._flight = None
+        self._logbook.resume()
         if self._driver is not None:
             self._driver.resume(offset=int(values["schedule_offset"]))
-
-    def _adopt(self, values: Mapping[str, float]) -> None:
-        self._clock.tau = values["tau"]
-        self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
-        self._averages = Averages(
-            values["variance"], values["sqnorm"], values["weight"], int(values["samples"]), values["iterations"]
-        )
-        self._flight = None
-        self._last = None
 
     def detach(self) -> None:
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
         self._restore()
+        self._let_go()
+        self._logbook.close()
+        attached.discard(self._optimizer)
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -258,48 +229,10 @@ class Controller(Joinable):
             self._gather.detach()
         if self._driver is not None:
             self._driver.stop()
-        if self._record is not None and self._owns_record:
-            self._record.close()
-        _attached.discard(self._optimizer)
 
-    # ---- uneven inputs: torch.distributed.algorithms.Join([model, controller]) ----
-
-    def join_hook(self, **_: Any) -> JoinHook:
-        """What `Join` calls on a rank that has run out of data; the model must come first in its list."""
-        ddp = self._engine.ddp
-        if ddp is None or self._lagged or self._scaler is not None:
-            raise UnsupportedError(
-                "Join needs a model under DistributedDataParallel, and neither lagged=True nor a grad_scaler: the "
-                "ranks that are done must know which steps the others take."
-            )
-        counted = self._gather is not None
-        return ShadowHook(
-            ddp, shadow=lambda: shadow(self._engine.ranks) if counted else None, adopt=self._adopt_from_last
-        )
-
-    @property
-    def join_device(self) -> torch.device:
-        """DDP's."""
-        return self._engine.ddp.join_device if self._engine.ddp is not None else torch.device("cpu")
-
-    @property
-    def join_process_group(self) -> Any:
-        """DDP's."""
-        return self._engine.ranks.group
-
-    def _share(self) -> Share | None:
-        if self._engine.ddp is None or not self._join_config.enable:
-            return None
-        return "all" if self._engine.ddp._divide_by_initial_world_size else "active"
-
-    def _adopt_from_last(self, is_last: bool) -> None:
-        """Take the clock and the averages of the rank that took the most steps."""
-        state, group = self.state_dict(), self._engine.ranks.group
-        numbers = torch.tensor(list(state.values()), dtype=torch.float64, device=self.join_device)
-        source = torch.tensor(dist.get_rank() if is_last else -1, device=self.join_device)
-        dist.all_reduce(source, op=dist.ReduceOp.MAX, group=group)
-        dist.broadcast(numbers, src=int(source), group=group)
-        self._adopt(dict(zip(state, numbers.tolist(), strict=True)))
+    def _go_on(self, values: Mapping[str, float]) -> None:
+        self._tally.adopt(values)
+        self._flight = None
         if self._driver is not None:
             self._driver.catch_up()
 
@@ -325,14 +258,10 @@ class Controller(Joinable):
 
     def _prepare(self) -> None:
         if self._gather is not None:
-            if torch._C._current_graph_task_id() != -1:
-                raise UsageError(
-                    "optimizer.step() was called during a backward, and what a step measures is complete only at its "
-                    "end. Call it after loss.backward(), or give attach a number as scale and a rule that measures "
-                    "nothing."
-                )
-            self._gather.follow(_trainable(self._optimizer))
-        if self._is_phantom():
+            check_no_backward()
+            self._gather.follow(trainable(self._optimizer))
+        seen = self._gather is not None and self._gather.pending
+        if not seen and is_phantom(self._optimizer, counted=self._gather is not None):
             return
         if self._driver is not None:
             self._driver.check()
@@ -341,58 +270,38 @@ class Controller(Joinable):
         self._pending = step = self._observe()
         if step.skipped:
             return
-        context = scaled(
-            self._optimizer,
-            self._family,
-            lr_factor=step.scaling.lr_factor,
-            iterations=step.scaling.iterations,
-            decays=self._decays,
+        values = ExitStack()
+        values.enter_context(
+            scaled(
+                self._optimizer,
+                self._family,
+                lr_factor=step.scaling.lr_factor,
+                iterations=step.scaling.iterations,
+                decays=self._decays,
+            )
         )
-        context.__enter__()
-        self._restore_values = lambda: _exit(context)
-
-    def _is_phantom(self) -> bool:
-        """Whether this `step()` is not training: distributed checkpoint primes an optimizer with zero gradients.
-
-        Raises:
-            UsageError: there are gradients, but no hook saw the backward that made them.
-        """
-        if self._gather is not None and self._gather.pending:
-            return False
-        grads = [p.grad for p in _trainable(self._optimizer) if p.grad is not None]
-        if self._gather is not None and not grads:
-            return False
-        idle = all(float(group.get("lr", 1)) == 0 for group in self._optimizer.param_groups)
-        if self._gather is None:
-            return idle and not any(bool(g.any()) for g in grads)
-        if idle:
-            return True
-        raise UsageError(
-            "optimizer.step() was called with gradients that no backward of the attached model made since the last "
-            "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
-            "controller.observe), or was the backward inside of controller.paused()?"
-        )
+        self._restore_values = values.close
 
     def _observe(self) -> Step:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
         if self._gather is None:
-            return self._judge.step(self._averages, None)
-        window, ranks = self._gather.window(), self._engine.ranks
+            return self._judge.step(self._tally.averages, None)
+        window, ranks = self._gather.window(), self._ranks
         if window.backwards == 0 and ranks.group is None:
-            return self._judge.nothing(self._averages)
+            return self._judge.nothing(self._tally.averages)
         flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=self._share())
         if not self._lagged:
-            return self._judge.step(self._averages, flight.land())
+            return self._judge.step(self._tally.averages, flight.land())
         raw = self._land()
         self._flight = flight
         count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
-        return self._judge.decide(self._averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
+        return self._judge.decide(self._tally.averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
 
     def _land(self) -> Moments | None:
         """Fold what is still under way from the last step, lagged, into the averages."""
         if self._flight is None:
             return None
-        raw, self._averages = self._judge.fold(self._averages, self._flight.land())
+        raw, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
         self._flight = None
         return raw
 
@@ -400,44 +309,17 @@ class Controller(Joinable):
         step, self._pending = self._pending, None
         if step is None:
             return
-        lr = self._applied_lr() if self._record is not None else nan
+        lr = self._lr() if self._logbook.writes else nan
         self._restore()
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
         skipped = step.skipped or (found_inf is not None and bool(found_inf))
         if self._gather is not None:
             self._gather.close(forget=skipped)
-        if skipped:
-            self.skipped += 1
-        else:
-            self.steps += 1
-            self._last = step
-            self._averages = step.averages.moved(step.scaling.iterations)
-            self._clock.advance(step.scaling.iterations)
-        if self._record is not None:
-            self._record.write(self._line(step, lr=lr, skipped=skipped))
+        self._tally.add(step, skipped=skipped)
+        if self._logbook.writes:
+            self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
 
-    def _line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
-        now, before = time.perf_counter(), self._time
-        self._time = now
-        return StepRecord(
-            step=self.steps,
-            tau=self._clock.tau,
-            iterations=0.0 if skipped else step.scaling.iterations,
-            scale=step.scale,
-            count=step.count,
-            raw_variance=step.raw.variance,
-            raw_sqnorm=step.raw.sqnorm,
-            variance=self.variance,
-            sqnorm=self.sqnorm,
-            gain=step.gain,
-            lr=lr,
-            lr_factor=step.scaling.lr_factor,
-            noise_scale=self.noise_scale,
-            seconds=now - before,
-            skipped=skipped,
-        )
-
-    def _applied_lr(self) -> float:
+    def _lr(self) -> float:
         return float(self._optimizer.param_groups[0].get("lr", nan))
 
     def _restore(self) -> None:
@@ -445,37 +327,3 @@ class Controller(Joinable):
         restore, self._restore_values = self._restore_values, None
         if restore is not None:
             restore()
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "rule": repr(self._rule),
-            "optimizer": type(self._optimizer).__name__,
-            "decays": self._decays,
-            "total": self._clock.total,
-            **vars(self._batch),
-            "ranks": self._engine.ranks.size,
-            "parameters": self._size,
-        }
-
-
-def _exit(context: AbstractContextManager[None]) -> None:
-    context.__exit__(None, None, None)
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-
-def _check_parameters(optimizer: Optimizer, model: nn.Module) -> list[Tensor]:
-    """The optimizer's trained parameters, after a look at whether they are the model's."""
-    trained = _trainable(optimizer)
-    if not trained:
-        raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
-    mine = {id(p) for p in model.parameters()}
-    strangers = sum(id(p) not in mine for p in trained)
-    if strangers:
-        raise InvalidValueError(
-            f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
-            "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
-        )
-    return trained

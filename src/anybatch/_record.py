@@ -1,25 +1,25 @@
-"""RunRecord: what every step did, one strict JSON object a line, appended by a single write.
+"""What a record holds, and how it is read: one strict JSON object a line, a header before the steps of each start.
 
-The first line of a run is its header. A process killed at any moment leaves at most one torn last line, which
-`read_record` passes over; a resumed run appends another header and goes on.
+[Note: one run] A run that was killed and resumed from a checkpoint has taken the steps after it twice, and both are in
+the file, which only grows. The steps that count are those that the weights went through: where the first step after a
+header has number n, all earlier lines of steps n and above are superseded, and readers pass over them. So a record
+reads as one run, whatever happened; a run that starts from nothing in an old file supersedes all of it.
 """
 
 import json
 import os
-import platform
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from math import inf, nan
+from operator import index
 from typing import Any
 
-import torch
-
 from anybatch._errors import InvalidValueError, StateError
-from anybatch._json import strict
-from anybatch._version import __version__
 
-_VERSION = 1
+RECORD_VERSION = 2  # 2: metrics, and a header with provenance
+HEADER_START = b'{"kind": "header"'
+_STEP_START = b'{"kind": "step"'
+_METRIC_START = b'{"kind": "metric"'
 
 
 @dataclass(frozen=True)
@@ -62,105 +62,171 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class MetricRecord:
+    """Results of an evaluation, given to `controller.log`.
+
+    Args:
+        step: steps counted until then.
+        tau: the clock then, base iterations.
+        values: the results by their names; nan where they were not finite.
+    """
+
+    step: int
+    tau: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """A record that was read.
 
     Args:
         config: the header's configuration.
-        steps: the steps in the order they were taken.
+        steps: the steps that led to the run's end, in their order; without those that a resume took again.
         torn: lines that could not be read: at most the last one, and one for each time the run was killed.
+        metrics: the results of evaluations, likewise.
+        header: versions, machine, commit and seed; the header under which the first of these steps was taken.
     """
 
     config: dict[str, Any]
     steps: list[StepRecord]
     torn: int
+    metrics: list[MetricRecord] = field(default_factory=list)
+    header: dict[str, Any] = field(default_factory=dict)
 
 
-class RunRecord:
-    """Appends a run's steps to a file of JSON lines.
+@dataclass
+class _Segment:
+    """What follows one header: the step number it starts after, and the one that later segments leave of it."""
 
-    Args:
-        path: the file; made with its folders, appended to where it exists.
-        config: any JSON values that say what the run was; stored in the header beside the versions.
-
-    Raises:
-        OSError: the file cannot be written.
-
-    Example:
-        >>> record = anybatch.RunRecord(tmp_path / "run.jsonl", config={"task": "digits"})
-        >>> record.close()
-        >>> anybatch.read_record(tmp_path / "run.jsonl").config["task"]
-        'digits'
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # a kill tore the last line; what follows must start on a line of its own
-        self._write({
-            "kind": "header",
-            "version": _VERSION,
-            "time": time.time(),
-            "anybatch": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "config": dict(config or {}),
-        })  # fmt: skip
-
-    def write(self, step: StepRecord) -> None:
-        """Append one step."""
-        self._write({"kind": "step", **asdict(step)})
-
-    def close(self) -> None:
-        """Close the file; closing twice does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def _write(self, line: dict[str, Any]) -> None:
-        # One write of a whole line to a file in append mode: a kill before it leaves nothing, after it the line.
-        os.write(self._file, (json.dumps(strict(line), allow_nan=False) + "\n").encode())
+    header: dict[str, Any]
+    start: int | None = None
+    limit: float = inf
 
 
 def read_record(path: str | os.PathLike[str]) -> Run:
-    """Read a record back.
+    """Read a record back, whole.
 
     Args:
         path: a file that a `RunRecord` wrote.
 
     Returns:
-        The run, without its torn lines.
+        The run, without torn lines, and without steps that a resume from an earlier checkpoint took again.
 
     Raises:
-        InvalidValueError: the file is not a record.
+        InvalidValueError: the file cannot be read, or is not a record.
         StateError: it was written by a newer anybatch.
     """
-    config: dict[str, Any] | None = None
+    segments = _segments(path)
     steps: list[StepRecord] = []
-    torn = 0
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for text in lines:
-            try:
-                line = json.loads(text)
-                if line["kind"] == "step":
-                    steps.append(_step(line))
-                    continue
-                version, header = line["version"], line["config"]
-            except (ValueError, TypeError, KeyError):
-                torn += 1
-                continue
-            if version > _VERSION:
-                raise StateError(f"{path} has record version {version}; this anybatch reads up to {_VERSION}.")
-            config = config or header
-    if config is None:
-        raise InvalidValueError(f"{path} is not an anybatch record: it has no header line.")
-    return Run(config, steps, torn)
+    metrics: list[MetricRecord] = []
+    torn, header = 0, None
+    for line, segment in _entries(path, segments):
+        if isinstance(line, StepRecord):
+            steps.append(line)
+        elif isinstance(line, MetricRecord):
+            metrics.append(line)
+        else:
+            torn += 1
+            continue
+        header = header or segment.header
+    header = header or segments[-1].header
+    return Run(header["config"], steps, torn, metrics, header)
 
 
-def _step(line: dict[str, Any]) -> StepRecord:
-    names = [f.name for f in fields(StepRecord)]
-    values: dict[str, Any] = {name: float("nan") if line[name] is None else line[name] for name in names}
-    return StepRecord(**values)
+def iter_record(path: str | os.PathLike[str]) -> Iterator[StepRecord | MetricRecord]:
+    """Read a record line by line, in constant memory: the same steps and metrics as `read_record`, in their order.
+
+    The file is read twice, first for where its resumes are.
+
+    Args:
+        path: a file that a `RunRecord` wrote.
+
+    Returns:
+        An iterator over the steps and the metrics.
+
+    Raises:
+        InvalidValueError: the file cannot be read, or is not a record.
+        StateError: it was written by a newer anybatch.
+
+    Example:
+        >>> record = anybatch.RunRecord(tmp_path / "run.jsonl")
+        >>> record.write(anybatch.MetricRecord(step=3, tau=5.5, values={"accuracy": 0.9}))
+        >>> [line.values for line in anybatch.iter_record(tmp_path / "run.jsonl")]
+        [{'accuracy': 0.9}]
+    """
+    segments = _segments(path)
+    return (line for line, _ in _entries(path, segments) if line is not None)
+
+
+def _segments(path: str | os.PathLike[str]) -> list[_Segment]:
+    """The file's headers, each with what holds of the lines below it."""
+    segments = [_Segment({})]
+    for text in _lines(path):
+        if text.startswith(_METRIC_START) or (segments[-1].start is not None and text.startswith(_STEP_START)):
+            continue  # the bulk of the file
+        line = parsed(text)
+        if isinstance(line, StepRecord) and segments[-1].start is None:
+            segments[-1].start = line.step if line.skipped else line.step - 1
+        elif isinstance(line, dict):
+            if line["version"] > RECORD_VERSION:
+                raise StateError(
+                    f"{os.fspath(path)!r} has record version {line['version']}, this anybatch reads up to "
+                    f"{RECORD_VERSION}: upgrade anybatch."
+                )
+            segments.append(_Segment(line))
+    if len(segments) == 1:
+        raise InvalidValueError(f"{os.fspath(path)!r} is not an anybatch record: it has no header line.")
+    segments[0].header = segments[1].header  # of lines above the first header that can be read
+    limit = inf
+    for segment in reversed(segments):
+        segment.limit = limit
+        limit = limit if segment.start is None else min(limit, segment.start)
+    return segments
+
+
+def _entries(
+    path: str | os.PathLike[str], segments: list[_Segment]
+) -> Iterator[tuple[StepRecord | MetricRecord | None, _Segment]]:
+    """Each line that counts with its segment; `None` for a torn one."""
+    at = 0
+    for text in _lines(path):
+        line = parsed(text)
+        if isinstance(line, dict):
+            at = min(at + 1, len(segments) - 1)  # a live run may have gone on since the first look
+        elif line is None or line.step <= segments[at].limit:
+            yield line, segments[at]
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            yield from file
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidValueError(f"Cannot read the record {os.fspath(path)!r}: {why}.") from None
+
+
+def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
+    """A step, a metric or a header; `None` for what is none of them."""
+    try:
+        line = json.loads(text)
+        kind = line["kind"]
+        if kind == "step":
+            return StepRecord(**{name: convert(line[name]) for name, convert in _STEP_FIELDS.items()})
+        if kind == "metric":
+            values = {name: _number(value) for name, value in line["values"].items()}
+            return MetricRecord(index(line["step"]), _number(line["tau"]), values)
+        if kind == "header" and isinstance(line["config"], dict):
+            return {**line, "version": index(line["version"])}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        pass
+    return None
+
+
+def _number(value: Any) -> float:
+    return nan if value is None else float(value)
+
+
+_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: index, bool: bool}
+_STEP_FIELDS = {f.name: _CONVERT[f.type] for f in fields(StepRecord)}

@@ -7,6 +7,8 @@ try:
     import typer
 
     from anybatch._command_demo import demo
+    from anybatch._command_forecast import forecast
+    from anybatch._command_plan import plan
 except ImportError as error:  # pragma: no cover
     sys.exit(f"The anybatch command needs {error.name}: pip install 'anybatch[cli]'")
 
@@ -26,6 +28,8 @@ def root(*, version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 app.command()(demo)
+app.command()(forecast)
+app.command()(plan)
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+"""What a record's header says of the run, read with nothing taken for granted."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, cast
+
+from anybatch._moments import Estimator, Smoothing
+
+# How far the training itself drifts between two scales, for each doubling between the record's and the forecast's: one
+# standard deviation of the logarithm of the steps beyond total / S (benchmarks/forecast.py, docs/forecast.md).
+_DRIFT = 0.04
+_DRIFT_CONSTANT_MOMENTUM = 0.06
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """What of a rule the forecast needs.
+
+    Args:
+        adascale: whether it is AdaScale's.
+        estimator, smoothing: as in `AdaScale`.
+    """
+
+    adascale: bool
+    estimator: Estimator
+    smoothing: Smoothing
+
+
+def drift(config: Mapping[str, Any]) -> float:
+    """A constant momentum is a longer memory at a larger scale, so there the training drifts by more."""
+    return _DRIFT_CONSTANT_MOMENTUM if constant_momentum(config) else _DRIFT
+
+
+def constant_momentum(config: Mapping[str, Any]) -> bool:
+    groups = config.get("param_groups")
+    groups = [g for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
+    memories = [g.get(name) for g in groups for name in ("momentum", "betas")]
+    return config.get("decays") == "constant" and any(memories)
+
+
+def rule_of(config: Mapping[str, Any]) -> RuleConfig:
+    """What the record says of the rule; AdaScale's defaults where it says nothing."""
+    text = str(config.get("rule", "AdaScale()"))
+    estimator = re.search(r"estimator='(unbiased|paper|ratio)'", text)
+    smoothing = re.search(r"smoothing='?(paper|[0-9.eE+-]+)", text)
+    theta: Smoothing = None
+    if smoothing is not None:
+        theta = "paper" if smoothing[1] == "paper" else float(smoothing[1])
+    return RuleConfig("AdaScale" in text, cast("Estimator", estimator[1] if estimator else "unbiased"), theta)
+
+
+def number(value: Any) -> float | None:
+    """A positive, finite number of a configuration, which may hold anything."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if isfinite(number) and number > 0 else None

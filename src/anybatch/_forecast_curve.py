@@ -1,0 +1,176 @@
+"""A record's moments as functions of tau, whatever the scale they were measured at.
+
+[Note: moments belong to tau] The variance and the squared mean of one base batch's gradient are a property of where
+training is, not of the batch it got there with. So the raw moments of one run, smoothed along tau, stand for those of
+every other scale.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from anybatch._errors import InvalidValueError
+from anybatch._record import StepRecord
+
+# Shares of the run. 4 % forecasts as well as 2 % from a record at scale 8 or more, and better from one at 1 or 2, where
+# two samples a step are all there is (the digits, benchmarks/forecast.py).
+_WINDOW = 0.04
+_BLOCK = 0.005  # what the bootstrap draws together: fluctuations of neighbouring steps are not independent
+_BINS = 2000
+_GRID = 500
+_LEAST = 4  # steps in a window, however few the record has
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The measured steps of a run in order of tau, in bins.
+
+    Args:
+        tau: where each bin's gradients were taken, base iterations.
+        weight: base iterations that each stands for.
+        variance, sqnorm: weighted means of the raw moments, grad^2.
+        steps: how many steps are in it.
+        end: how far the run got, base iterations.
+        total: base iterations of the whole run.
+    """
+
+    tau: list[float]
+    weight: list[float]
+    variance: list[float]
+    sqnorm: list[float]
+    steps: list[int]
+    end: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Smoothed moments on an even grid from 0 to `total`, several versions of them.
+
+    Args:
+        variance, sqnorm: `[versions, points]`, float64.
+        total: base iterations of the whole run.
+    """
+
+    variance: Tensor
+    sqnorm: Tensor
+    total: float
+
+    def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments at `tau`, `[..., versions]`; linear between the points of the grid."""
+        x = tau * (_GRID / self.total)
+        i = x.long().clamp_(0, _GRID - 1)
+        share, row = x - i, torch.arange(len(self.variance))
+        variance, sqnorm = (
+            torch.lerp(values[row, i], values[row, i + 1], share) for values in (self.variance, self.sqnorm)
+        )
+        return variance, sqnorm
+
+
+def walk(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """The steps that led to the end, in order of tau: without skipped ones, and without those that were taken again.
+
+    Where a step starts before the end of the one above it, the run went on from an earlier checkpoint.
+    """
+    kept: list[StepRecord] = []
+    for step in steps:
+        if step.skipped or not (isfinite(step.tau) and isfinite(step.iterations) and step.iterations > 0):
+            continue
+        slack = 1e-6 * max(1.0, step.tau)
+        while kept and kept[-1].tau > step.tau - step.iterations + slack:
+            kept.pop()
+        kept.append(step)
+    return kept
+
+
+def samples(steps: Sequence[StepRecord], *, total: float) -> Samples:
+    """The raw moments of `steps`, as `walk` gives them.
+
+    A step's weight is half of what the step before it and the step itself moved the clock. Its own alone would favour
+    the steps whose chance error was towards a large gain.
+
+    Raises:
+        InvalidValueError: no step shows a variance.
+    """
+    measured = [s for s in steps if isfinite(s.raw_variance) and isfinite(s.raw_sqnorm)]
+    if not measured:
+        raise InvalidValueError(
+            "No step of this record shows a variance, so there is nothing to forecast from. Record a run with "
+            "rule=AdaScale() and two or more gradients a step: accumulate, use several ranks, or anybatch.split(batch, "
+            "2); scale 1 in two halves is enough."
+        )
+    bins: dict[int, list[float]] = {}
+    before = measured[0].iterations
+    for step in measured:
+        start, weight = step.tau - step.iterations, (before + step.iterations) / 2
+        before = step.iterations
+        found = bins.setdefault(int(start / total * _BINS), [0.0] * 5)
+        for i, value in enumerate((weight * start, weight, weight * step.raw_variance, weight * step.raw_sqnorm, 1)):
+            found[i] += value
+    rows = [bins[key] for key in sorted(bins)]
+    tau, variance, sqnorm = ([row[i] / row[1] for row in rows] for i in (0, 2, 3))
+    return Samples(
+        tau, [r[1] for r in rows], variance, sqnorm, [int(r[4]) for r in rows], min(steps[-1].tau, total), total
+    )
+
+
+def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
+    """The moments smoothed over a window of 4 % of the run; past the record's end its last quarter, with its trend.
+
+    Args:
+        found: the samples.
+        trend: how much of the trend goes on past the record's end, `[versions]`: 0 holds the last values, 1 follows it;
+            a half lies between what training does under a constant and under a falling learning rate.
+        draws: factors on the samples' weights, `[versions, samples]`.
+    """
+    weights = draws * torch.tensor(found.weight, dtype=torch.float64)
+    columns = torch.tensor([[1.0] * len(found.tau), found.variance, found.sqnorm], dtype=torch.float64)
+    sums = torch.nn.functional.pad((weights[:, None] * columns).cumsum(-1), (1, 0))  # [versions, 3, samples + 1]
+
+    def means(windows: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+        low, high = torch.tensor([_inside(found, *window) for window in windows]).T
+        weight, variance, sqnorm = (sums[..., high] - sums[..., low]).unbind(1)
+        return variance / weight, sqnorm / weight  # each [versions, windows]
+
+    end, half, step = found.end, _WINDOW / 2 * found.total, found.total / _GRID
+    points = [k * step for k in range(_GRID + 1) if k * step <= end]
+    variance, sqnorm = means([(tau - half, tau + half) for tau in points])
+    if len(points) <= _GRID:
+        quarters = means([(0.5 * end, 0.75 * end), (0.75 * end, end)])
+        slope = trend * _slope(*quarters, distance=end / 4)
+        # From the middle of the last quarter: the last few steps alone are mostly noise.
+        beyond = torch.arange(len(points), _GRID + 1, dtype=torch.float64) * step - 0.875 * end
+        late_variance, late_sqnorm = (values[:, 1:] for values in quarters)
+        variance = torch.cat([variance, late_variance.expand(-1, len(beyond))], 1)
+        sqnorm = torch.cat([sqnorm, late_sqnorm * torch.exp(slope[:, None] * beyond)], 1)
+    return Curves(variance, sqnorm, found.total)
+
+
+def _inside(found: Samples, low: float, high: float) -> tuple[int, int]:
+    """The range of samples from `low` to `high`, with nearer ones around it until it holds enough steps."""
+    i, j = bisect_left(found.tau, low), bisect_right(found.tau, high)
+    steps, middle = sum(found.steps[i:j]), (low + high) / 2
+    while steps < _LEAST and (i > 0 or j < len(found.tau)):
+        left = middle - found.tau[i - 1] if i > 0 else inf
+        right = found.tau[j] - middle if j < len(found.tau) else inf
+        i, j = (i - 1, j) if left < right else (i, j + 1)
+        steps = sum(found.steps[i:j])
+    return i, j
+
+
+def _slope(variance: Tensor, sqnorm: Tensor, *, distance: float) -> Tensor:
+    """How fast the logarithm of `sqnorm / variance` falls; a rise is not followed, for it would grow without end."""
+    known = (torch.minimum(variance, sqnorm) > 0).all(1)
+    ratio = torch.where(known[:, None], sqnorm / variance, 1.0)
+    return torch.log(ratio[:, 1] / ratio[:, 0]).clamp_(max=0.0) / distance
+
+
+def resampled(found: Samples, *, versions: int, generator: torch.Generator) -> Tensor:
+    """Bootstrap factors of mean 1 on the samples' weights, one draw for each block of tau: `[versions, samples]`."""
+    blocks = torch.tensor([int(tau / (_BLOCK * found.total)) for tau in found.tau])
+    drawn = torch.empty(versions, int(blocks[-1]) + 1, dtype=torch.float64).exponential_(generator=generator)
+    return drawn[:, blocks]

@@ -1,0 +1,70 @@
+"""The parameters that an optimizer trains, and whether a `step()` of it is a step of training."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anybatch._errors import InvalidValueError, UsageError
+
+
+def trainable(optimizer: Optimizer) -> list[Tensor]:
+    """The optimizer's parameters that require a gradient, as its groups are now."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor]:
+    """The optimizer's trained parameters, after a look at whether they are the model's.
+
+    Raises:
+        InvalidValueError: there are none, or some are not.
+    """
+    trained = trainable(optimizer)
+    if not trained:
+        raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
+    mine = {id(p) for p in model.parameters()}
+    strangers = sum(id(p) not in mine for p in trained)
+    if strangers:
+        raise InvalidValueError(
+            f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
+            "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
+        )
+    return trained
+
+
+def check_no_backward() -> None:
+    """Raise if the autograd engine is running in this thread.
+
+    Raises:
+        UsageError: it is.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise UsageError(
+            "optimizer.step() was called during a backward, and what a step measures is complete only at its end. Call "
+            "it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
+        )
+
+
+def is_phantom(optimizer: Optimizer, *, counted: bool) -> bool:
+    """Whether a `step()` before which no backward was seen is not training: distributed checkpoint primes an
+    optimizer with zero gradients and a learning rate of zero.
+
+    Args:
+        optimizer: as it is before the step.
+        counted: whether backwards are counted, so that gradients without one are an error.
+
+    Raises:
+        UsageError: there are gradients, but no hook saw the backward that made them.
+    """
+    grads = [p.grad for p in trainable(optimizer) if p.grad is not None]
+    if counted and not grads:
+        return False
+    idle = all(float(group.get("lr", 1)) == 0 for group in optimizer.param_groups)
+    if not counted:
+        return idle and not any(bool(g.any()) for g in grads)
+    if idle:
+        return True
+    raise UsageError(
+        "optimizer.step() was called with gradients that no backward of the attached model made since the last "
+        "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
+        "controller.observe), or was the backward inside of controller.paused()?"
+    )
