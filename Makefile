@@ -40,6 +40,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/smoothing.py
 	$(BIN)/python benchmarks/decays.py
+	$(BIN)/python benchmarks/ema.py
+	$(BIN)/python benchmarks/record.py
+	$(BIN)/python benchmarks/forecast.py
+	$(BIN)/python benchmarks/beyond.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo

@@ -99,7 +99,7 @@ def _sentence(found: anybatch.Forecast) -> str:
     c = found.critical
     return (
         f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "
-        "device time is smallest; beyond, each doubling saves less than 29 % of the time. Bands are 90 %."
+        "device time is smallest; beyond, each doubling saves less than 29 % of the time."
     )
 
 

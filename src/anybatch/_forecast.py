@@ -88,8 +88,9 @@ def forecast(
 
         devices = ceil(S / per_device)      step = gradient of S / devices base batches + sync_seconds if devices > 1
 
-    The bands are 90 %: a bootstrap over blocks of tau, and 4 % for each doubling between the two scales, by which the
-    training itself was seen to drift. They do not hold the noise of the seconds.
+    The bands hold the record's noise, 90 % of a bootstrap over blocks of tau, and for each doubling beyond the record's
+    scale the widest drift of training itself that was measured: 7 % fewer to 14 % more steps beyond T/S. They do not
+    hold the noise of the seconds.
 
     Args:
         record: a run with `rule=AdaScale()`, at any scale, which may change during the run; or the path of its record.
@@ -193,8 +194,8 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
         )
     if constant_momentum(run.config):
         notes.append(
-            "Constant momentum is a longer memory at a larger scale, so that training itself changes: the band is "
-            'wider. With decays="clock" it does not.'
+            "Constant momentum is a longer memory at a larger scale, which changes training itself: runs there took "
+            "fewer steps than forecast, and the band is wider."
         )
     if not rule.adascale:
         notes.append("The record is not AdaScale's: this is what AdaScale() would take.")

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from anybatch._moments import Estimator, Smoothing
 
-# How far the training itself drifts between two scales, for each doubling between the record's and the forecast's: one
-# standard deviation of the logarithm of the steps beyond total / S (benchmarks/forecast.py, docs/forecast.md).
-_DRIFT = 0.04
-_DRIFT_CONSTANT_MOMENTUM = 0.06
+# How far training itself drifts, for each doubling from the record's scale to a larger one: the widest seen, down and
+# up, of the logarithm of the steps beyond total / S (benchmarks/forecast.py, docs/forecast.md).
+_DRIFT = (0.07, 0.14)
+_DRIFT_CONSTANT_MOMENTUM = (0.10, 0.14)
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class RuleConfig:
     smoothing: Smoothing
 
 
-def drift(config: Mapping[str, Any]) -> float:
-    """A constant momentum is a longer memory at a larger scale, so there the training drifts by more."""
+def drift(config: Mapping[str, Any]) -> tuple[float, float]:
+    """How far a doubling of the scale may take the steps beyond `total / S` from the forecast, down and up.
+
+    Up, because large steps meet curvature, which shows as a larger mean gradient and a smaller gain. Down, because a
+    constant momentum is a longer memory at a larger scale.
+    """
     return _DRIFT_CONSTANT_MOMENTUM if constant_momentum(config) else _DRIFT
 
 

@@ -17,7 +17,7 @@ from anybatch._errors import InvalidValueError
 from anybatch._record import StepRecord
 
 # Shares of the run. 4 % forecasts as well as 2 % from a record at scale 8 or more, and better from one at 1 or 2, where
-# two samples a step are all there is (the digits, benchmarks/forecast.py).
+# two samples a step are all there is (tried on the digits).
 _WINDOW = 0.04
 _BLOCK = 0.005  # what the bootstrap draws together: fluctuations of neighbouring steps are not independent
 _BINS = 2000

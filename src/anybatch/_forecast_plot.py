@@ -38,7 +38,7 @@ def _steps(axes: Axes, found: Forecast, real: Mapping[float, float]) -> None:
     scales = [s.scale for s in found.scales]
     steps = [s.iterations for s in found.scales]
     axes.fill_between(scales, [n.low for n in steps], [n.high for n in steps], color=_BLUE, alpha=0.18, lw=0)
-    axes.plot(scales, [n.value for n in steps], color=_BLUE, lw=2, marker="o", ms=3.5, label="forecast, with 90 % band")
+    axes.plot(scales, [n.value for n in steps], color=_BLUE, lw=2, marker="o", ms=3.5, label="forecast, with its band")
     axes.plot(scales, [found.total / s for s in scales], color=_GREY, lw=1.2, ls="--", label="if doubling were free")
     if real:
         axes.plot(

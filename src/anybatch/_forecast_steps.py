@@ -20,7 +20,7 @@ _DOUBLINGS = 20  # how far the critical scale is looked for
 
 @dataclass(frozen=True)
 class Estimate:
-    """A forecast number and its 90 % band.
+    """A forecast number and its band.
 
     Args:
         value: the forecast; nan where it is not known.
@@ -48,7 +48,7 @@ class StepForecast:
         time: StepTime,
         on_clock: bool,
         recorded: float,
-        drift: float,
+        drift: tuple[float, float],
     ) -> None:
         self._total, self._time, self._recorded, self._drift = found.total, time, recorded, drift
         self._scales = list(scales)
@@ -94,9 +94,11 @@ class StepForecast:
         """The band of the draws, widened by the drift of what exceeds `total / S`, and kept within the laws."""
         value, (low, high) = column[0], _quantiles(column[1:])
         least, most = sorted((self._total / scale, self._total))
-        wide = exp(1.645 * self._drift * abs(log2(scale / self._recorded)))
-        low = least + (min(low, value) - least) / wide
-        high = least + (max(high, value) - least) * wide
+        doublings = log2(scale / self._recorded)
+        # From a large scale to a small one the same drift goes the other way.
+        down, up = self._drift if doublings > 0 else self._drift[::-1]
+        low = least + (min(low, value) - least) * exp(-down * abs(doublings))
+        high = least + (max(high, value) - least) * exp(up * abs(doublings))
         return Estimate(value, max(low, least), min(high, most))
 
 

@@ -1,0 +1,304 @@
+"""Forecasts against a plain float64 loop that knows the true moments, and the laws that every forecast keeps."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anybatch
+
+TOTAL = 1000.0
+
+
+def falling(variance=4.0, sqnorm=8.0, late=0.02, pace=0.15):
+    """Moments as training has them: the mean falls fast and far, the variance slowly."""
+    return lambda x: (variance * math.exp(-x), sqnorm * (math.exp(-x / pace) + late))
+
+
+def truth(moments, scale, *, total=TOTAL, horizon=0.01, theta=None):
+    """AdaScale with the true moments: `(tau, iterations, variance, sqnorm)` of each step. A plain loop in float64."""
+    tau, v, m, weight, moved = 0.0, 0.0, 0.0, 0.0, 1.0
+    steps = []
+    while tau < total - 1e-9:
+        keep = math.exp(-moved / (horizon * total)) if theta is None else theta
+        now = moments(tau / total)
+        v, m, weight = keep * v + (1 - keep) * now[0], keep * m + (1 - keep) * now[1], keep * weight + 1 - keep
+        moved = (v + m) / (v / scale + m)
+        tau += moved
+        steps.append((tau, moved, *now))
+    return steps
+
+
+def line(i, step, *, scale, seconds=0.5, **values):
+    tau, iterations, v, m = step
+    known = {
+        "step": i + 1, "tau": tau, "iterations": iterations, "scale": float(scale), "count": max(2, int(scale)),
+        "raw_variance": v, "raw_sqnorm": m, "variance": v, "sqnorm": m, "gain": iterations, "lr": 0.1,
+        "lr_factor": iterations, "noise_scale": 1.0, "seconds": seconds, "skipped": False,
+    }  # fmt: skip
+    return anybatch.StepRecord(**{**known, **values})
+
+
+def recorded(moments, scale, *, total=TOTAL, config=None, unit=1.0, seed=None, **values):
+    """The record of such a run, with the noise of `scale` samples a step where a seed is given."""
+    draw = random.Random(seed)
+    lines = []
+    for i, step in enumerate(truth(moments, scale, total=total)):
+        v, m = step[2] * unit, step[3] * unit
+        if seed is not None:  # the estimate of mu^2 from S samples is off by about sigma^2 / S
+            m += draw.gauss(0, 0.3) * v / scale
+            v *= 1 + draw.gauss(0, 0.3) / math.sqrt(scale)
+        lines.append(line(i, (*step[:2], v, m), scale=scale, **values))
+    return anybatch.Run({"total": total, "base_batch": 8.0, **(config or {})}, lines, 0)
+
+
+def value(found, scale):
+    return next(s for s in found.scales if s.scale == scale).iterations.value
+
+
+@pytest.mark.parametrize("source", [1, 2, 8, 64])
+@pytest.mark.parametrize("moments", [falling(), falling(late=0.3), falling(sqnorm=0.5), lambda x: (3.0, 1.0)])
+def test_the_plain_loop_takes_as_many_steps(moments, source):
+    found = anybatch.forecast(recorded(moments, source), [0.5, 2, 4, 16, 128])
+    for s in found.scales:
+        assert s.iterations.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03, abs=2)
+
+
+def test_a_long_run_is_simulated_in_strides():
+    run = recorded(falling(), 4, total=30_000.0)
+    found = anybatch.forecast(run, [2, 8, 512])
+    for s in found.scales:
+        assert s.iterations.value == pytest.approx(len(truth(falling(), s.scale, total=30_000.0)), rel=0.02, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "theta"), [("smoothing=0.9", 0.9), ("smoothing='paper'", None), ("smoothing=0.0", 0.0)]
+)
+def test_the_rules_own_memory_is_simulated(text, theta):
+    run = recorded(falling(), 8, config={"rule": f"AdaScale(decays=None, estimator='unbiased', {text})"})
+    found = anybatch.forecast(run, [32])
+    expected = truth(falling(), 32, theta=1 - 32 / 1000 if theta is None else theta)
+    assert value(found, 32) == pytest.approx(len(expected), rel=0.03, abs=2)
+
+
+def test_scale_one_takes_the_total_and_the_runs_own_scale_its_own_steps():
+    run = recorded(falling(), 8, seed=0)
+    at_one, at_own = anybatch.forecast(run, [1, 8]).scales
+    assert at_one.iterations == anybatch.Estimate(1000, 1000, 1000)
+    assert (at_one.efficiency.value, at_one.examples.value) == (1, 8000)
+    assert at_own.iterations.low <= len(run.steps) <= at_own.iterations.high
+    fractional = anybatch.Run({"total": 99.5}, run.steps, 0)
+    assert value(anybatch.forecast(fractional, [1]), 1) == 100
+
+
+@pytest.mark.parametrize("source", [2, 8, 64])
+def test_noisy_records_of_all_scales_agree_with_the_truth_within_their_bands(source):
+    inside = []
+    for seed in range(5):
+        found = anybatch.forecast(recorded(falling(), source, seed=seed), [4, 16, 64])
+        for s in found.scales:
+            inside.append(s.iterations.low <= len(truth(falling(), s.scale)) <= s.iterations.high)
+    assert sum(inside) >= 13  # of 15
+
+
+@pytest.mark.parametrize("source", [32, 128])
+def test_the_steps_with_a_large_chance_gain_do_not_weigh_more(source):
+    """Where the averages are one step's, a chance error towards a small mean makes that step a long one."""
+    draw, lines, tau = random.Random(0), [], 0.0
+    while tau < TOTAL:
+        m = max(0.0, 0.02 + draw.gauss(0, 0.015))
+        gain = (1 + m) / (1 / source + m)
+        tau += gain
+        lines.append(line(len(lines), (tau, gain, 1.0, m), scale=source))
+    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [8])
+    assert value(found, 8) == pytest.approx(TOTAL * (1 / 8 + 0.02) / 1.02, rel=0.03)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    late=st.floats(0, 2),
+    pace=st.floats(0.02, 1),
+    sqnorm=st.floats(0.01, 100),
+    source=st.sampled_from([1, 2, 8, 32]),
+    seed=st.integers(0, 1000),
+    scales=st.lists(st.floats(0.1, 300), min_size=2, max_size=5, unique=True),
+)
+def test_laws(late, pace, sqnorm, source, seed, scales):
+    run = recorded(falling(sqnorm=sqnorm, late=late, pace=pace), source, total=150.0, seed=seed)
+    found = anybatch.forecast(run, scales)
+    assert [s.scale for s in found.scales] == sorted(scales)
+    for s in found.scales:
+        least, most = sorted((150 / s.scale, 150))
+        n = s.iterations
+        assert math.ceil(least - 1e-6) <= n.low <= n.value <= n.high <= math.ceil(most)
+        assert s.efficiency.low <= s.efficiency.value <= s.efficiency.high
+        assert min(1, 1 / s.scale) - 1e-9 <= s.efficiency.value <= max(1, 1 / s.scale) + 1e-9
+    for a, b in zip(found.scales, found.scales[1:]):
+        assert a.iterations.value >= b.iterations.value
+        assert a.examples.value <= b.examples.value * (1 + 1e-9)
+    assert found.critical.low <= found.critical.value <= found.critical.high
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e9])
+def test_the_unit_of_the_gradient_does_not_matter(unit):
+    plain, other = (anybatch.forecast(recorded(falling(), 4, seed=1, unit=u), [2, 64]) for u in (1.0, unit))
+    for a, b in zip(plain.scales, other.scales):
+        for field in ("value", "low", "high"):
+            assert getattr(a.iterations, field) == getattr(b.iterations, field)
+
+
+def test_a_forecast_is_the_same_every_time():
+    run = recorded(falling(), 4, seed=1)
+    state = torch.get_rng_state()
+    one, other = (anybatch.forecast(run, scales, price_per_device_hour=1) for scales in ([1, 8], [8, 1, 8]))
+    assert one == other
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_an_unfinished_run_goes_on_with_its_trend_and_a_wider_band(share):
+    whole = recorded(falling(pace=0.4), 8, seed=2)
+    part = anybatch.Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
+    full, cut = (anybatch.forecast(run, [4, 64]) for run in (whole, part))
+    assert any(f"{share:.0%}" in note and "trend" in note for note in cut.notes)
+    assert not full.notes
+    expected = len(truth(falling(pace=0.4), 64))
+    n = cut.scales[1].iterations
+    assert n.low <= expected <= n.high
+    assert n.value == pytest.approx(expected, rel=0.25 if share < 0.5 else 0.1)
+    if share < 0.5:
+        assert n.high - n.low > full.scales[1].iterations.high - full.scales[1].iterations.low
+
+
+def test_an_elastic_run_forecasts_as_one_of_a_single_scale():
+    moments = falling()
+    small, large = truth(moments, 4), truth(moments, 32)
+    lines = [line(0, s, scale=4) for s in small if s[0] <= 250]
+    start = lines[-1].tau
+    lines += [line(0, (s[0], min(s[1], s[0] - start), *s[2:]), scale=32) for s in large if s[0] > start]
+    run = anybatch.Run({"total": TOTAL}, lines, 0)
+    for s in anybatch.forecast(run, [8, 128]).scales:
+        assert s.iterations.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03)
+
+
+def test_without_a_total_the_record_is_the_run():
+    run = recorded(falling(), 8)
+    found = anybatch.forecast(anybatch.Run({}, run.steps, 0), [1])
+    assert value(found, 1) == math.ceil(run.steps[-1].tau)
+    assert "no total" in found.notes[0]
+    assert found.unit == "base batches"
+
+
+def test_steps_taken_again_or_skipped_or_lost_do_not_count():
+    run = recorded(falling(), 8, seed=3)
+    steps = run.steps
+    again = [*steps[:60], *steps[:60][-20:], *steps[60:90], *steps[85:]]
+    again.insert(30, line(0, (steps[29].tau, 0.0, math.nan, math.nan), scale=8, skipped=True))
+    clean, repeated = (
+        anybatch.forecast(anybatch.Run(run.config, s, 0), [32], price_per_device_hour=1) for s in (steps, again)
+    )
+    assert clean == repeated
+    lost = [s for i, s in enumerate(steps) if not 40 <= i < 55]
+    assert value(anybatch.forecast(anybatch.Run(run.config, lost, 15), [32]), 32) == pytest.approx(
+        value(clean, 32), rel=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"total": "many"}, {"total": None, "rule": 3, "param_groups": "x", "ranks": -1}]
+)
+def test_a_header_may_hold_anything(config):
+    run = anybatch.Run(config, recorded(falling(), 4).steps, 0)
+    expected = truth(falling(), 4, total=run.steps[-1].tau, theta=1 - 4 / 1000)  # no total: the paper's memory
+    assert value(anybatch.forecast(run, [4]), 4) == pytest.approx(len(expected), rel=0.02)
+
+
+def test_constant_momentum_is_noted_and_widens_the_band():
+    groups = [{"lr": 0.1, "momentum": 0.9}]
+    clock, constant = (
+        anybatch.forecast(recorded(falling(), 4, config={"decays": d, "param_groups": groups}), [64])
+        for d in ("clock", "constant")
+    )
+    assert not clock.notes
+    assert "momentum" in constant.notes[0]
+    assert constant.scales[0].iterations.low < clock.scales[0].iterations.low
+    plain = recorded(falling(), 4, config={"decays": "constant", "param_groups": [{"momentum": 0}]})
+    assert not anybatch.forecast(plain, [64]).notes
+
+
+def test_a_run_without_variance_is_refused_with_what_to_do():
+    run = recorded(falling(), 8, raw_variance=math.nan)
+    with pytest.raises(anybatch.InvalidValueError, match=r"two or more gradients a step.*split"):
+        anybatch.forecast(run, [4])
+    with pytest.raises(anybatch.InvalidValueError, match="no step"):
+        anybatch.forecast(anybatch.Run({}, [], 0), [4])
+
+
+@pytest.mark.parametrize(
+    ("scales", "options", "word"),
+    [([], {}, "scales"), ([0], {}, "scales"), ([-1], {}, "scales"), ([math.inf], {}, "scales"), (["8"], {}, "scales"),
+     ([4], {"per_device": 0}, "per_device"), ([4], {"seconds_per_step": -1}, "seconds_per_step"),
+     ([4], {"sync_seconds": math.nan}, "sync_seconds"), ([4], {"price_per_device_hour": -2}, "price_per_device_hour")],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(scales, options, word):
+    with pytest.raises(anybatch.InvalidValueError, match=word):
+        anybatch.forecast(recorded(falling(), 4), scales, **options)
+
+
+# ---- time and cost ----
+
+
+def test_devices_grow_with_the_batch_and_time_follows_the_steps():
+    run = recorded(falling(), 8, seconds=0.2)
+    run.steps[5] = line(5, (run.steps[5].tau, run.steps[5].iterations, 4.0, 1.0), scale=8, seconds=500.0)  # a pause
+    found = anybatch.forecast(run, [4, 8, 24, 64], sync_seconds=0.05, price_per_device_hour=3.0)
+    assert [s.devices for s in found.scales] == [1, 1, 3, 8]
+    for s, step in zip(found.scales, [0.1, 0.2, 0.25, 0.25]):
+        assert s.seconds.value == pytest.approx(s.iterations.value * step, rel=0.02)
+        assert s.device_hours.value == pytest.approx(s.seconds.value * s.devices / 3600)
+        assert s.cost.value == pytest.approx(3 * s.device_hours.value)
+    given = anybatch.forecast(run, [8], per_device=1, seconds_per_step=7.0)
+    assert given.scales[0].devices == 8
+    assert given.scales[0].seconds.value == pytest.approx(7 * given.scales[0].iterations.value, rel=0.02)
+    assert math.isnan(given.scales[0].cost.value)
+
+
+def test_several_step_sizes_part_the_fixed_time_from_the_rest():
+    lines = []
+    for i, step in enumerate(truth(falling(), 8)):
+        size = 4 if i % 2 else 8
+        lines.append(line(i, step, scale=size, seconds=0.3 + 0.1 * size))
+    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [8, 80], per_device=8)
+    assert found.scales[0].seconds.value == pytest.approx(1.1 * found.scales[0].iterations.value, rel=0.01)
+    two = anybatch.Run({"total": TOTAL, "ranks": 2}, lines, 0)
+    assert [s.devices for s in anybatch.forecast(two, [8, 80], per_device=8).scales] == [1, 10]
+    assert "synchronisation" in anybatch.forecast(two, [8]).notes[-1]
+
+
+def test_a_record_without_seconds_forecasts_the_rest():
+    found = anybatch.forecast(recorded(falling(), 8, seconds=math.nan), [8])
+    assert math.isnan(found.scales[0].seconds.value)
+    assert "seconds_per_step" in found.notes[-1]
+    assert found.critical.value > 1
+
+
+@pytest.mark.parametrize(("variance", "sqnorm"), [(16.0, 1.0), (100.0, 2.0)])
+def test_doubling_pays_up_to_the_noise_scale(variance, sqnorm):
+    """With constant moments steps(S) = T * (1 + b/S) / (1 + b), so steps^2 * S is least at S = b, the noise scale."""
+    run = recorded(lambda x: (variance, sqnorm), 4)
+    critical = anybatch.forecast(run, [4], per_device=1).critical
+    assert critical.value == pytest.approx(variance / sqnorm, rel=0.1)
+    assert anybatch.forecast(run, [4], per_device=128).critical.value == 128  # the first doubling does not pay
+    slow = anybatch.forecast(run, [4], per_device=1, seconds_per_step=1.0, sync_seconds=9.0).critical
+    assert slow.value in (pytest.approx(1), pytest.approx(critical.value, rel=0.1))
+
+
+def test_pure_noise_pays_as_far_as_the_run_reaches_and_no_noise_never():
+    noise = anybatch.forecast(recorded(lambda x: (1.0, 0.0), 4), [1, 100])
+    assert value(noise, 100) == pytest.approx(10, abs=1)
+    none = anybatch.forecast(recorded(lambda x: (0.0, 1.0), 4), [1, 100])
+    assert value(none, 100) == 1000
+    assert none.critical.value == pytest.approx(4)
