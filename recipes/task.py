@@ -34,6 +34,7 @@ class Task(ABC):
     base_batch: int  # B0, in examples (transformer: in tokens)
     total: int  # T_SI, base iterations
     train_set: Dataset[Any]
+    workers: int = 0  # processes that load data, also for `evaluate`; train.py sets it
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         self.data = data
@@ -71,9 +72,14 @@ class Task(ABC):
     def batches(
         self, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int = 0, workers: int = 0
     ) -> Iterator[Any]:
-        """Endless micro-batches of this rank; `start` examples were used by all ranks together before."""
+        """Endless micro-batches of this rank; `start` examples were used by all ranks together before.
+
+        Whatever `train_set[i]` draws with torch is a function of the seed and of how many examples came before it: the
+        same on any number of ranks and workers, and after a resume.
+        """
         order = Shuffled(self.train_set, micro_batch, seed=seed, rank=rank, ranks=ranks, start=start)
-        return iter(DataLoader(self.train_set, batch_sampler=order, collate_fn=self.collate, num_workers=workers))
+        data = Seeded(self.train_set, seed=seed)
+        return iter(DataLoader(data, batch_sampler=Numbered(order), collate_fn=self.collate, num_workers=workers))
 
 
 class Shuffled(Sampler[list[int]]):
@@ -97,3 +103,34 @@ class Shuffled(Sampler[list[int]]):
                 chosen.append(int(order[i % self.length]))
             yield chosen
             position += self.ranks * self.micro_batch
+
+
+class Numbered(Sampler[list[tuple[int, int]]]):
+    """The batches of `order`, each example as the pair `(how many came before it on all ranks, its index)`."""
+
+    def __init__(self, order: Shuffled) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.order
+        number = order.start + order.rank * order.micro_batch
+        for indices in order:
+            yield list(enumerate(indices, start=number))
+            number += order.ranks * order.micro_batch
+
+
+class Seeded(Dataset[Any]):
+    """Examples of `data`, each with torch's random numbers seeded by its number in the run."""
+
+    def __init__(self, data: Any, *, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, numbered: tuple[int, int]) -> Any:
+        number, index = numbered
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(self.seed * 1_000_000_007 + number)
+        try:
+            return self.data[index]
+        finally:
+            generator.set_state(before)

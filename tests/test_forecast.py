@@ -74,11 +74,9 @@ def test_a_long_run_is_simulated_in_strides():
         assert s.iterations.value == pytest.approx(len(truth(falling(), s.scale, total=30_000.0)), rel=0.02, abs=2)
 
 
-@pytest.mark.parametrize(
-    ("text", "theta"), [("smoothing=0.9", 0.9), ("smoothing='paper'", None), ("smoothing=0.0", 0.0)]
-)
-def test_the_rules_own_memory_is_simulated(text, theta):
-    run = recorded(falling(), 8, config={"rule": f"AdaScale(decays=None, estimator='unbiased', {text})"})
+@pytest.mark.parametrize(("smoothing", "theta"), [(0.9, 0.9), ("paper", None), (0.0, 0.0)])
+def test_the_rules_own_memory_is_simulated(smoothing, theta):
+    run = recorded(falling(), 8, config={"estimator": "unbiased", "smoothing": smoothing})
     found = anybatch.forecast(run, [32])
     expected = truth(falling(), 32, theta=1 - 32 / 1000 if theta is None else theta)
     assert value(found, 32) == pytest.approx(len(expected), rel=0.03, abs=2)

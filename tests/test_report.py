@@ -1,16 +1,23 @@
 """The page: self-contained, and inert whatever the names in it are."""
 
+from html import unescape
 from html.parser import HTMLParser
 
-from anybatch._report import Figure, Heading, Table, Text, page
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-EVIL = "</title><script>alert(1)</script>\"'<img src=x onerror=alert(1)>"
+from anybatch._chart import Chart, Legend, Line
+from anybatch._report import Figure, Fold, Grid, Heading, Table, Text, inert, page
+
+EVIL = "</title></svg><script>alert(1)</script>\"'<img src=x onerror=alert(1)>"
 
 
 class Tags(HTMLParser):
-    def __init__(self):
+    def __init__(self, text):
         super().__init__()
         self.tags, self.attributes, self.text = [], [], []
+        self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -23,23 +30,44 @@ class Tags(HTMLParser):
 def test_every_word_is_escaped(tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"\x89PNG")
-    blocks = [Heading(EVIL), Text(EVIL), Text(EVIL, note=True), Table([EVIL], [[EVIL]]), Figure(picture, EVIL)]
-    tags = Tags()
-    tags.feed(page(EVIL, blocks))
+    chart = Chart(EVIL, EVIL, [Line([(0, 1), (1, 2)], EVIL, EVIL, EVIL)])
+    blocks = [Heading(EVIL), Text(EVIL), Text(EVIL, note=True), Table([EVIL], [[EVIL]]), Figure(picture, EVIL),
+              Fold(EVIL, [Text(EVIL)]), Grid([chart]), Legend([(EVIL, EVIL, EVIL)], EVIL)]  # fmt: skip
+    tags = Tags(page(EVIL, blocks))
     assert "script" not in tags.tags
     assert tags.tags.count("img") == 1
     assert not any(name.startswith("on") for name, _ in tags.attributes)
-    assert sum(EVIL in text for text in tags.text) == 8
+    assert sum(EVIL in text for text in tags.text) == 15
 
 
 def test_nothing_comes_from_outside():
-    text = page("title", [Text("body")])
+    text = page("title", [Text("body"), Chart("a", "b", [Line([(0, 1)], "c")])])
     assert "default-src 'none'" in text
     assert "http://" not in text
     assert "https://" not in text
+    assert "url(" not in text
 
 
-def test_marked_rows():
-    text = page("t", [Table(["a", "b"], [["1", "2"], ["3", "4"]], frozenset({1}))])
+def test_marked_rows_and_sides():
+    text = page("t", [Table(["a", "b"], [["1", "2"], ["3", "4"]], frozenset({1}), left=1)])
     assert text.count('class="marked"') == 1
-    assert text.index("<td>1</td>") < text.index('class="marked"') < text.index("<td>3</td>")
+    assert text.index('<td class="l">1</td><td>2</td>') < text.index('class="marked"') < text.index(">3</td>")
+
+
+@given(st.text(st.characters()))
+def test_inert_text_is_plain_utf8_that_shows_what_it_was_given(text):
+    found = inert(text)
+    found.encode()
+    assert not set(found) & set("<>\"'")
+    shown = unescape(found)
+    assert shown.isprintable() or any(c.isspace() for c in shown)
+    if text.isascii() and text.isprintable():
+        assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\x00b", "a\\x00b"), ("\udcff", "\\udcff"), ("\u202egnp", "\\u202egnp"), ("é→", "é→"), ("a\nb", "a\\nb")],
+)
+def test_what_cannot_be_seen_is_written_as_its_code(text, shown):
+    assert inert(text) == shown

@@ -1,6 +1,5 @@
 """What a record's header says of the run, read with nothing taken for granted."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -46,13 +45,15 @@ def constant_momentum(config: Mapping[str, Any]) -> bool:
 
 def rule_of(config: Mapping[str, Any]) -> RuleConfig:
     """What the record says of the rule; AdaScale's defaults where it says nothing."""
-    text = str(config.get("rule", "AdaScale()"))
-    estimator = re.search(r"estimator='(unbiased|paper|ratio)'", text)
-    smoothing = re.search(r"smoothing='?(paper|[0-9.eE+-]+)", text)
+    estimator, smoothing = config.get("estimator"), config.get("smoothing")
     theta: Smoothing = None
-    if smoothing is not None:
-        theta = "paper" if smoothing[1] == "paper" else float(smoothing[1])
-    return RuleConfig("AdaScale" in text, cast("Estimator", estimator[1] if estimator else "unbiased"), theta)
+    if smoothing == "paper" or (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
+        theta = smoothing
+    return RuleConfig(
+        adascale="estimator" in config or "AdaScale" in str(config.get("rule", "AdaScale()")),
+        estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
+        smoothing=theta,
+    )
 
 
 def number(value: Any) -> float | None:

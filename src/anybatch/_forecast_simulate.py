@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anybatch._forecast_config import RuleConfig
 from anybatch._forecast_curve import Curves
-from anybatch._moments import _EPSILON, smoothing_factor
+from anybatch._moments import EPSILON, smoothing_factor
 
 _STRIDE = 1000  # steps of a run of more than this are put together
 _FIRST = 4  # the first ones never
@@ -39,7 +39,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
         keep = theta**memory
         raw_variance, raw_sqnorm = moments.at(tau)
         if rule.estimator == "paper":
-            raw_variance, raw_sqnorm = raw_variance.clamp(min=_EPSILON), raw_sqnorm.clamp(min=0)
+            raw_variance, raw_sqnorm = raw_variance.clamp(min=EPSILON), raw_sqnorm.clamp(min=0)
             keep = torch.where(samples * (1 - keep) < 1, samples / (samples + 1), keep)
         variance = torch.lerp(raw_variance, variance, keep)
         sqnorm = torch.lerp(raw_sqnorm, sqnorm, keep)
@@ -60,7 +60,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
 def _gain(variance: Tensor, sqnorm: Tensor, scale: Tensor, *, rule: RuleConfig) -> Tensor:
     """`_moments.gain`, or the ratio of the paper's recommendation."""
     if rule.estimator == "ratio":
-        ratio = (variance + sqnorm + _EPSILON) / (variance / scale + sqnorm + _EPSILON)
+        ratio = (variance + sqnorm + EPSILON) / (variance / scale + sqnorm + EPSILON)
     else:
         variance, sqnorm = variance.clamp(min=0), sqnorm.clamp(min=0)
         ratio = ((variance + sqnorm) / (variance / scale + sqnorm)).nan_to_num(nan=1.0)

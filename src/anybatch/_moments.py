@@ -16,7 +16,7 @@ Estimator = Literal["unbiased", "paper", "ratio"]
 Smoothing = float | Literal["paper"] | None
 
 # Johnson et al. 2020: the floor of the variance before averaging, and the number added to both sides of the ratio.
-_EPSILON = 1e-6
+EPSILON = 1e-6
 # Share of the whole run, in tau, over which the averages look back (measured on the digits: benchmarks/smoothing.py).
 _HORIZON = 0.01
 
@@ -175,7 +175,7 @@ class Averages:
         """The averages with one more sample, taken at `scale`."""
         theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total)
         if estimator == "paper":
-            raw = Moments(max(raw.variance, _EPSILON), max(raw.sqnorm, 0.0))
+            raw = Moments(max(raw.variance, EPSILON), max(raw.sqnorm, 0.0))
             if self.samples * (1 - theta) < 1:  # a plain mean while t < 1 / (1 - theta)
                 theta = self.samples / (self.samples + 1)
         return Averages(
@@ -199,7 +199,7 @@ class Averages:
         now = self.moments
         if estimator != "ratio":
             return gain(now.variance, now.sqnorm, scale)
-        ratio = (now.variance + now.sqnorm + _EPSILON) / (now.variance / scale + now.sqnorm + _EPSILON)
+        ratio = (now.variance + now.sqnorm + EPSILON) / (now.variance / scale + now.sqnorm + EPSILON)
         return _within(ratio, scale)
 
 

@@ -42,6 +42,7 @@ def run_config(
     """What a controller knows of its run."""
     return {
         "rule": repr(rule),
+        **{name: getattr(rule, name) for name in ("estimator", "smoothing") if hasattr(rule, name)},
         "optimizer": type(optimizer).__name__,
         "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
         "decays": decays,

@@ -1,10 +1,12 @@
-"""A report: one self-contained HTML page of text, tables and pictures; nothing from outside, every word escaped."""
+"""A report: one self-contained HTML page; nothing from outside, no script, every word escaped."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Protocol
+from unicodedata import category
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -14,17 +16,43 @@ _PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --line: #d0d5dd; --soft: #667085; --bad: #b42318; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --line: #3a4250; --soft: #98a2b3; --bad: #f97066; }} }}
-body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.7rem; line-height: 1.25; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-th, td {{ padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
+:root {{ color-scheme: light dark; --paper: #fff; --ink: #1d2433; --line: #dfe3ea; --soft: #5d6778; --bad: #b42318; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --paper: #12161d; --ink: #e4e8ef; --line: #2c3440; --soft: #9aa5b5; --bad: #f97066; }}
+}}
+* {{ box-sizing: border-box; }}
+html {{ background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%; }}
+body {{ font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; max-width: 70rem; margin: 0 auto;
+  padding: 2.5rem 1.25rem 4rem; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .75rem; }}
+h2 {{ font-size: 1.25rem; line-height: 1.3; letter-spacing: -.005em; margin: 3rem 0 .75rem; }}
+p {{ margin: .75rem 0; max-width: 46rem; }}
+.note, figcaption {{ color: var(--soft); font-size: .9rem; line-height: 1.5; }}
+.scroll {{ overflow-x: auto; margin: 1rem 0; }}
+table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th, td {{ padding: .4rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }}
+th {{ color: var(--soft); font-weight: 600; font-size: .85rem; vertical-align: bottom; }}
+th.l, td.l {{ text-align: left; }}
+th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--paper); }}
+th:first-child, td:first-child {{ padding-left: 0; }}
+td:first-child {{ max-width: 19rem; white-space: normal; min-width: 9rem; }}
+table.words td {{ white-space: normal; min-width: 7rem; max-width: 26rem; vertical-align: top; }}
 tr.marked td {{ color: var(--bad); }}
-figure {{ margin: 1rem 0; }} figcaption, .note {{ color: var(--soft); font-size: .92rem; }}
+figure {{ margin: 1rem 0; min-width: 0; }}
 img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; }}
+svg {{ display: block; width: 100%; height: auto; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.25rem 2rem; }}
+.grid figure {{ margin: 0; }}
+.grid figcaption {{ color: var(--ink); font-weight: 600; }}
+.legend {{ list-style: none; padding: 0; margin: 0 0 1rem; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem;
+  color: var(--soft); font-size: .9rem; }}
+.legend svg {{ display: inline-block; width: 1.6rem; height: .7rem; margin-right: .4rem; color: var(--soft); }}
+.legend li {{ max-width: 100%; unicode-bidi: isolate; }}
+summary {{ cursor: pointer; color: var(--soft); margin-top: 1rem; }}
+@media (max-width: 40rem) {{
+  body {{ padding: 1.5rem 1rem 3rem; }} h1 {{ font-size: 1.5rem; }}
+  td:first-child {{ max-width: 9.5rem; min-width: 6.5rem; }}
+}}
 </style>
 </head>
 <body>
@@ -35,11 +63,22 @@ img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; }}
 """
 
 
+class Block(Protocol):
+    """A part of the page."""
+
+    def html(self) -> str:
+        """The part as HTML."""
+        ...
+
+
 @dataclass(frozen=True)
 class Heading:
     """A section's heading."""
 
     text: str
+
+    def html(self) -> str:
+        return f"<h2>{inert(self.text)}</h2>"
 
 
 @dataclass(frozen=True)
@@ -49,14 +88,34 @@ class Text:
     text: str
     note: bool = False
 
+    def html(self) -> str:
+        return f'<p class="note">{inert(self.text)}</p>' if self.note else f"<p>{inert(self.text)}</p>"
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the rows whose index is in `marked` stand out."""
+    """Rows of cells; the rows whose index is in `marked` stand out.
+
+    Args:
+        left: how many columns, from the first, are aligned to the left; the others hold numbers.
+        words: whether the cells hold words, which may take several lines.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: frozenset[int] = frozenset()
+    left: int = 2
+    words: bool = False
+
+    def html(self) -> str:
+        left = len(self.columns) if self.words else self.left
+        head = _cells("th", self.columns, left=left)
+        rows = "\n".join(
+            f'<tr class="marked">{cells}</tr>' if i in self.marked else f"<tr>{cells}</tr>"
+            for i, cells in enumerate(_cells("td", row, left=left) for row in self.rows)
+        )
+        opening = '<table class="words">' if self.words else "<table>"
+        return f'<div class="scroll">{opening}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
 @dataclass(frozen=True)
@@ -66,29 +125,53 @@ class Figure:
     path: Path
     caption: str
 
+    def html(self) -> str:
+        picture = f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
+        caption = inert(self.caption)
+        return f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
 
-Block = Heading | Text | Table | Figure
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks under a line that opens them."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+    def html(self) -> str:
+        return f"<details><summary>{inert(self.summary)}</summary>\n{_join(self.blocks)}\n</details>"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Figures side by side where there is room, else below one another."""
+
+    blocks: Sequence[Block]
+
+    def html(self) -> str:
+        return f'<div class="grid">\n{_join(self.blocks)}\n</div>'
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The page as HTML."""
-    return _PAGE.format(title=escape(title), body="\n".join(_block(block) for block in blocks))
+    return _PAGE.format(title=inert(title), body=_join(blocks))
 
 
-def _block(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{escape(block.text)}</h2>"
-    if isinstance(block, Text):
-        return f'<p class="note">{escape(block.text)}</p>' if block.note else f"<p>{escape(block.text)}</p>"
-    if isinstance(block, Figure):
-        picture = f"data:image/png;base64,{base64.b64encode(block.path.read_bytes()).decode()}"
-        caption = escape(block.caption)
-        return f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in block.columns)
-    rows = "\n".join(_row(row, marked=i in block.marked) for i, row in enumerate(block.rows))
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+def inert(text: str) -> str:
+    """The text as HTML that shows it and does nothing: markup escaped, and what cannot be seen written as its code.
+
+    A control character, a lone surrogate or a mark that turns the direction of writing becomes its Python escape: names
+    from files may hold all of these.
+    """
+    return escape("".join(c if category(c)[0] != "C" else ascii(c)[1:-1] for c in text))
 
 
-def _row(row: Sequence[str], *, marked: bool) -> str:
-    opening = '<tr class="marked">' if marked else "<tr>"
-    return opening + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+def _cells(tag: str, cells: Sequence[str], *, left: int) -> str:
+    return "".join(
+        f'<{tag} class="l">{inert(cell)}</{tag}>' if i < left else f"<{tag}>{inert(cell)}</{tag}>"
+        for i, cell in enumerate(cells)
+    )
+
+
+def _join(blocks: Sequence[Block]) -> str:
+    return "\n".join(block.html() for block in blocks)

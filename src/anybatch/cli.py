@@ -9,6 +9,7 @@ try:
     from anybatch._command_demo import demo
     from anybatch._command_forecast import forecast
     from anybatch._command_plan import plan
+    from anybatch._command_report import report
 except ImportError as error:  # pragma: no cover
     sys.exit(f"The anybatch command needs {error.name}: pip install 'anybatch[cli]'")
 
@@ -30,6 +31,7 @@ def root(*, version: Annotated[bool, typer.Option("--version", help="Print the v
 app.command()(demo)
 app.command()(forecast)
 app.command()(plan)
+app.command()(report)
 
 
 def main() -> None:

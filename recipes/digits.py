@@ -1,0 +1,52 @@
+"""scikit-learn's handwritten digits, embedded: the same network and hyperparameters as `anybatch demo`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from task import Task
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import TensorDataset
+
+from anybatch import _demo
+
+
+class Digits(Task):
+    """1347 images of 8x8 pixels for training and 450 for testing; a multilayer perceptron."""
+
+    name = "digits"
+    metric = "accuracy"
+
+    def __init__(self, data: Path | None = None, *, tiny: bool = False) -> None:
+        super().__init__(data, tiny=tiny)
+        self.base_batch = _demo.BASE_BATCH
+        self.total = 1000 if tiny else 4000
+        x, y, self.x_test, self.y_test = _demo.digits()
+        self.train_set = TensorDataset(x, y)
+
+    def model(self) -> nn.Module:
+        """64-128-128-10."""
+        return _demo.network(torch.initial_seed())
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """SGD with momentum."""
+        return SGD(model.parameters(), lr=_demo.LEARNING_RATE, momentum=_demo.MOMENTUM)
+
+    def scheduler(self, optimizer: Optimizer) -> Any:
+        """Exponential decay to 1 %."""
+        return ExponentialLR(optimizer, _demo.LAST_RATE ** (1 / self.total))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross entropy."""
+        x, y = batch
+        return cross_entropy(model(x), y)
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Test accuracy in percent."""
+        y = self.y_test.to(device)
+        logits = model(self.x_test.to(device))
+        accuracy = 100 * (logits.argmax(1) == y).double().mean()
+        return {"accuracy": accuracy.item(), "loss": cross_entropy(logits, y).item()}

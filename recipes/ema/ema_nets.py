@@ -1,0 +1,84 @@
+"""Encoders of the full configurations, in torch alone: ResNet-18 and a vision transformer, without batch statistics.
+
+With GroupNorm and LayerNorm an example's features do not depend on the others of its micro-batch, so that the batch
+size reaches the training through the optimizer and the EMA alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with GroupNorm and a shortcut around them (He et al. 2016a)."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.GroupNorm(8, outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.GroupNorm(8, outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.GroupNorm(8, outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`."""
+        return (self.inner(x) + self.shortcut(x)).relu()
+
+
+def resnet18(*, width: int = 64, blocks: int = 2) -> tuple[nn.Module, int]:
+    """Images `[B, 3, H, W]` to features `[B, 8 width]`; returns the network and the number of features."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+        nn.GroupNorm(8, width),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]
+    inputs = width
+    for stage in range(4):
+        for i in range(blocks):
+            layers.append(Block(inputs, width * 2**stage, stride=2 if stage and i == 0 else 1))
+            inputs = width * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), inputs
+
+
+class VisionTransformer(nn.Module):
+    """Patches, learned positions, pre-norm transformer layers, and the mean over the patches (no class token).
+
+    Args:
+        side: of the images, in pixels; a multiple of `patch`.
+        patch: side of a patch.
+        width: of the residual stream.
+        depth: layers.
+        heads: of the attention.
+    """
+
+    def __init__(self, *, side: int, patch: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width))
+        layer = [
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        ]
+        self.layers = nn.Sequential(*layer)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, 3, side, side]` to features `[B, width]`."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.norm(self.layers(tokens)).mean(1)
+
+
+def vit(
+    *, side: int = 224, patch: int = 16, width: int = 384, depth: int = 12, heads: int = 6
+) -> tuple[nn.Module, int]:
+    """ViT-S/16 by default; returns the network and the number of features."""
+    return VisionTransformer(side=side, patch=patch, width=width, depth=depth, heads=heads), width

@@ -1,0 +1,185 @@
+"""Supervised training with a model EMA at any batch size.
+
+    python recipes/ema/supervised.py [--out docs/figures]                      the digits, plain SGD
+    python recipes/ema/supervised.py --config full --data DIR --device cuda    CIFAR-10, ResNet-18
+
+The EMA is only looked at here, it has no say in the training. What is compared is its test loss along the run, at eight
+equal points of tau, with that of the base batch: the same average of the same path has the same curve.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ema_plots import COLOURS, MARKERS, figure, kappas, label
+from ema_runs import Results, Study, main
+from ema_train import ARMS, Batch, Config, Experiment, Scale
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from anybatch._demo import digits, network
+
+CONFIGS = {
+    "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
+    "full": Config(
+        base_batch=128, total=39_100, decay=0.9995, rate=0.02, momentum=0.9, weight_decay=5e-4, largest=512,
+        evaluations=40, points=40, scales=(0.5, 1, 8, 32), seeds=3,
+    ),
+}  # fmt: skip
+POINTS = 8
+SHOWN = (8, 32)
+TOLERANCE = 0.03
+TOP = 3000  # per cent; a diverged run is drawn here
+
+
+class Digits(Experiment):
+    """The demo's network and data."""
+
+    def model(self) -> nn.Module:
+        """64-128-128-10."""
+        return network(torch.initial_seed())
+
+    def batch(self, examples: int, generator: torch.Generator) -> Batch:
+        """Random images and their labels."""
+        x, y, _, _ = digits()
+        rows = torch.randint(len(x), (examples,), generator=generator)
+        return x[rows], y[rows]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy."""
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the test images."""
+        _, _, x, y = digits()
+        logits = model(x)
+        right = 100 * (logits.argmax(1) == y).double().mean().item()
+        return {"accuracy": right, "loss": cross_entropy(logits, y).item()}
+
+
+class Cifar10(Experiment):
+    """The recipe's data and network (recipes/cifar10.py), at a constant learning rate.
+
+    The network's BatchNorm sees one micro-batch at a time, and its running statistics are the student's for both.
+    """
+
+    def __init__(self, config: Config, *, data: Path | None, tiny: bool = False, device: str = "cpu") -> None:
+        sys.path.append(str(Path(__file__).parents[1]))
+        import cifar10
+
+        super().__init__(config, device=device)
+        self.task = cifar10.Cifar10(data, tiny=tiny)
+        self._order: torch.Generator | None = None
+
+    def model(self) -> nn.Module:
+        """ResNet-18 v2."""
+        return self.task.model()
+
+    def batch(self, examples: int, generator: torch.Generator) -> Batch:
+        """Augmented images and their labels, from the recipe's endless epochs, a few at a time."""
+        chunk = max(1, self.config.base_batch // 4)
+        if self._order is not generator:  # another run
+            self._order = generator
+            self._chunks = self.task.batches(chunk, seed=generator.initial_seed(), rank=0, ranks=1)
+        parts = [next(self._chunks) for _ in range(examples // chunk)]
+        return tuple(torch.cat(tensors).to(self.device) for tensors in zip(*parts, strict=True))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy."""
+        return self.task.loss(model, batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the test images."""
+        return self.task.evaluate(model, self.device)
+
+
+def deviation(results: Results, arm: str, scale: Scale) -> float:
+    """The largest relative distance of the EMA model's mean test loss from kappa 1's at eight equal points of tau.
+
+    Both means are over the same seeds.
+    """
+    curves = {run["seed"]: torch.tensor(run["teacher_loss"]) for run in results.of(arm, scale)}
+    bases = [torch.tensor(run["teacher_loss"]) for run in results.of("rule", 1) if run["seed"] in curves]
+    curve, base = (eight(torch.stack(list(values)).mean(0)) for values in (curves.values(), bases))
+    return float((curve / base - 1).abs().max())
+
+
+def eight(curve: Tensor) -> Tensor:
+    """Eight equal points of a stored curve."""
+    return curve[len(curve) // POINTS - 1 :: len(curve) // POINTS]
+
+
+def points(results: Results) -> str:
+    """The eight points of every arm at the scales that are compared."""
+    lines = ["| | kappa | " + " | ".join(f"{i}/8" for i in range(1, POINTS + 1)) + " | largest deviation |"]
+    lines.append("|---" * (POINTS + 3) + "|")
+    pairs = [("rule", 1)] + [(arm, scale) for scale in SHOWN for arm in results.study.scales]
+    for arm, scale in pairs:
+        if not results.of(arm, scale):
+            continue
+        curve = eight(results.curve(arm, scale, "teacher_loss")).tolist()
+        values = " | ".join(f"{value:.3f}" if value < 10 else "diverged" for value in curve)
+        distance = 100 * deviation(results, arm, scale)
+        largest = f"{distance:.1f} %" if distance < TOP else f"over {TOP} %"
+        name = "any" if scale == 1 else ARMS[arm].label
+        lines.append(f"| {name} | {scale:g} | {values} | {largest} |")
+    return "\n".join(lines)
+
+
+def make(config: Config, options: argparse.Namespace) -> Experiment:
+    """The experiment that `--config` names."""
+    return Cifar10(config, data=options.data, device=options.device) if options.config == "full" else Digits(config)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Curves at the compared kappas; the deviation at all."""
+    shown = [kappa for kappa in SHOWN if results.of("adascale", kappa)]
+    with figure(path, panels=len(shown) + 1) as axes:
+        for axis, kappa in zip(axes, shown, strict=False):
+            _curves(axis, results, kappa)
+        axes[0].set_ylabel("test loss of the EMA model")
+        axes[0].legend(fontsize=8)
+        axis, scales = axes[-1], results.config.scales
+        axis.axhline(100 * TOLERANCE, color="black", ls=":", lw=1.2, label="3 %")
+        for arm in results.study.scales:
+            chosen = [kappa for kappa in scales if kappa != 1 and results.of(arm, kappa)]
+            values = [min(100 * deviation(results, arm, kappa), TOP) for kappa in chosen]
+            axis.plot(chosen, values, color=COLOURS[arm], marker=MARKERS[arm], ms=5, lw=1.3, label=label(arm))
+        axis.set_yscale("log")
+        axis.set_ylim(0.2, 1.3 * TOP)
+        kappas(axis, scales)
+        axis.set_ylabel("largest deviation of the test loss\nfrom κ = 1 at eight points of τ, %")
+        axis.set_title("At every κ")
+
+
+def _curves(axis: Any, results: Results, kappa: float) -> None:
+    """Every arm at one kappa against tau; what diverges leaves the picture."""
+    tau = results.of("rule", 1)[0]["tau"]
+    axis.plot(tau, results.curve("rule", 1, "teacher_loss"), color="black", lw=5, alpha=0.3, label="κ = 1")
+    for arm in results.study.scales:
+        if results.of(arm, kappa):
+            curve = results.curve(arm, kappa, "teacher_loss")
+            axis.plot(tau, curve, color=COLOURS[arm], marker=MARKERS[arm], ms=4, lw=1.3, label=label(arm))
+    axis.set_yscale("log")
+    axis.set_ylim(0.06, 20)
+    axis.set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+    axis.set_xlabel("τ, base iterations")
+    axis.set_title(f"Along the run, κ = {kappa:g}")
+
+
+STUDY = Study(
+    name="supervised",
+    description=__doc__,
+    make=make,
+    configs=CONFIGS,
+    scales={"rule": None, "off": None, "adascale": None, "adascale-off": (8, 32), "adascale-scale": (8, 32)},
+    metric="teacher_loss",
+    draw=draw,
+    compared=(("adascale", 8), ("adascale", 32)),
+    few=4,
+)
+
+if __name__ == "__main__":
+    print(points(main(STUDY)))

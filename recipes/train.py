@@ -1,0 +1,272 @@
+"""Train one of the papers' tasks at any scale: one loop over anybatch's public functions.
+
+    python recipes/train.py digits --scale 32
+    python recipes/train.py cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
+    torchrun --nproc-per-node=8 recipes/train.py imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
+        --precision bf16 --workers 12 --ema 0.9999
+
+The scale is the batch of a step in base batches: ranks * accumulation * micro-batch / base batch. `--scale` and
+`--micro-batch` are given, the accumulation follows. All else is said once, for scale 1, in the task's own module.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import floor, isfinite
+from pathlib import Path
+from typing import Any
+
+import parallel
+import torch
+import torch.distributed as dist
+from options import PRECISIONS, TASKS, Options, parse, task_of
+from parallel import Place
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from task import DataError, Task
+
+import anybatch
+
+__all__ = ["TASKS", "Options", "Training", "main", "run"]
+
+STUCK = 100  # skipped steps in a row: a GradScaler needs about 20 to find its factor
+Point = dict[str, Any]
+
+
+def run(task: Task, options: Options, *, watch: Callable[[float, Point | None], None] = lambda *_: None) -> Point:
+    """Train `task`, going on from its checkpoint if there is one, and return the summary.
+
+    `watch(tau, point)` is told of every step, and of the evaluation where there was one.
+
+    Raises:
+        anybatch.InvalidValueError: options that do not fit together.
+        DataError: the checkpoint is of another run.
+    """
+    training = Training(task, options, parallel.here())
+    try:
+        while not training.over:
+            training.step()
+            point = training.evaluate() if training.due(training.evaluated, task.total / options.evaluations) else None
+            if options.out and training.due(training.saved, options.save_every or task.total / 20):
+                training.save(options.out)
+            watch(training.controller.tau, point)
+    finally:
+        training.controller.detach()
+    summary = training.summary()
+    if options.out and training.place.first:
+        (options.out / "summary.json").write_text(_line(summary))
+    return summary
+
+
+class Training:
+    """A model in training: one step, its evaluation, its checkpoint."""
+
+    def __init__(self, task: Task, options: Options, place: Place) -> None:
+        self.task, self.options, self.place = task, options, place
+        self.start = time.perf_counter()
+        task.workers, task.total = options.workers, options.total or task.total
+        self.micro_batch = options.micro_batch_for(task, ranks=place.ranks)
+        for scale, _ in options.scales:
+            options.accumulation_for(scale, task, ranks=place.ranks)  # what is wrong is said before training starts
+        if options.fsdp and not dist.is_initialized():
+            raise anybatch.InvalidValueError("--fsdp needs several processes: start with torchrun.")
+        saved = parallel.load(options.out, same=options.identity(task)) if options.out else None
+
+        torch.manual_seed(options.seed)
+        self.net = task.model().to(place.device)
+        self.model = parallel.wrap(self.net, place=place, fsdp=options.fsdp, compiled=options.compile)
+        self.optimizer = task.optimizer(self.net)
+        if options.lr:
+            factor = options.lr / self.optimizer.param_groups[0]["lr"]
+            for group in self.optimizer.param_groups:
+                group["lr"] *= factor
+        if options.last_rate:
+            rate = options.last_rate ** (1 / task.total)
+            self.scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, rate)
+        else:
+            self.scheduler = task.scheduler(self.optimizer)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == "fp16")
+        if options.out and place.first and not saved:
+            (options.out / "record.jsonl").unlink(missing_ok=True)  # of a run that died before its first checkpoint
+        self.controller = anybatch.attach(
+            self.optimizer,
+            model=self.model,
+            rule=options.rule_for_attach(),
+            scheduler=self.scheduler,
+            total=task.total,
+            base_batch=task.base_batch,
+            micro_batch=self.micro_batch,
+            grad_scaler=self.scaler if self.scaler.is_enabled() else None,
+            record=options.out / "record.jsonl" if options.out else None,
+        )
+
+        self.used = 0  # examples (tokens), by all ranks together
+        self.history: list[Point] = []
+        self.saved = 0.0  # tau of the last checkpoint
+        self.stuck = 0
+        self.losses = torch.zeros(2, dtype=torch.float64, device=place.device)  # their sum and number, of this rank
+        if saved and options.ema:
+            parallel.load_model(self.net, saved["ema"])  # ModelEMA starts from what the model holds
+        self.ema = anybatch.ModelEMA(self.net, options.ema, clock=self.controller.clock) if options.ema else None
+        if saved:
+            self.restore(saved)
+        shares = {"rank": place.rank, "ranks": place.ranks, "start": self.used, "workers": options.workers}
+        self.batches = task.batches(self.micro_batch, seed=options.seed, **shares)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is at its end, or has no finite gradient any more."""
+        return self.controller.done or self.stuck >= STUCK
+
+    @property
+    def evaluated(self) -> float:
+        """The tau of the last evaluation."""
+        return self.history[-1]["tau"] if self.history else 0.0
+
+    def due(self, last: float, every: float) -> bool:
+        """Whether the clock has passed a multiple of `every` since `last`, or the run is over."""
+        return self.over or self.controller.clock.reached((floor(last / every + 1e-9) + 1) * every)
+
+    def step(self) -> None:
+        """One optimizer step of the scale in force, from as many micro-batches as it takes."""
+        scale = self.options.scale_at(self.controller.tau / self.task.total)
+        accumulation = self.options.accumulation_for(scale, self.task, ranks=self.place.ranks)
+        precision, device = PRECISIONS[self.options.precision], self.place.device.type
+        skipped = self.controller.skipped
+        for i in range(accumulation):
+            batch = self.place.moved(next(self.batches))
+            # Dropout, too, depends on the seed and the examples before it alone: no generator's state is saved.
+            before = self.used + (i * self.place.ranks + self.place.rank) * self.micro_batch
+            torch.manual_seed(self.options.seed * 1_000_000_007 + before)
+            self.controller.micro_batch = self.task.size(batch)
+            with parallel.without_reduction(self.model, last=i == accumulation - 1):
+                with torch.autocast(device, precision, enabled=precision is not None):
+                    loss = self.task.loss(self.model, batch)
+                self.scaler.scale(loss / accumulation).backward()
+            self.losses += torch.stack([loss.detach().double(), torch.ones_like(self.losses[0])])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.used += accumulation * self.place.ranks * self.micro_batch
+        self.stuck = self.stuck + 1 if self.controller.skipped > skipped else 0
+
+    def evaluate(self) -> Point:
+        """The metric at this tau, and the mean training loss since the last evaluation; under DDP on rank 0 alone."""
+        total, number = self.place.summed(self.losses).tolist()
+        self.losses.zero_()
+        point: Point = {"tau": self.controller.tau, "step": self.controller.steps, "train_loss": total / number}
+        if self.place.first or self.options.fsdp:
+            self.net.eval()
+            with torch.no_grad():
+                point |= self.task.evaluate(self.net, self.place.device)
+                if self.ema is not None:
+                    with self.ema.applied():
+                        values = self.task.evaluate(self.net, self.place.device)
+                    point |= {f"ema_{name}": value for name, value in values.items()}
+            self.net.train()
+        self.history.append(point)
+        if self.options.out and self.place.first:
+            with (self.options.out / "results.jsonl").open("a") as file:
+                file.write(_line(point))
+        return point
+
+    def save(self, out: Path) -> None:
+        """Write the checkpoint; every rank calls this, rank 0 writes."""
+        losses = self.place.summed(self.losses)
+        self.losses = losses if self.place.first else torch.zeros_like(losses)
+        self.saved = self.controller.tau
+        state = {
+            "options": self.options.identity(self.task),
+            "model": parallel.model_state(self.net),
+            "optimizer": parallel.optimizer_state(self.net, self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "seconds": time.perf_counter() - self.start,
+            "used": self.used,
+            "history": self.history,
+            "losses": losses.tolist(),
+        }
+        if self.ema is not None:
+            with self.ema.applied():
+                state["ema"] = parallel.model_state(self.net)
+        if self.place.first:
+            parallel.save(out, state)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint, on any number of ranks; what was written after it is written again."""
+        parallel.load_model(self.net, saved["model"])
+        parallel.load_optimizer(self.net, self.optimizer, saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.controller.load_state_dict(saved["controller"])
+        self.used, self.history, self.saved = saved["used"], saved["history"], self.controller.tau
+        self.start -= saved["seconds"]
+        if self.place.first:
+            self.losses += torch.tensor(saved["losses"], dtype=torch.float64, device=self.place.device)
+            if self.options.out:
+                (self.options.out / "results.jsonl").write_text("".join(map(_line, self.history)))
+
+    def summary(self) -> Point:
+        """What the run came to."""
+        last, controller = self.history[-1], self.controller
+        return {
+            **self.options.identity(self.task),
+            "scale": self.options.scale,
+            "ranks": self.place.ranks,
+            "micro_batch": self.micro_batch,
+            "metric": self.task.metric,
+            **last,
+            "iterations": controller.steps,
+            "mean_gain": controller.tau / max(1, controller.steps),
+            "examples": self.used,
+            "skipped": controller.skipped,
+            "diverged": self.stuck >= STUCK or not isfinite(last["train_loss"]),
+            "seconds": time.perf_counter() - self.start,
+        }
+
+
+def _line(values: Point) -> str:
+    """A line of strict JSON: what is not finite is null."""
+    finite = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 2 where the data or the options are wrong."""
+    try:
+        given, options = parse(arguments)
+        with parallel.process_group() as place:
+            task = task_of(given, place)
+            with _watching(task, options, place) as watch:
+                summary = run(task, options, watch=watch)
+            if place.first:
+                print(json.dumps(summary, indent=2, default=str))
+    except (DataError, anybatch.AnybatchError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def _watching(task: Task, options: Options, place: Place) -> Iterator[Callable[[float, Point | None], None]]:
+    """Rank 0 shows a progress bar where there is a terminal, and a line for each evaluation."""
+    bar = Progress(TextColumn("tau"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar.disable = not (place.first and bar.console.is_terminal)
+    total = options.total or task.total
+    with bar:
+        row = bar.add_task("tau", total=total)
+
+        def watch(tau: float, point: Point | None) -> None:
+            bar.update(row, completed=min(round(tau), total))
+            if point and place.first:
+                bar.console.print("  ".join(f"{k} {v:.5g}" for k, v in point.items()), highlight=False)
+
+        yield watch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

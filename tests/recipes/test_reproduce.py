@@ -1,0 +1,140 @@
+"""The experiments of the paper run from one command, are cached, and are drawn."""
+
+import json
+
+import gains
+import pytest
+import reproduce
+import runs
+import torch
+
+import anybatch
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    return folder / "cache", folder / "out"
+
+
+@pytest.fixture
+def run(folders, monkeypatch, capsys):
+    """`reproduce.py` on a short run of the digits, in this process."""
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", _Here)
+    cache, out = folders
+
+    def call(what, *arguments):
+        common = ["--total", "80", "--seeds", "2", "--evaluations", "4", "--cache", str(cache), "--out", str(out)]
+        code = reproduce.main([what, *common, *arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        assert (out / f"digits-{what}.png").stat().st_size > 5000
+        return json.loads((out / f"digits-{what}.json").read_text())["results"], captured.out
+
+    return call
+
+
+class _Here:
+    """An executor that does the work at once, in this process."""
+
+    def __init__(self, *_, **__):
+        torch.set_num_threads(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *arguments):
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_table_2_has_a_row_for_each_rule_and_scale_and_trains_once(run, monkeypatch):
+    rows, printed = run("table2", "--scales", "4")
+    assert [(row["scale"], row["rule"]) for row in rows] == [
+        ("1", "adascale"), ("4", "adascale"), ("4", "lsw"), ("4", "lsw+")
+    ]  # fmt: skip
+    one, adascale, lsw, stretched = rows
+    assert one["iterations"] == 80
+    assert lsw["iterations"] == 20
+    assert 20 < adascale["iterations"] < 80
+    assert stretched["iterations"] == adascale["iterations"]
+    assert adascale["mean_gain"] == pytest.approx(80 / adascale["iterations"], rel=0.06)
+    assert "lsw+" in printed
+    monkeypatch.setattr(runs, "_train", lambda *_: pytest.fail("trained again"))
+    again, _ = run("table2", "--scales", "4")
+    assert again == rows
+
+
+def test_a_stopped_experiment_goes_on(run, folders):
+    rows, _ = run("table2", "--scales", "4")
+    for summary in folders[0].glob("*-adascale-S4-seed1-*/summary.json"):
+        summary.unlink()
+    again, _ = run("table2", "--scales", "4")
+    assert again == rows
+
+
+def test_figures_1_3_and_4(run):
+    rows, _ = run("fig1", "--scale", "8")
+    steps = {row["rule"]: row["iterations"] for row in rows if row["scale"] == "8"}
+    assert steps["linear"] < steps["adascale"] < steps["identity"] == 80
+    curves, _ = run("fig3", "--scales", "4")
+    assert set(curves) == {"1", "4"}
+    assert curves["1"]["largest_distance_after_a_quarter"] == 0
+    rows, _ = run("fig4")
+    assert sum("@" in row["scale"] for row in rows) == 4
+
+
+def test_figure_5_counts_the_schedules_within_one_point(run, monkeypatch):
+    monkeypatch.setattr(reproduce, "GRID", 2)
+    found, _ = run("fig5", "--scale", "4", "--seeds", "1")
+    assert set(found["metric"]) == {"scale 1", "AdaScale, S = 4", "LSW, S = 4", "direct search, S = 4"}
+    for name, rows in found["metric"].items():
+        flat = [value for row in rows for value in row]
+        assert len(flat) == 4
+        assert found["area"][name] == sum(v >= found["best"]["scale 1"] - 1 for v in flat)
+
+
+def test_figure_2_compares_gains(run):
+    found, _ = run("fig2", "--scale", "4", "--batches", "50")
+    assert len(found["offline"]) == 12
+    assert all(1 <= point[key] <= 4 for point in found["offline"] for key in ("online", "offline"))
+    assert all(1 <= gain <= 4 for _, gain in found["tied"])
+
+
+def test_true_moments_are_those_of_a_plain_loop():
+    base = runs.Run("digits", False, None, "adascale", "1", 0, 80, 1)
+    task = runs.task_of(base)
+    torch.manual_seed(0)
+    net = task.model().double()
+    task.collate = lambda examples: [t.double() if t.is_floating_point() else t for t in _default(examples)]
+    found = gains.true_moments(task, net, batches=5, seed=3)
+    stream = task.batches(task.base_batch, seed=3, rank=0, ranks=1)
+    samples = []
+    for _ in range(5):
+        net.zero_grad()
+        task.loss(net, next(stream)).backward()
+        samples.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    samples = torch.stack(samples)
+    variance = samples.var(0, unbiased=True).sum().item()
+    assert found.variance == pytest.approx(variance, rel=1e-9)
+    assert found.sqnorm == pytest.approx(samples.mean(0).square().sum().item() - variance / 5, rel=1e-9)
+
+
+def _default(examples):
+    return torch.utils.data.default_collate(examples)
+
+
+def test_bad_data_is_one_line_and_exit_code_2(capsys, tmp_path):
+    assert reproduce.main(["table2", "--task", "yolo", "--data", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_a_tied_rule_takes_the_common_gain():
+    rule = gains.Tied(tie=gains.Tie(gain=4.0))
+    assert rule(scale=8, gain=2.0, clock=anybatch.Clock(), exponent=0.5) == anybatch.Scaling(2.0, 4.0)
