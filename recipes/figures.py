@@ -34,6 +34,7 @@ def table2(rows: list[dict[str, Any]], path: Path, *, metric: str) -> None:
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
     axes[2].set_yscale("log")
+    axes[0].set_ylim(0, 102)
     axes[0].legend()
     _save(fig, path)
 

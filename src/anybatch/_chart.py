@@ -108,7 +108,7 @@ class _Axis:
     def of(cls, values: Sequence[float], *, log: bool, start: float, end: float, margin: float) -> "_Axis":
         """An axis that shows all of the values."""
         low, high = (log10(v) if log else v for v in (min(values), max(values)))
-        if high - low <= 1e-9 * max(abs(low), abs(high), _TINY):  # one value: give it room
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1.0 if log else _TINY):  # one value: give it room
             room = 0.3 if log else 0.1 * abs(low) if abs(low) > _TINY else 1.0
         else:
             room = margin * (high - low)

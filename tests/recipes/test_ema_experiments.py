@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,7 +265,13 @@ def cifar(tmp_path_factory):
     return folder
 
 
+def made_by(module, name, data):
+    """What `--config name --data data` trains."""
+    return module.make(module.CONFIGS[name], Namespace(config=name, data=data, device="cpu"))
+
+
 def test_cifar10_from_its_binary_files(cifar):
+    assert isinstance(made_by(supervised, "full", cifar), supervised.Cifar10)
     found = ema_train.train(supervised.Cifar10(SMALL, data=cifar, tiny=True), "adascale", scale=2, seed=0)
     assert 2 <= found["steps"] <= 4
     assert finite(found)
@@ -276,6 +283,7 @@ def test_byol_from_an_image_folder(transformer, tmp_path, monkeypatch):
     made_images.image_folder(tmp_path, size="least")
     config = replace(SMALL, base_batch=32, largest=32, optimizer="adamw" if transformer else "sgd")
     experiment = Folder(config, data=tmp_path, transformer=transformer, tiny=True, workers=0)
+    assert made_by(byol, "vit" if transformer else "full", tmp_path).transformer == transformer
     found = ema_train.train(experiment, "rule", scale=(1, 2), seed=0)
     assert found["steps"] == 3
     assert finite(found)
@@ -284,6 +292,7 @@ def test_byol_from_an_image_folder(transformer, tmp_path, monkeypatch):
 def test_pseudo_labels_for_speech(tmp_path):
     made_speech.write(tmp_path, size="tiny", seed=0)
     experiment = Speech(replace(SMALL, base_batch=2, total=2), data=tmp_path, tiny=True, workers=0)
+    assert isinstance(made_by(pseudo, "full", tmp_path), Speech)
     model = experiment.model()
     generator = torch.Generator().manual_seed(0)
     batch = experiment.batch(4, generator)
