@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with the data set")
     parser.add_argument("--tiny", action="store_true", help="the small model and the short run")
     parser.add_argument("--scales", type=_whole, default=_whole("8,16,32,64,128"), help="for table2 and fig3")
-    parser.add_argument("--scale", type=int, help="for fig1 (64), fig2 (32) and fig5 (16)")
+    parser.add_argument("--scale", type=int, help="for fig1 and fig5 (16) and fig2 (32)")
     parser.add_argument("--seeds", type=int, help="default: 5; fig5 1")
     parser.add_argument("--total", type=int, help="base iterations, in place of the task's")
     parser.add_argument("--batches", type=int, default=1000, help="for fig2: base batches of the offline gain")
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/reproduction"))
     given = parser.parse_args(arguments)
     given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
-    given.scale = given.scale or {"fig1": 64, "fig2": 32}.get(given.what, 16)
+    given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
     base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, 1, given.evaluations)
     try:
         base = replace(base, total=given.total or _total(base))

@@ -19,7 +19,8 @@ from anybatch import cli
 
 run = CliRunner().invoke
 NAMES = ["<\u2215script><script>alert(1)<", "<img src=x onerror=alert(1)>", "=cmd|' C'!A0", "a\x01\x1b[31m",
-         "\udcff\udc80", "..x..", "x" * 200, "\u202egnp.evil", "$\\frac{1}{0}$ $$", "{title} {0} %s", "\nline\ttab", "'\"&amp;"]  # fmt: skip
+         "\udcff\udc80", "..x..", "x" * 200, "\u202egnp.evil", "$\\frac{1}{0}$ $$", "{title} {0} %s",
+         "\nline\ttab", "'\"&amp;"]  # fmt: skip
 
 
 def written(path, *, scale=8, metrics=(), header=None, config=None, count=None, **values):
@@ -135,8 +136,8 @@ def test_hostile_names_are_inert(tmp_path):
     before = sorted(tmp_path.iterdir())
     tags = Tags(report(before))
     assert set(tags.tags) <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table",
-                              "thead", "tbody", "tr", "th", "td", "ul", "li", "svg", "path", "g", "text", "figure", "figcaption",
-                              "details", "summary"}  # fmt: skip
+                              "thead", "tbody", "tr", "th", "td", "ul", "li", "svg", "path", "g", "text", "figure",
+                              "figcaption", "details", "summary"}  # fmt: skip
     assert not any(name.startswith("on") or name in ("src", "href") for name, _ in tags.attributes)
     text = "".join(tags.text)
     assert "<img src=x onerror=alert(1)>" in text

@@ -66,7 +66,8 @@ class ModelEMA:
     Differs from the paper in:
         1. The exponent is how far the clock moved: the paper's kappa under linear scaling, the gain under AdaScale.
         2. The weight is `-expm1(k * log(rho))` in double: `1 - rho**k` loses all digits of a decay near 1.
-        3. The warm-up, which the paper has not: `(1 + t) / (10 + t)` is TensorFlow's.
+        3. The average sees the weights that a step ends with, the paper's those that it starts from.
+        4. The warm-up, which the paper has not: `(1 + t) / (10 + t)` is TensorFlow's.
     """
 
     def __init__(

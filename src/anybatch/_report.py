@@ -29,8 +29,9 @@ h2 {{ font-size: 1.25rem; line-height: 1.3; letter-spacing: -.005em; margin: 3re
 p {{ margin: .75rem 0; max-width: 46rem; }}
 .note, figcaption {{ color: var(--soft); font-size: .9rem; line-height: 1.5; }}
 .scroll {{ overflow-x: auto; margin: 1rem 0; }}
-table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-th, td {{ padding: .4rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }}
+table {{ border-collapse: separate; border-spacing: 0; font-size: .92rem; line-height: 1.5rem;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th, td {{ padding: .375rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }}
 th {{ color: var(--soft); font-weight: 600; font-size: .85rem; vertical-align: bottom; }}
 th.l, td.l {{ text-align: left; }}
 th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--paper); }}

@@ -42,6 +42,8 @@ def legend(runs: Sequence[Summary]) -> Legend:
         shown = _spread(drawn)
         entries = [(run.name[:40], styles[run.path][0], "") for run in shown]
         more = f"{len(drawn) - len(shown)} more runs" if len(drawn) > len(shown) else ""
+    if not all(run.constant for run in drawn if run.iterations):
+        more = "; ".join(filter(None, [more, "a scale that changed: by its median"]))
     rules = {styles[run.path][1]: run.rule[:24] for run in reversed(drawn)}
     if len(rules) > 1:
         entries += [(rules[dash], "currentColor", dash) for dash in _DASHES if dash in rules]
@@ -51,11 +53,12 @@ def legend(runs: Sequence[Summary]) -> Legend:
 def forecast_chart(comparison: Comparison) -> Chart:
     """Forecasts as lines in their bands, and what happened as dots, over the scale."""
     lines: list[Line] = []
-    scales = sorted({run.scale for run, _ in comparison.forecasts})
-    for run, forecasts in {run.scales: (run, found) for run, found in reversed(comparison.forecasts)}.values():
-        # one line for each scale: the table has the others
+    # One line for each scale that a run kept: the table has the others.
+    sources = {run.scale: (run, found) for run, found in reversed(comparison.forecasts) if run.constant}
+    scales = sorted(sources)
+    for run, forecasts in (sources[scale] for scale in scales):
         points = {scale: (e.value, e.low, e.high) for scale, e in forecasts.items()}
-        if run.constant and run.finished:
+        if run.finished:
             points[run.scale] = (float(run.iterations),) * 3
         ordered = sorted(points.items())
         lines.append(
