@@ -60,6 +60,6 @@ def number(value: Any) -> float | None:
     """A positive, finite number of a configuration, which may hold anything."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if isfinite(number) and number > 0 else None
