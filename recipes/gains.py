@@ -66,7 +66,7 @@ def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: i
                 "variance": true.variance,
                 "sqnorm": true.sqnorm,
             })  # fmt: skip
-    training.controller.detach()
+    training.close()
     tied = _tied(base, scale=scale, trajectories=trajectories)
     ratios = [point["online"] / point["offline"] for point in offline]
     apart = [abs(_at(online, tau) / gain - 1) for tau, gain in tied if tau > base.total / 10]
@@ -116,7 +116,7 @@ def _tied(base: Run, *, scale: int, trajectories: int) -> list[tuple[float, floa
             run.step()
         found.append((runs[0].controller.tau, tie.gain))
     for run in runs:
-        run.controller.detach()
+        run.close()
     return found
 
 

@@ -53,7 +53,7 @@ def run(task: Task, options: Options, *, watch: Callable[[float, Point | None], 
                 training.save(options.out)
             watch(training.controller.tau, point)
     finally:
-        training.controller.detach()
+        training.close()
     summary = training.summary()
     if options.out and training.place.first:
         (options.out / "summary.json").write_text(_line(summary))
@@ -88,8 +88,12 @@ class Training:
         else:
             self.scheduler = task.scheduler(self.optimizer)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == "fp16")
-        if options.out and place.first and not saved:
-            (options.out / "record.jsonl").unlink(missing_ok=True)  # of a run that died before its first checkpoint
+        self.record = None
+        if options.out and place.first:
+            path = options.out / "record.jsonl"
+            if not saved:
+                path.unlink(missing_ok=True)  # of a run that died before its first checkpoint
+            self.record = anybatch.RunRecord(path, config=options.identity(task))
         self.controller = anybatch.attach(
             self.optimizer,
             model=self.model,
@@ -99,7 +103,7 @@ class Training:
             base_batch=task.base_batch,
             micro_batch=self.micro_batch,
             grad_scaler=self.scaler if self.scaler.is_enabled() else None,
-            record=options.out / "record.jsonl" if options.out else None,
+            record=self.record,
         )
 
         self.used = 0  # examples (tokens), by all ranks together
@@ -167,6 +171,8 @@ class Training:
                     point |= {f"ema_{name}": value for name, value in values.items()}
             self.net.train()
         self.history.append(point)
+        if self.record is not None:
+            self.controller.log(**{name: value for name, value in point.items() if name not in ("tau", "step")})
         if self.options.out and self.place.first:
             with (self.options.out / "results.jsonl").open("a") as file:
                 file.write(_line(point))
@@ -208,6 +214,12 @@ class Training:
             self.losses += torch.tensor(saved["losses"], dtype=torch.float64, device=self.place.device)
             if self.options.out:
                 (self.options.out / "results.jsonl").write_text("".join(map(_line, self.history)))
+
+    def close(self) -> None:
+        """Let go of the optimizer and the record."""
+        self.controller.detach()
+        if self.record is not None:
+            self.record.close()
 
     def summary(self) -> Point:
         """What the run came to."""

@@ -128,7 +128,7 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
         record=task.record,
     )
     result = Result(task)
-    evaluate(net, 0.0, result)
+    evaluate(net, controller, result)
     order = torch.Generator().manual_seed(task.seed)
     while not controller.done:
         scale = task.scale_at(controller.tau)
@@ -144,7 +144,7 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
         optimizer.step()
         optimizer.zero_grad()
         if controller.done or controller.clock.reached(len(result.tau) * task.total / EVALUATIONS):
-            evaluate(net, controller.tau, result)
+            evaluate(net, controller, result)
     result.iterations = controller.steps
     result.accuracy = result.test_accuracy[-1]
     with torch.no_grad():
@@ -169,14 +169,16 @@ def train_group(scales: tuple[int, ...], seed: int, *, rules: Sequence[str], tot
         yield result
 
 
-def evaluate(net: nn.Module, tau: float, result: Result) -> None:
-    """Add a point to the curves."""
+def evaluate(net: nn.Module, controller: anybatch.Controller, result: Result) -> None:
+    """Add a point to the curves, and to the record."""
     _, _, x, y = digits()
     with torch.no_grad():
         logits = net(x)
-        result.tau.append(tau)
+        result.tau.append(controller.tau)
         result.test_accuracy.append(100 * (logits.argmax(1) == y).double().mean().item())
         result.test_loss.append(cross_entropy(logits, y).item())
+    if result.task.record is not None:
+        controller.log(accuracy=result.test_accuracy[-1], loss=result.test_loss[-1])
 
 
 def _rule(task: Task) -> anybatch.Rule:
