@@ -94,7 +94,7 @@ def test_bounds_hold_and_are_checked():
     weights = torch.nn.ParameterList([torch.zeros(2)])
     optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
     controller = anybatch.attach(optimizer, model=weights, total=50, scale="count")
-    for bounds in [(0, 4), (4, 2), (2, 2.5), (True, 4)]:
+    for bounds in [(0, 4), (4, 2), (2, 2.5), (True, 4), 8, (2,), (1, 2, 3)]:
         with pytest.raises(anybatch.InvalidValueError, match="bounds"):
             anybatch.BatchController(controller, bounds=bounds)
     with pytest.raises(anybatch.InvalidValueError, match="one rank the least"):
@@ -139,8 +139,44 @@ def test_state_goes_on_exactly():
     for old, new in zip(first, second, strict=True):
         new.load_state_dict(old.state_dict())
     assert steps(first, 20, 1) == steps(second, 20, 1)
-    with pytest.raises(anybatch.StateError, match="needs exactly"):
-        second[3].load_state_dict({"accumulation": 4})
+    good = second[3].state_dict()
+    for bad in [{"scale": 4}, {**good, "more": 1}, {**good, "scale": float("nan")}, {**good, "sqnorm": "x"}]:
+        with pytest.raises(anybatch.StateError, match="needs exactly"):
+            second[3].load_state_dict(bad)
+    assert second[3].state_dict() == good
+
+
+def test_a_resumed_batch_is_the_same_scale_at_another_micro_batch():
+    def make(micro_batch):
+        weights = torch.nn.ParameterList([torch.zeros(4)])
+        optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
+        controller = anybatch.attach(
+            optimizer, model=weights, total=100, base_batch=8, micro_batch=micro_batch, rule=anybatch.AdaScale()
+        )
+        return anybatch.BatchController(controller, bounds=(2, 64))
+
+    first, second = make(8), make(32)
+    first.load_state_dict({**first.state_dict(), "scale": 16.0})
+    assert first.accumulation == 16
+    second.load_state_dict(first.state_dict())
+    assert second.accumulation == 4
+
+
+def test_stop_and_what_needs_a_schedule_or_no_variance():
+    weights = torch.nn.ParameterList([torch.zeros(4)])
+    optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
+    controller = anybatch.attach(
+        optimizer, model=weights, total=50, scale="count", rule=anybatch.AdaScale(consecutive=True)
+    )
+    batch = anybatch.BatchController(controller, bounds=(1, 8))
+    controller.clock.advance(1.0)  # by hand, before any step
+    assert batch.accumulation == 1
+    batch.stop()
+    controller.observe([torch.randn(2, 4)])
+    optimizer.step()
+    assert batch.accumulation == 1
+    with pytest.raises(anybatch.UsageError, match="schedule"):
+        anybatch.Seesaw(controller, bounds=(1, 8))
 
 
 @pytest.mark.slow

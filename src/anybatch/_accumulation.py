@@ -34,28 +34,38 @@ class Accumulation(ABC):
         self._bounds = bounds
         total = controller.clock.total
         self._horizon = _WITHOUT_TOTAL if total is None else _HORIZON * total
-        self._state = {"accumulation": float(bounds[0]), "variance": 0.0, "sqnorm": 0.0, "weight": 0.0}
-        self.stop = controller.clock.subscribe(self._follow)
+        self._accumulation = float(bounds[0])
+        self._state = {"variance": 0.0, "sqnorm": 0.0}
+        self._unsubscribe = controller.clock.subscribe(self._follow)
 
     @property
     def accumulation(self) -> int:
         """Backwards for the next step, on every rank; it changes only with the clock."""
-        return floor(self._state["accumulation"] + 1e-9)
+        return floor(self._accumulation + 1e-9)
+
+    def stop(self) -> None:
+        """Follow the clock no more; the number stays as it is."""
+        self._unsubscribe()
 
     def state_dict(self) -> dict[str, float]:
-        """Flat and numbers only, as the controller's."""
-        return dict(self._state)
+        """Flat and numbers only, as the controller's; a scale, so that ranks and micro-batch may change."""
+        return {"scale": self._accumulation * self._backward(), **self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, within this object's own bounds.
 
         Raises:
-            StateError: other entries.
+            StateError: other entries, or values that are not numbers.
         """
-        if set(state) != set(self._state):
-            raise StateError(f"The state needs exactly {sorted(self._state)}, got {sorted(state)}.")
-        self._state = {name: float(value) for name, value in state.items()}
-        self._state["accumulation"] = self._within(self._state["accumulation"])
+        names = sorted(self.state_dict())
+        try:
+            values = {name: float(state[name]) for name in names}
+        except (KeyError, TypeError, ValueError):
+            values = {}
+        if len(state) != len(names) or not all(map(isfinite, values.values())) or not values:
+            raise StateError(f"The state needs exactly {names}, all of them numbers, got {dict(state)!r}.")
+        self._accumulation = self._within(values.pop("scale") / self._backward())
+        self._state = values
 
     def _follow(self, iterations: float) -> None:
         state, now = self._state, self._controller._averages.moments
@@ -63,8 +73,7 @@ class Accumulation(ABC):
         if now.finite:
             state["variance"] = theta * state["variance"] + (1 - theta) * now.variance
             state["sqnorm"] = theta * state["sqnorm"] + (1 - theta) * now.sqnorm
-            state["weight"] = theta * state["weight"] + (1 - theta)
-        state["accumulation"] = self._within(self._wanted(iterations))
+        self._accumulation = self._within(self._wanted(iterations))
 
     def _within(self, accumulation: float) -> float:
         least, most = self._bounds
@@ -76,7 +85,8 @@ class Accumulation(ABC):
 
     def _backward(self) -> float:
         """What one backward on every rank is worth, in base batches."""
-        return self._controller.ranks * self._controller.scale / self._controller.count
+        _, sample = self._controller._batch.of_step(1, 1 / (self._controller.micro_batch or 1.0))
+        return self._controller.ranks * sample
 
     @abstractmethod
     def _wanted(self, iterations: float) -> float:
@@ -132,15 +142,16 @@ class BatchController(Accumulation):
         _check(bounds)
         if not (isfinite(efficiency) and 0 < efficiency < 1):
             raise InvalidValueError(f"efficiency must be in (0, 1), got {efficiency!r}.")
-        if not isinstance(controller.rule, AdaScale):
+        rule = controller.rule
+        if not isinstance(rule, AdaScale):
             raise UsageError("The rule of this controller measures no noise: attach with rule=anybatch.AdaScale().")
-        if bounds[0] == controller.ranks == 1:
+        if bounds[0] == controller.ranks == 1 and not rule.consecutive:
             raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
         self._efficiency = efficiency
         super().__init__(controller, bounds=bounds)  # last: it subscribes to the clock
 
     def _wanted(self, iterations: float) -> float:
-        noise, now = self._noise(), self._state["accumulation"]
+        noise, now = self._noise(), self._accumulation
         if isnan(noise):
             return now
         largest = (noise * (1 / self._efficiency - 1) + 1 / self._efficiency) / self._backward()
@@ -164,7 +175,7 @@ class Seesaw(Accumulation):
 
     Raises:
         InvalidValueError: the bounds.
-        UsageError: the controller's scale is fixed.
+        UsageError: the controller's scale is fixed, or it has no scheduler.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -191,6 +202,8 @@ class Seesaw(Accumulation):
     """
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
+        if controller._driver is None:
+            raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
         super().__init__(controller, bounds=bounds)
         self._state["peak"] = controller.base_lr
 
@@ -203,5 +216,6 @@ class Seesaw(Accumulation):
 
 
 def _check(bounds: tuple[int, int]) -> None:
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in bounds) or not 1 <= bounds[0] <= bounds[1]:
+    pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
         raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {bounds!r}.")
