@@ -111,7 +111,7 @@ def curves(found: dict[Run, Summary], records: dict[str, Path], path: Path, *, m
 
 
 def elastic(found: dict[Run, Summary], records: dict[tuple[str, str], Path], path: Path, *, metric: str) -> None:
-    """The metric against iterations with the scale changed in mid-run, and the gain."""
+    """The metric and the gain against tau, with the scale changed in mid-run."""
     fig, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     styles = {"up": "-", "down": "--"}
     for (scale, rule), runs in _groups(found).items():

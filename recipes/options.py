@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,17 @@ class Options:
         """The rule by its name; the papers warm linear scaling up over 5.5 % of the run."""
         rules = {
             "adascale": anybatch.AdaScale(decays=self.decays),
-            "lsw": anybatch.Linear(warmup=0.055),
-            "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps),
-            "linear": anybatch.Linear(),
-            "sqrt": anybatch.SquareRoot(),
-            "identity": anybatch.Identity(),
+            "lsw": anybatch.Linear(warmup=0.055, decays=self.decays),
+            "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps, decays=self.decays),
+            "linear": anybatch.Linear(decays=self.decays),
+            "sqrt": anybatch.SquareRoot(decays=self.decays),
+            "identity": anybatch.Identity(decays=self.decays),
         }
         return rules[self.rule]
 
     def micro_batch_for(self, task: Task, *, ranks: int) -> int:
         """The one that was given; else a base batch, or a rank's share of the smallest step."""
-        return self.micro_batch or max(1, int(min(1, min(self.scales)[0] / ranks) * task.base_batch))
+        return self.micro_batch or max(1, round(min(1, min(self.scales)[0] / ranks) * task.base_batch))
 
     def accumulation_for(self, scale: float, task: Task, *, ranks: int) -> int:
         """How many micro-batches each rank takes in a step of `scale`.
@@ -124,7 +125,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--tiny", action="store_true", help="a small model and a short run")
     add("--make-data", action="store_true", help="write a small made data set to --data if nothing is there")
     add("--rule", default="adascale", choices=RULES, help="how steps are scaled (default: adascale)")
-    add("--decays", choices=("clock", "constant"), help="for adascale: betas and momentum (default: the optimizer's)")
+    add("--decays", choices=("clock", "constant"), help="of betas and momentum (default: the optimizer's)")
     add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
     add("--micro-batch", type=int, help="what each rank sees in one backward, in the unit of the base batch")
     add("--steps", type=int, help="for lsw+: how many steps the run is stretched to")
@@ -159,7 +160,9 @@ def task_of(given: argparse.Namespace, place: Place) -> Task:
         module: Any = importlib.import_module(source)
     except ImportError as error:
         raise DataError(f"{given.task} needs {error.name}: pip install 'anybatch[recipes]'") from None
-    if given.make_data and hasattr(module, "make"):
+    if given.make_data and not hasattr(module, "make"):
+        warnings.warn(f"{given.task} has its data embedded: --make-data does nothing.", anybatch.AnybatchWarning, 2)
+    elif given.make_data:
         if given.data is None:
             raise DataError("--make-data needs --data, the folder to write to.")
         if place.first and not (given.data.is_dir() and any(given.data.iterdir())):

@@ -11,14 +11,16 @@
     decays   the optimizer's decays constant, as in the paper, against decays on the clock
     fig5     a grid of exponential schedules: scale 1, AdaScale, LSW, and direct search at the large scale
 
-Every training is cached by its configuration under `--cache` and goes on where it was stopped. Results come as a
-table, as `<out>/<task>-<what>.json` and as a figure. `*` marks what is significantly below scale 1 (one-sided Welch
-test, 0.95).
+Every training but those of fig2 is cached under `--cache`, by its configuration, and goes on where it was stopped.
+Results come as a table, as `<out>/<task>-<what>.json` (`<task>-tiny-<what>.json` with `--tiny`) and as a figure. `*`
+marks what is significantly below scale 1 (one-sided Welch test, 0.95, each row by itself: not corrected for the number
+of rows, so that of twenty rows that are no worse one is marked on average).
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -39,6 +41,7 @@ import anybatch
 from anybatch._demo_run import significantly_below
 
 GRID = 13
+UNTOLD = ("what", "cache", "out", "jobs")  # arguments that do not decide the numbers
 ELASTIC = ("32,64@0.25,128@0.5", "128,64@0.25,32@0.5")
 
 
@@ -46,8 +49,8 @@ class Lab:
     """Trains what an experiment asks for, with a progress bar."""
 
     def __init__(self, base: Run, given: argparse.Namespace) -> None:
-        self.base, self.given = base, given
-        self.task = task_of(base)
+        self.given, self.task = given, task_of(base)
+        self.base = replace(base, total=self.task.total)
 
     def train(self, runs: Iterable[Run]) -> dict[Run, Summary]:
         """All summaries."""
@@ -69,9 +72,13 @@ class Lab:
     def write(self, values: Any, draw: Callable[[Path], None] | None = None) -> None:
         """The numbers as JSON, and the figure beside them."""
         self.given.out.mkdir(parents=True, exist_ok=True)
-        name = self.given.out / f"{self.base.task}-{self.given.what}"
-        command = f"python recipes/reproduce.py {self.given.what} --task {self.base.task}"
-        content = {"command": command, "task": self.base.task, "total": self.base.total, "seeds": self.given.seeds}
+        name = self.given.out / f"{self.base.task}{'-tiny' if self.base.tiny else ''}-{self.given.what}"
+        content = {
+            "command": self.given.command,
+            "task": self.base.task,
+            "total": self.base.total,
+            "seeds": self.given.seeds,
+        }
         name.with_suffix(".json").write_text(json.dumps({**content, "results": _strict(values)}, indent=1) + "\n")
         if draw is not None:
             draw(name.with_suffix(".png"))
@@ -250,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--data", help="folder with the data set")
     parser.add_argument("--tiny", action="store_true", help="the small model and the short run")
-    parser.add_argument("--scales", type=_whole, default=_whole("8,16,32,64,128"), help="for table2 and fig3")
+    parser.add_argument("--scales", type=_whole, default=_whole("8,16,32,64,128"), help="for table2, fig3 and decays")
     parser.add_argument("--scale", type=int, help="for fig1 and fig5 (16) and fig2 (32)")
     parser.add_argument("--seeds", type=int, help="default: 5; fig5 1")
     parser.add_argument("--total", type=int, help="base iterations, in place of the task's")
@@ -260,11 +267,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--out", type=Path, default=Path("docs/reproduction"))
     given = parser.parse_args(arguments)
+    given.command = _command(given, parser)
     given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
     given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
-    base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, 1, given.evaluations)
+    base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations)
     try:
-        base = replace(base, total=given.total or _total(base))
         EXPERIMENTS[given.what](Lab(base, given))
     except (DataError, anybatch.AnybatchError, ImportError) as error:
         print(error, file=sys.stderr)
@@ -272,9 +279,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _total(base: Run) -> int:
-    module, name = TASKS[base.task].split(":")
-    return getattr(__import__(module), name)(Path(base.data) if base.data else None, tiny=base.tiny).total
+def _command(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What was called, without the defaults."""
+    words = ["python", "recipes/reproduce.py", given.what]
+    for name, value in vars(given).items():
+        if name not in UNTOLD and value != parser.get_default(name):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{name}"] if value is True else [f"--{name}", text]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

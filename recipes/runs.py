@@ -18,13 +18,15 @@ from options import Options
 from task import Task
 from train import TASKS, run
 
+import anybatch
+
 Summary = dict[str, Any]
 POINTS = 40  # of a curve
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of `train.py`, by what decides its result."""
+    """One training of `train.py`, by what decides its result; without a total, of the task's own length."""
 
     task: str
     tiny: bool
@@ -32,7 +34,7 @@ class Run:
     rule: str
     scale: str
     seed: int
-    total: int
+    total: int | None
     evaluations: int
     lr: float | None = None
     last_rate: float | None = None
@@ -41,8 +43,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The name of its folder in the cache; the data's place does not matter, only its name."""
-        values = {**asdict(self), "data": Path(self.data).name if self.data else None}
+        """The name of its folder in the cache; data at another place, and other versions, are another run."""
+        values = {
+            **asdict(self),
+            "data": str(Path(self.data).resolve()) if self.data else None,
+            "versions": [anybatch.__version__, torch.__version__],
+        }
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.task}-{self.rule}-S{self.scale.replace(',', '-')}-seed{self.seed}-{digest}"
 
@@ -60,9 +66,12 @@ def train_all(runs: Iterable[Run], *, cache: Path, jobs: int) -> Iterator[tuple[
         return
     cost = sorted(missing, key=lambda r: -max(float(s.split("@")[0]) for s in r.scale.split(",")))
     with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {pool.submit(_train, one, cache): one for one in cost}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            futures = {pool.submit(_train, one, cache): one for one in cost}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # what one run is wrong in is said now, not after all others
+            pool.shutdown(cancel_futures=True)
 
 
 def with_lsw_plus(adascale: Run, summary: Summary) -> Run:
@@ -98,20 +107,21 @@ def _train(one: Run, cache: Path) -> Summary:
     out = cache / one.key
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps(asdict(one), indent=1) + "\n")
+    task = task_of(one)
     options = Options(
         rule=one.rule,
         decays=one.decays,
         scale=one.scale,
         seed=one.seed,
-        total=one.total,
+        total=task.total,
         evaluations=one.evaluations,
         lr=one.lr,
         last_rate=one.last_rate,
         steps=one.steps,
-        save_every=max(one.total / 4, ceil(one.total / 100)),
+        save_every=max(task.total / 4, ceil(task.total / 100)),
         out=out,
     )
-    run(task_of(one), options)
+    run(task, options)
     for name in out.glob("checkpoint*"):
         name.unlink()
     summary = _cached(one, cache)
@@ -129,5 +139,5 @@ def task_of(one: Run) -> Task:
     """The task of a run, with its data."""
     module, name = TASKS[one.task].split(":")
     task: Task = getattr(importlib.import_module(module), name)(Path(one.data) if one.data else None, tiny=one.tiny)
-    task.total = one.total
+    task.total = one.total or task.total
     return task

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import floor, isfinite
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import parallel
 import torch
 import torch.distributed as dist
+from attempts import Attempts
 from options import PRECISIONS, TASKS, Options, parse, task_of
 from parallel import Place
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +33,6 @@ import anybatch
 
 __all__ = ["TASKS", "Options", "Training", "main", "run"]
 
-STUCK = 100  # skipped steps in a row: a GradScaler needs about 20 to find its factor
 Point = dict[str, Any]
 
 
@@ -90,10 +91,10 @@ class Training:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == "fp16")
         self.record = None
         if options.out and place.first:
-            path = options.out / "record.jsonl"
-            if not saved:
-                path.unlink(missing_ok=True)  # of a run that died before its first checkpoint
-            self.record = anybatch.RunRecord(path, config=options.identity(task))
+            if not saved:  # they are of a run that died before its first checkpoint
+                for name in ("record.jsonl", "results.jsonl", "summary.json"):
+                    (options.out / name).unlink(missing_ok=True)
+            self.record = anybatch.RunRecord(options.out / "record.jsonl", config=options.identity(task))
         self.controller = anybatch.attach(
             self.optimizer,
             model=self.model,
@@ -109,11 +110,13 @@ class Training:
         self.used = 0  # examples (tokens), by all ranks together
         self.history: list[Point] = []
         self.saved = 0.0  # tau of the last checkpoint
-        self.stuck = 0
+        self.attempts = Attempts()
         self.losses = torch.zeros(2, dtype=torch.float64, device=place.device)  # their sum and number, of this rank
-        if saved and options.ema:
+        if saved and options.ema is not None:
             parallel.load_model(self.net, saved["ema"])  # ModelEMA starts from what the model holds
-        self.ema = anybatch.ModelEMA(self.net, options.ema, clock=self.controller.clock) if options.ema else None
+        self.ema = None
+        if options.ema is not None:
+            self.ema = anybatch.ModelEMA(self.net, options.ema, clock=self.controller.clock)
         if saved:
             self.restore(saved)
         shares = {"rank": place.rank, "ranks": place.ranks, "start": self.used, "workers": options.workers}
@@ -122,7 +125,7 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether the run is at its end, or has no finite gradient any more."""
-        return self.controller.done or self.stuck >= STUCK
+        return self.controller.done or self.attempts.hopeless
 
     @property
     def evaluated(self) -> float:
@@ -138,7 +141,6 @@ class Training:
         scale = self.options.scale_at(self.controller.tau / self.task.total)
         accumulation = self.options.accumulation_for(scale, self.task, ranks=self.place.ranks)
         precision, device = PRECISIONS[self.options.precision], self.place.device.type
-        skipped = self.controller.skipped
         for i in range(accumulation):
             batch = self.place.moved(next(self.batches))
             # Dropout, too, depends on the seed and the examples before it alone: no generator's state is saved.
@@ -154,7 +156,7 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.used += accumulation * self.place.ranks * self.micro_batch
-        self.stuck = self.stuck + 1 if self.controller.skipped > skipped else 0
+        self.attempts.count(self.controller)
 
     def evaluate(self) -> Point:
         """The metric at this tau, and the mean training loss since the last evaluation; under DDP on rank 0 alone."""
@@ -192,6 +194,7 @@ class Training:
             "controller": self.controller.state_dict(),
             "seconds": time.perf_counter() - self.start,
             "used": self.used,
+            "attempts": asdict(self.attempts),
             "history": self.history,
             "losses": losses.tolist(),
         }
@@ -209,6 +212,7 @@ class Training:
         self.scaler.load_state_dict(saved["scaler"])
         self.controller.load_state_dict(saved["controller"])
         self.used, self.history, self.saved = saved["used"], saved["history"], self.controller.tau
+        self.attempts = Attempts(**saved["attempts"])
         self.start -= saved["seconds"]
         if self.place.first:
             self.losses += torch.tensor(saved["losses"], dtype=torch.float64, device=self.place.device)
@@ -234,8 +238,8 @@ class Training:
             "iterations": controller.steps,
             "mean_gain": controller.tau / max(1, controller.steps),
             "examples": self.used,
-            "skipped": controller.skipped,
-            "diverged": self.stuck >= STUCK or not isfinite(last["train_loss"]),
+            "skipped": self.attempts.skipped,
+            "diverged": self.attempts.hopeless or not isfinite(last["train_loss"]),
             "seconds": time.perf_counter() - self.start,
         }
 

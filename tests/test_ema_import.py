@@ -136,6 +136,24 @@ def test_the_state_of_another_model_is_refused(form):
     assert all(map(torch.equal, kept, ema.state_dict()["averages"].values()))
 
 
+def test_a_count_that_was_not_kept():
+    """torch_ema writes `None` with use_num_updates=False."""
+    model = model_of()
+    ema = anybatch.ModelEMA(model, 0.9)
+    assert anybatch.ema_state_from({**torch_ema(model), "num_updates": None}, ema=ema)["tau"] == float("inf")
+
+
+@pytest.mark.parametrize(("prefix", "tau"), [("", float("inf")), ("module.", 7)])
+def test_a_parameter_that_is_called_like_a_counter(prefix, tau):
+    model = nn.Linear(2, 2)
+    model.step = nn.Parameter(torch.tensor(0.25))
+    ema = anybatch.ModelEMA(model, 0.9)
+    counter = {"n_averaged": torch.tensor(7)} if prefix else {}
+    state = anybatch.ema_state_from({**counter, **named(model, prefix)}, ema=ema)
+    assert torch.equal(state["averages"]["step"], torch.tensor(0.25))
+    assert state["tau"] == tau
+
+
 def test_what_is_no_state_is_refused():
     model = model_of()
     ema = anybatch.ModelEMA(model, 0.9)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from ema_runs import Results
+from ema_runs import Results, spread
 from ema_train import ARMS
 
 # Okabe and Ito's palette: told apart by colour-blind eyes; markers tell them apart in grey.
@@ -57,25 +57,28 @@ def kappas(axis: Any, scales: tuple[float, ...]) -> None:
     axis.set_xlabel("κ: batch / base batch")
 
 
-def accuracy(results: Results, path: Path, *, what: str, shown: float = 8) -> None:
-    """Left: the accuracy at the end against kappa. Right: curves against tau at kappa 1 and at one other."""
+def accuracy(results: Results, path: Path, *, what: str) -> None:
+    """Left: the accuracy at the end against kappa. Right: curves against tau at kappa 1 and at 8, or at the largest."""
     study, scales = results.study, results.config.scales
+    shown = 8 if 8 in scales else max(scales)
     with figure(path, panels=2) as (left, right):
         base = results.ends("rule", 1)
-        mean, spread = fmean(base), stdev(base) if len(base) > 1 else 0.0
-        left.axhspan(mean - spread, mean + spread, color="black", alpha=0.12, lw=0, label="κ = 1, ± 1 std. deviation")
+        mean, deviation = fmean(base), spread(base)
+        left.axhspan(
+            mean - deviation, mean + deviation, color="black", alpha=0.12, lw=0, label="κ = 1, ± 1 std. deviation"
+        )
         for i, arm in enumerate(study.scales):
             ends = [results.ends(arm, kappa) for kappa in scales]
             left.errorbar(
                 [kappa * 2 ** (0.06 * (i - 1)) for kappa in scales],
                 [fmean(values) for values in ends],
-                [stdev(values) if len(values) > 1 else 0 for values in ends],
+                list(map(spread, ends)),
                 color=COLOURS[arm], marker=MARKERS[arm], ms=5, lw=1.5, capsize=2, label=label(arm),
             )  # fmt: skip
         for scale, marker in zip(study.progressive, "*P", strict=False):
             values, name = results.ends("rule", scale), "→".join(f"{kappa:g}" for kappa in scale)
             left.errorbar(
-                scale[-1] * 2**0.2, fmean(values), stdev(values) if len(values) > 1 else 0, color="black",
+                scale[-1] * 2**0.2, fmean(values), spread(values), color="black",
                 marker=marker, ms=9, capsize=2, ls="", label=f"the rule, progressive {name}",
             )  # fmt: skip
         kappas(left, scales)

@@ -9,11 +9,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import fmean, stdev, variance
+from statistics import fmean
 
 import torch
 from ema_train import ARMS, Config, Experiment, Scale, train
 
+import anybatch
+
+VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment]
 
 
@@ -66,21 +69,27 @@ class Results:
         study: what they belong to.
         config: the configuration; runs of another one are refused.
         path: the file; written after every run.
+        data: the folder of the data; runs on another one are refused.
     """
 
-    def __init__(self, study: Study, config: Config, path: Path) -> None:
+    def __init__(self, study: Study, config: Config, path: Path, *, data: Path | None = None) -> None:
         self.study, self.config, self.path = study, config, path
+        self.data = str(data.resolve()) if data else None
         self.runs: list[dict] = []
+        self.versions = VERSIONS
         if path.exists():
             saved = json.loads(path.read_text())
-            if saved["config"] != _plain(config):
+            if (saved["config"], saved.get("data")) != (_plain(config), self.data):
                 raise SystemExit(f"{path} holds runs of another configuration: name another --json, or delete it.")
             self.runs = saved["runs"]
+            self.versions = {name: saved.get(name, version) for name, version in VERSIONS.items()}
 
     def complete(self, experiment: Experiment) -> None:
-        """Train what is missing."""
+        """Train what is missing, if there is something, with the versions of what is there."""
         done = {_key(run["arm"], run["scale"], run["seed"]) for run in self.runs}
         missing = [run for run in self.study.plan(self.config) if _key(*run) not in done]
+        if missing and self.versions != VERSIONS:
+            raise SystemExit(f"{self.path} holds runs of {self.versions}, these are {VERSIONS}: name another --json.")
         for i, (arm, scale, seed) in enumerate(missing, start=1):
             run = train(experiment, arm, scale=scale, seed=seed)
             self.runs.append(json.loads(json.dumps(run), parse_float=lambda number: float(f"{float(number):.5g}")))
@@ -94,7 +103,7 @@ class Results:
     def save(self) -> None:
         """Write the file, one run a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({"study": self.study.name, "torch": torch.__version__, "config": _plain(self.config)})
+        head = json.dumps({"study": self.study.name, **VERSIONS, "data": self.data, "config": _plain(self.config)})
         runs = ",\n".join(json.dumps(run) for run in self.runs)
         scratch = self.path.with_suffix(".part")
         scratch.write_text(f'{head[:-1]}, "runs": [\n{runs}\n]}}\n')
@@ -120,11 +129,16 @@ class Results:
         return list(dict.fromkeys((arm, scale) for arm, scale, _ in self.study.plan(self.config)))
 
 
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation: 0 of one value, nan where a run diverged, with which `statistics.stdev` cannot deal."""
+    return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else 0.0
+
+
 def worse(values: Sequence[float], than: Sequence[float]) -> float:
     """The p-value of Welch's one-sided test that `values` have a lower mean than `than`."""
     from scipy.stats import t
 
-    a, b = (variance(sample) / len(sample) for sample in (values, than))
+    a, b = (spread(sample) ** 2 / len(sample) for sample in (values, than))
     if a + b == 0:
         return float(fmean(values) >= fmean(than))
     freedom = (a + b) ** 2 / (a**2 / (len(values) - 1) + b**2 / (len(than) - 1))
@@ -139,10 +153,10 @@ def table(results: Results) -> str:
     for arm, scale in results.pairs():
         ends = results.ends(arm, scale)
         steps = fmean(run["steps"] for run in results.of(arm, scale))
-        spread, p = (stdev(ends), f"{worse(ends, base):.4f}") if len(ends) > 1 else (0.0, "")
-        label, p = ("any", "") if scale == 1 else (ARMS[arm].label, p)
+        p = f"{worse(ends, base):.4f}" if scale != 1 and len(ends) > 1 else ""
+        label = "any" if scale == 1 else ARMS[arm].label
         lines.append(
-            f"| {label} | {_shown(scale)} | {len(ends)} | {steps:.0f} | {fmean(ends):.4g} ± {spread:.2g} | {p} |"
+            f"| {label} | {_shown(scale)} | {len(ends)} | {steps:.0f} | {fmean(ends):.4g} ± {spread(ends):.2g} | {p} |"
         )
     return "\n".join(lines)
 
@@ -152,7 +166,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> Results:
     parser = argparse.ArgumentParser(description=study.description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", choices=list(study.configs), default=next(iter(study.configs)))
     parser.add_argument("--seeds", type=int, help="how many; the configuration's by default")
-    parser.add_argument("--scales", type=float, nargs="+", help="kappas; the configuration's by default")
+    parser.add_argument("--scales", type=float, nargs="+", help="kappas beside 1; the configuration's by default")
     parser.add_argument("--total", type=int, help="base iterations of a run; the configuration's by default")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the figure")
     parser.add_argument("--json", type=Path, help="the results file; in --out by default")
@@ -161,10 +175,12 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> Results:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1 if options.device == "cpu" else torch.get_num_threads())
     config = study.configs[options.config]
-    changes = {"seeds": options.seeds, "total": options.total, "scales": options.scales and tuple(options.scales)}
+    scales = tuple(sorted({1, *options.scales})) if options.scales else None  # kappa 1 is what all is compared with
+    changes = {"seeds": options.seeds, "total": options.total, "scales": scales}
     config = replace(config, **{name: value for name, value in changes.items() if value})
     suffix = "" if options.config == next(iter(study.configs)) else f"_{options.config}"
-    results = Results(study, config, options.json or options.out / f"ema_{study.name}{suffix}.json")
+    path = options.json or options.out / f"ema_{study.name}{suffix}.json"
+    results = Results(study, config, path, data=options.data)
     results.complete(study.make(config, options))
     print(table(results))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,19 @@ An experiment says what is trained (`Experiment`), an arm how the batch size is 
 run from one seed. Nothing here depends on which experiment it is, or on how big.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, nan
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import anybatch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from attempts import Attempts
 
 Batch = tuple[Tensor, ...]
 Scale = float | tuple[float, ...]  # a tuple is progressive: equal shares of the run at each
@@ -111,7 +116,10 @@ class Experiment(ABC):
 
 
 def train(experiment: Experiment, arm: str, *, scale: Scale, seed: int) -> dict:
-    """One run: steps, and the curves of the student and of the teacher, its EMA, at equal points of tau."""
+    """One run: steps, and the curves of the student and of the teacher, its EMA, at equal points of tau.
+
+    The curves of a run that takes no step any more are nan from there on.
+    """
     config, how = experiment.config, ARMS[arm]
     torch.manual_seed(seed)
     model = experiment.model().to(experiment.device)
@@ -127,7 +135,8 @@ def train(experiment: Experiment, arm: str, *, scale: Scale, seed: int) -> dict:
     ema = anybatch.ModelEMA(model, config.decay, clock=controller.clock if how.ema == "clock" else None)
     order = torch.Generator().manual_seed(seed)
     curve = [_evaluate(experiment, model, ema, tau=0.0)]
-    while not controller.done:
+    attempts = Attempts()
+    while not controller.done and not attempts.hopeless:
         kappa = scale_at(scale, controller.tau / config.total)
         examples = round(kappa * config.base_batch)
         batch = experiment.batch(examples, order)
@@ -140,10 +149,13 @@ def train(experiment: Experiment, arm: str, *, scale: Scale, seed: int) -> dict:
             (experiment.loss(model, part) / parts).backward()
         optimizer.step()
         optimizer.zero_grad()
+        attempts.count(controller)
         if how.ema != "clock":
             ema.update(1.0 if how.ema == "one" else kappa)
         if controller.clock.reached(len(curve) * config.total / config.evaluations):
             curve.append(_evaluate(experiment, model, ema, tau=controller.tau))
+    if attempts.hopeless:
+        curve.append({**dict.fromkeys(curve[0], nan), "tau": float(config.total)})
     return {"arm": arm, "scale": scale, "seed": seed, "steps": controller.steps} | _resampled(curve, config)
 
 

@@ -13,7 +13,7 @@ from anybatch._ema_decay import new_weight
 from anybatch._ema_lerp import Lerp
 from anybatch._ema_offload import Offload
 from anybatch._ema_state import averages_keys, checked_state, numbers
-from anybatch._ema_tensors import Tensors, is_sharded
+from anybatch._ema_tensors import Snapshot, Tensors, is_sharded
 from anybatch._errors import InvalidValueError, UsageError
 
 
@@ -34,8 +34,9 @@ class ModelEMA:
         model: the module whose parameters are averaged; make the average after compiling, wrapping or sharding it.
         decay: rho, the factor per base iteration, in [0, 1), as tuned at the base batch; `half_life(...)` gives it from
             a half-life. Several, as a sequence, are averaged in one pass.
-        clock: `controller.clock`; `None` to call `update` yourself.
-        include: which floating parameters, by name; all by default.
+        clock: `controller.clock`; `None` to call `update` yourself. A clock keeps this object, and so the model, until
+            `stop()`.
+        include: which floating or complex parameters, by name; all by default.
         base_batch: the batch size of one base iteration, positive; needed for `update(batch_size=...)` alone.
         update_every: the averages move at every so many updates, at least 1, by all that the clock has moved since:
             that saves time and keeps the half-life.
@@ -43,8 +44,8 @@ class ModelEMA:
             forgotten. It is integrated over a step: k base iterations at once are k steps of one.
         average_statistics: whether floating `running_mean` and `running_var` are averaged like parameters. If not, a
             model with batch norm is best evaluated after `torch.optim.swa_utils.update_bn` inside of `applied()`.
-        device: "cpu" to keep the averages off the GPU: they move in a thread, while training goes on. By default each
-            is on its parameter's device.
+        device: "cpu" to keep the averages off the GPU: the weights are copied at an update, which does not wait for
+            that, and averaged at the next. By default each is on its parameter's device.
 
     Raises:
         InvalidValueError: a value out of range, or no parameter to average.
@@ -83,8 +84,8 @@ class ModelEMA:
         average_statistics: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
-        self.decay = decay
-        self._decays = tuple(decay) if isinstance(decay, Sequence) else (decay,)
+        self._decays = tuple(float(d) for d in (decay if isinstance(decay, Sequence) else (decay,)))
+        self.decay = decay if isinstance(decay, Sequence) else self._decays[0]
         if not all(isfinite(d) and 0 <= d < 1 for d in self._decays):
             raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {decay!r}.")
         if not self._decays or len(set(self._decays)) < len(self._decays):
@@ -97,20 +98,24 @@ class ModelEMA:
         self._tensors = Tensors(model, include, statistics=average_statistics)
         self._device = None if device is None else torch.device(device)
         first = self._tensors.local()
-        self._averages = [[_first(tensor.detach(), self._device) for tensor in first] for _ in self._decays]
+        with torch.inference_mode(False):
+            self._averages = [[_first(tensor.detach(), self._device) for tensor in first] for _ in self._decays]
         self.tau = 0.0
         self._pending, self._waiting = 0.0, 0
         self._lerp: Lerp | Offload | None = None
         self._addresses: list[int] = []
-        self._own: list[tuple[Tensor, Tensor]] | None = None
-        self._unsubscribe: Callable[[], None] = (lambda: None) if clock is None else clock.subscribe(self.update)
+        self._own: Snapshot | None = None
+        self._unsubscribe = None if clock is None else clock.subscribe(self.update)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` copies: a copy follows no clock, and so cannot stop this object."""
+        self._finish()
+        return {**self.__dict__, "_unsubscribe": None, "_lerp": None}
 
     def stop(self) -> None:
         """Follow the clock no longer."""
-        self._unsubscribe()
-        if isinstance(self._lerp, Offload):
-            self._lerp.close()
-            self._lerp, self._addresses = None, []
+        if self._unsubscribe is not None:
+            self._unsubscribe()
 
     def update(self, iterations: float | None = None, *, batch_size: float | None = None) -> None:
         """Move by `iterations` base iterations, at least 0; with a clock this is called for you.
@@ -126,20 +131,20 @@ class ModelEMA:
         """
         if self._own is not None:
             raise UsageError("The average cannot move inside of applied(): the model holds the average there.")
-        moved = self._pending + self._counted(iterations, batch_size)
-        self._pending, self._waiting = moved, self._waiting + 1
-        if self._waiting < self._update_every:
-            return
-        lerp = self._prepared()
-        lerp([new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays])
-        self.tau += moved
-        self._pending, self._waiting = 0.0, 0
+        moved, waiting = self._pending + self._counted(iterations, batch_size), self._waiting + 1
+        if waiting >= self._update_every:
+            lerp = self._prepared()
+            lerp([new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays])
+            self.tau += moved
+            moved, waiting = 0.0, 0
+        self._pending, self._waiting = moved, waiting
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
         """Put the averages into the model for the time of a `with`, and the model's own weights back after it.
 
-        The weights come back also when the body raises, and so do all buffers, whatever a forward has made of them.
+        The weights come back also when the body raises, and so do all buffers, whatever a forward has made of them. If
+        the body changes the type or the device of the model, they come back in the new one.
         `model.state_dict()` holds the averages inside, to export them. A checkpoint to go on from would lose the
         model's own weights there: so `state_dict()` of this object is refused inside, but not in `withdrawn()`.
 
@@ -147,12 +152,13 @@ class ModelEMA:
             decay: whose averages, if there are several decays.
 
         Raises:
-            UsageError: inside of another `applied()`.
+            UsageError: inside of another `applied()`; or the model has other parameters than were averaged.
             InvalidValueError: `decay` is not one of those averaged, or is not given though there are several.
         """
         averages = self._averages[self._index(decay)]
         if self._own is not None:
             raise UsageError("applied() is not nested: the model holds the averages already.")
+        self._tensors.check()
         self._prepared()  # which raises if the averages do not fit any more
         self._finish()
         with self._tensors.kept() as own:
@@ -175,8 +181,7 @@ class ModelEMA:
             yield
             return
         with self._tensors.kept():  # what a forward has made of the buffers comes back, too
-            for tensor, value in own:
-                tensor.copy_(value)
+            self._tensors.restore(own)
             self._own = None
             try:
                 yield
@@ -190,15 +195,17 @@ class ModelEMA:
         at any world size without gathering. "averages" are those of the first decay, "averages_1" of the second.
 
         Raises:
-            UsageError: inside of `applied()`, where the model's part of the checkpoint would not be its own weights.
+            UsageError: inside of `applied()`, where the model's part of the checkpoint would not be its own weights; or
+                the model has other parameters than were averaged.
         """
         if self._own is not None:
             raise UsageError(
                 "A checkpoint written inside of applied() loses the model's own weights. Leave it first, or write the "
                 "checkpoint in `with ema.withdrawn():`."
             )
+        self._tensors.check()
         self._finish()
-        state = self._numbers()
+        state = numbers(self._decays, tau=self.tau, pending=self._pending, waiting=self._waiting)
         for key, averages in zip(averages_keys(self._decays), self._averages, strict=True):
             state[key] = {n: self._tensors.as_saved(n, a) for n, a in zip(self._tensors.names, averages, strict=True)}
         return state
@@ -223,9 +230,6 @@ class ModelEMA:
                 average.copy_(value)
         self.tau, self._pending, self._waiting = float(state["tau"]), float(state["pending"]), int(state["waiting"])
 
-    def _numbers(self) -> dict[str, Any]:
-        return numbers(self._decays, tau=self.tau, pending=self._pending, waiting=self._waiting)
-
     def _index(self, decay: float | None) -> int:
         if decay is None and len(self._decays) == 1:
             return 0
@@ -245,7 +249,7 @@ class ModelEMA:
             name, value = "batch_size", batch_size / self._base_batch
         if not (isfinite(value) and value >= 0):
             raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
-        return value
+        return float(value)
 
     def _prepared(self) -> Lerp | Offload:
         """The lists to move, made anew when a tensor has come to lie somewhere else."""
@@ -253,19 +257,18 @@ class ModelEMA:
         addresses = [tensor.data_ptr() for tensor in tensors]
         if self._lerp is None or addresses != self._addresses:
             self._finish()
-            for averages in self._averages:
-                for i, (name, tensor) in enumerate(zip(self._tensors.names, tensors, strict=True)):
-                    if averages[i].shape != tensor.shape or is_sharded(tensor):
-                        raise UsageError(
-                            f"{name} has another shape than when ModelEMA was made: make it after sharding."
-                        )
-                    averages[i] = averages[i].to(self._device or tensor.device)
-            if isinstance(self._lerp, Offload):
-                self._lerp.close()
-            here = all(average.device == tensor.device for average, tensor in zip(averages, tensors, strict=True))
-            self._lerp = (Lerp if here else Offload)(tensors, self._averages)
-            self._addresses = addresses
+            with torch.inference_mode(False):  # an update after it writes to what is made here
+                self._lerp, self._addresses = self._made(tensors), addresses
         return self._lerp
+
+    def _made(self, tensors: list[Tensor]) -> Lerp | Offload:
+        for averages in self._averages:
+            for i, (name, tensor) in enumerate(zip(self._tensors.names, tensors, strict=True)):
+                if averages[i].shape != tensor.shape or is_sharded(tensor):
+                    raise UsageError(f"{name} has another shape than when ModelEMA was made: make it after sharding.")
+                averages[i] = averages[i].to(self._device or tensor.device)
+        here = all(average.device == tensor.device for average, tensor in zip(averages, tensors, strict=True))
+        return (Lerp if here else Offload)(tensors, self._averages)
 
     def _finish(self) -> None:
         if isinstance(self._lerp, Offload):
@@ -274,5 +277,6 @@ class ModelEMA:
 
 def _first(local: Tensor, device: torch.device | None) -> Tensor:
     """The average before the first step: a copy, in float32 at least, with the strides of the weights."""
-    dtype = local.dtype if local.dtype.itemsize >= 4 else torch.float32
+    wide = torch.complex64 if local.is_complex() else torch.float32
+    dtype = local.dtype if local.dtype.itemsize >= wide.itemsize else wide
     return torch.empty_like(local, dtype=dtype, device=device or local.device).copy_(local)

@@ -52,11 +52,17 @@ def ema_state_from(state: Mapping[str, Any], *, ema: ModelEMA) -> dict[str, Any]
     if not isinstance(state, Mapping):
         raise StateError(f"A state dict is needed, got {type(state).__name__}: pass its state_dict().")
     names = list(own["averages"])
-    found = _listed(state["shadow_params"], ema) if "shadow_params" in state else _named(state, names, ema)
+    listed, known = "shadow_params" in state, {clean(key) for key in ema._tensors.model.state_dict()}
+    bare = not listed and set(names) <= {clean(key) for key in state}  # a "step" in it may be the model's own
+    counters = [counter for counter in _COUNTERS if counter in state and not (bare and counter in known)]
+    if listed:
+        found = _listed(state["shadow_params"], ema)
+    else:
+        found = _named({key: value for key, value in state.items() if key not in counters}, names, known)
     missing = [name for name in names if name not in found]
     if missing:
         raise StateError(f"The state has no averages of {missing[:5]}: leave them out with ModelEMA(include=...).")
-    updates = next((float(state[counter]) for counter in _COUNTERS if counter in state), inf)
+    updates = next((float(state[counter]) for counter in counters if state[counter] is not None), inf)
     averages = {name: found[name] for name in names}
     return {**own, "tau": updates, "pending": 0.0, "waiting": 0, "averages": averages}
 
@@ -75,13 +81,12 @@ def _listed(shadows: list[Tensor], ema: ModelEMA) -> dict[str, Tensor]:
     )
 
 
-def _named(state: Mapping[str, Any], names: list[str], ema: ModelEMA) -> dict[str, Tensor]:
+def _named(state: Mapping[str, Any], names: list[str], known: set[str]) -> dict[str, Tensor]:
     """Averages under the model's names, below the library's and DistributedDataParallel's prefixes."""
-    tensors = {clean(key): value for key, value in state.items() if key not in _COUNTERS}
+    tensors = {clean(key): value for key, value in state.items()}
     if any(key.startswith("ema_model.") for key in tensors):
         kept = {key: value for key, value in tensors.items() if key.startswith("ema_model.")}
         tensors = {key.removeprefix("ema_model."): value for key, value in kept.items()}
-    known = {clean(key) for key in ema._tensors.model.state_dict()}
     for prefix in ("", "module.", "module.module."):
         if all(prefix + name in tensors for name in names):
             unknown = sorted(key for key in tensors if key.removeprefix(prefix) not in known)

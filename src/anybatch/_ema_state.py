@@ -34,7 +34,7 @@ def checked_state(state: Mapping[str, Any], *, decays: Sequence[float], names: S
         )
     if state["version"] > STATE_VERSION:
         raise StateError(f"The state has version {state['version']}, this anybatch reads up to {STATE_VERSION}.")
-    state = dict(state) if state["version"] >= STATE_VERSION else _upgraded(state)
+    state = dict(state) if state["version"] >= STATE_VERSION else _upgraded(state, names)
     keys = averages_keys(decays)
     if set(state) != {*numbers(decays, tau=0, pending=0, waiting=0), *keys}:
         raise StateError(f"Not the state of a ModelEMA with {len(decays)} decays: it has {sorted(state)}.")
@@ -47,9 +47,9 @@ def checked_state(state: Mapping[str, Any], *, decays: Sequence[float], names: S
     return state
 
 
-def _upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
+def _upgraded(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Version 1 had no warm-up, whose end infinity is, and the names of a model as it was wrapped."""
     averages = {clean(name): value for name, value in state["averages"].items()}
-    if all(name.startswith("module.") for name in averages):
+    if set(averages) != set(names) and all(name.startswith("module.") for name in averages):
         averages = {name.removeprefix("module."): value for name, value in averages.items()}
     return {**state, "version": STATE_VERSION, "tau": inf, "pending": 0.0, "waiting": 0, "averages": averages}

@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from anybatch._errors import InvalidValueError, StateError, UsageError
 
@@ -18,6 +21,19 @@ _STATISTICS = ("running_mean", "running_var")
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A model at one time.
+
+    Args:
+        values: copies of the averaged tensors.
+        buffers: for each buffer its place, the tensor that was there, and a copy.
+    """
+
+    values: list[Tensor]
+    buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]]
+
+
 class Tensors:
     """The averaged tensors of a model.
 
@@ -26,7 +42,7 @@ class Tensors:
 
     Args:
         model: the module; names are those below a DistributedDataParallel, and without torch.compile's prefix.
-        include: which floating parameters and statistics, by name.
+        include: which floating or complex parameters and statistics, by name.
         statistics: whether running_mean and running_var are averaged, too.
 
     Raises:
@@ -35,23 +51,35 @@ class Tensors:
 
     def __init__(self, model: nn.Module, include: Callable[[str], bool], *, statistics: bool) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._include, self._statistics = include, statistics
         self.reshard()
-        self._slots: dict[str, Slot] = {}
-        self._shards: dict[str, Any] = {}
-        seen: set[int] = set()
-        for name, (places, key) in _places(self.model, statistics=statistics):
-            tensor = places[key]
-            if id(tensor) in seen or not tensor.is_floating_point() or not include(name):
-                continue
-            seen.add(id(tensor))
-            if tensor.is_meta:
-                raise InvalidValueError(f"{name} is on the meta device: give the model its weights before ModelEMA.")
-            self._slots[name] = places, key
-            if is_sharded(tensor):
-                self._shards[name] = tensor
+        self._slots = self._averaged()
         if not self._slots:
             raise InvalidValueError("The model has no floating parameter of the names to include: nothing to average.")
         self.names = list(self._slots)
+        self._shards: dict[str, Any] = {}
+        for name, (places, key) in self._slots.items():
+            tensor = places[key]
+            if is_lazy(tensor):
+                raise InvalidValueError(f"{name} is lazy, without a shape: run a forward before ModelEMA.")
+            if tensor.is_meta:
+                raise InvalidValueError(f"{name} is on the meta device: give the model its weights before ModelEMA.")
+            if is_sharded(tensor):
+                self._shards[name] = tensor
+
+    def check(self) -> None:
+        """See whether the model has the averaged tensors, and no others, where they were found.
+
+        Raises:
+            UsageError: a layer was replaced, parametrized or added, or tied weights are no more.
+        """
+        known, now = ({n: (id(places), k) for n, (places, k) in s.items()} for s in (self._slots, self._averaged()))
+        changed = [name for name in known | now if known.get(name) != now.get(name)]
+        if changed:
+            raise UsageError(
+                f"{changed[:5]} came, went, or belong to another module than when ModelEMA was made: make it after "
+                "parametrizing, replacing or adding layers."
+            )
 
     def local(self) -> list[Tensor]:
         """The tensors that this rank holds.
@@ -59,9 +87,7 @@ class Tensors:
         Raises:
             UsageError: one is no more where it was registered.
         """
-        if self._shards:
-            return [self._shard(name)._local_tensor if name in self._shards else self[name] for name in self.names]
-        found: list[Any] = [places.get(key) for places, key in self._slots.values()]
+        found = self._found()
         if any(tensor is None for tensor in found):
             return [self[name] for name in self.names]  # which raises, with the name
         return found
@@ -80,21 +106,38 @@ class Tensors:
         return tensor
 
     @contextmanager
-    def kept(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Copies of the averaged tensors and of every buffer, beside them; in the end they are put back."""
+    def kept(self) -> Iterator[Snapshot]:
+        """The averaged tensors and every buffer as they are now, for `restore`; in the end they are put back."""
         self.reshard()
-        places = [(m._buffers, key, b) for m in self.model.modules() for key, b in m._buffers.items()]
-        buffers: list[tuple[Any, str, Tensor]] = [(owner, key, b) for owner, key, b in places if b is not None]
-        tensors = {id(t): t.detach() for t in (*self.local(), *(buffer for _, _, buffer in buffers))}
-        copies = [(tensor, tensor.clone()) for tensor in tensors.values()]
+        buffers = [(m._buffers, key, b) for m in self.model.modules() for key, b in m._buffers.items() if b is not None]
+        values = [tensor.detach().clone() for tensor in self.local()]
+        snapshot = Snapshot(values, [(owner, key, b, _stored(b).clone()) for owner, key, b in buffers])
         try:
-            yield copies
+            yield snapshot
         finally:
-            self.reshard()
-            for owner, key, buffer in buffers:
-                owner[key] = buffer  # a forward may have put another one there
-            for tensor, copy in copies:
-                tensor.copy_(copy)
+            self.restore(snapshot)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put values and buffers back, into whatever tensors hold the weights by now.
+
+        Raises:
+            UsageError: a tensor has gone, or has another shape; all others are restored.
+        """
+        self.reshard()
+        lost, moved = [], False
+        with torch.inference_mode():  # which may write to tensors made in either mode
+            for name, tensor, value in zip(self.names, self._found(), snapshot.values, strict=True):
+                if tensor is None or tensor.shape != value.shape:
+                    lost.append(name)
+                    continue
+                tensor.detach().copy_(value)
+                moved = moved or (tensor.dtype, tensor.device) != (value.dtype, value.device)
+            for owner, key, buffer, value in snapshot.buffers:
+                now = owner.get(key)  # a forward may have put another one there, or `model.to` has, for good
+                owner[key] = now if moved and now is not None and now.shape == buffer.shape else buffer
+                _stored(owner[key]).copy_(value)
+        if lost:
+            raise UsageError(f"{lost[:5]} changed inside of applied(): the model's own weights have no place there.")
 
     def reshard(self) -> None:
         """Free FSDP2's gathered parameters: after a forward alone they stay, and hide what is written to shards."""
@@ -139,6 +182,22 @@ class Tensors:
         part = distribute_tensor(saved.to(whole.device), whole.device_mesh, whole.placements, src_data_rank=None)
         return part._local_tensor
 
+    def _averaged(self) -> dict[str, Slot]:
+        found: dict[str, Slot] = {}
+        seen: set[int] = set()
+        for name, (places, key) in _places(self.model, statistics=self._statistics):
+            tensor = places[key]
+            if id(tensor) not in seen and (tensor.is_floating_point() or tensor.is_complex()) and self._include(name):
+                seen.add(id(tensor))
+                found[name] = places, key
+        return found
+
+    def _found(self) -> list[Any]:
+        if not self._shards:
+            return [places.get(key) for places, key in self._slots.values()]
+        slots = self._slots.items()
+        return [self._shard(n)._local_tensor if n in self._shards else places.get(k) for n, (places, k) in slots]
+
     def _shard(self, name: str) -> Any:
         places, key = self._slots[name]
         registered = places.get(key)
@@ -163,6 +222,14 @@ def _places(model: nn.Module, *, statistics: bool) -> Iterator[tuple[str, Slot]]
         for key in _STATISTICS if statistics else ():
             if module._buffers.get(key) is not None:
                 yield clean(dot + key), (module._buffers, key)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The tensor without the repetitions of `expand`: nothing can be written to those."""
+    for dim, stride in enumerate(tensor.stride() if tensor.layout is torch.strided else ()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.detach()
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -223,6 +223,42 @@ def test_runs_are_kept_and_another_configuration_is_refused(tmp_path, monkeypatc
         study(pseudo, tmp_path, "--seeds", "1", "--scales", "1", "--total", "32")
 
 
+def test_runs_on_other_data_or_of_other_versions_are_not_mixed(tmp_path, monkeypatch):
+    arguments = ["--seeds", "1", "--scales", "1", "--total", "16"]
+    study(pseudo, tmp_path, *arguments)
+    with pytest.raises(SystemExit, match="another configuration"):
+        study(pseudo, tmp_path, *arguments, "--data", str(tmp_path))
+    monkeypatch.setattr(ema_runs, "VERSIONS", ema_runs.VERSIONS | {"torch": "0"})
+    study(pseudo, tmp_path, *arguments)  # nothing is missing: the figure is drawn
+    with pytest.raises(SystemExit, match="'torch': '0'"):
+        study(pseudo, tmp_path, "--seeds", "2", "--scales", "1", "--total", "16")
+
+
+def test_kappa_1_is_always_run_and_8_need_not_be(tmp_path):
+    results = study(pseudo, tmp_path, "--seeds", "1", "--scales", "4", "--total", "16")
+    assert results.pairs() == [("rule", 1), ("rule", 4), ("off", 4), ("adascale", 4)]
+    assert (tmp_path / "ema_pseudo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arm", ["adascale", "rule"])
+def test_a_run_that_takes_no_step_any_more_ends(arm):
+    config = replace(pseudo.CONFIGS["small"], rate=1e30, total=64)
+    found = ema_train.train(pseudo.Digits(config), arm, scale=8, seed=0)
+    assert found["steps"] < 64
+    assert len(found["tau"]) == len(found["teacher_loss"]) == 16
+    assert not math.isfinite(found["teacher_loss"][-1])
+
+
+@pytest.mark.parametrize("module", [pseudo, supervised])
+def test_diverged_runs_are_in_the_table_and_the_figure(module, tmp_path):
+    results = study(module, tmp_path, "--seeds", "2", "--scales", "8", "--total", "16")
+    for run in results.of("adascale", 8):
+        run |= dict.fromkeys((name for name in run if "_" in name), [math.nan] * 16)
+    assert "nan ± nan" in ema_runs.table(results)
+    module.STUDY.draw(results, tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+
+
 def test_welch_against_scipy():
     from scipy.stats import ttest_ind
 

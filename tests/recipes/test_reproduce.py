@@ -1,6 +1,8 @@
 """The experiments of the paper run from one command, are cached, and are drawn."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import gains
 import pytest
@@ -46,6 +48,9 @@ class _Here:
     def __exit__(self, *_):
         return None
 
+    def shutdown(self, **_):
+        pass
+
     def submit(self, function, *arguments):
         from concurrent.futures import Future
 
@@ -77,6 +82,62 @@ def test_a_stopped_experiment_goes_on(run, folders):
         summary.unlink()
     again, _ = run("table2", "--scales", "4")
     assert again == rows
+
+
+def test_a_run_of_other_data_or_versions_is_another_one(monkeypatch):
+    def run(data):
+        return runs.Run("cifar10", True, data, "adascale", "1", 0, 1, 1)
+
+    assert len({run(data).key for data in (None, "/data/cifar10", "made/cifar10")}) == 3
+    assert run("made/cifar10").key == run("made/../made/cifar10").key
+    before = run(None).key
+    monkeypatch.setattr(anybatch, "__version__", "none")
+    assert run(None).key != before
+
+
+def test_a_run_that_fails_is_not_waited_for(tmp_path, monkeypatch):
+    stopped, trained = threading.Event(), []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, *_, **__):
+            super().__init__(1)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait=wait)
+
+    def train(one, _):
+        if one.scale == "8":
+            raise anybatch.InvalidValueError("no")
+        stopped.wait()
+        trained.append(one)
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(runs, "_train", train)
+    wanted = [runs.Run("digits", False, None, "adascale", s, seed, 1, 1) for seed in range(5) for s in ("1", "8")]
+    with pytest.raises(anybatch.InvalidValueError, match="no"):
+        list(runs.train_all(wanted, cache=tmp_path, jobs=1))
+    assert len(trained) <= 1  # the one that had begun
+
+
+def test_the_file_tells_the_command_and_a_tiny_run_has_its_own(run, folders):
+    run("fig1", "--scale", "8")
+    reproduce.main(["fig1", "--task", "digits", "--tiny", "--total", "8", "--seeds", "1", "--scale", "2",
+                    "--jobs", "1", "--cache", str(folders[0]), "--out", str(folders[1])])  # fmt: skip
+    commands = {path.name: json.loads(path.read_text())["command"] for path in folders[1].glob("*fig1.json")}
+    assert commands == {
+        "digits-fig1.json": "python recipes/reproduce.py fig1 --scale 8 --seeds 2 --total 80 --evaluations 4",
+        "digits-tiny-fig1.json": "python recipes/reproduce.py fig1 --tiny --scale 2 --seeds 1 --total 8",
+    }
+
+
+@pytest.mark.parametrize(("words", "shown"), [("8,2", "1,2,8"), ("128,64,32,16,8", None)])
+def test_the_command_has_no_defaults(words, shown, monkeypatch):
+    seen = []
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "table2", lambda lab: seen.append(lab.given.command))
+    reproduce.main(["table2", "--scales", words])
+    assert seen == ["python recipes/reproduce.py table2" + (f" --scales {shown}" if shown else "")]
 
 
 def test_figures_1_3_and_4(run):

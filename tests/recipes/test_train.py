@@ -2,13 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_workers as workers
 from digits import Digits
 from distributed import launch
-from options import Options
+from options import TASKS, Options
 from parallel import blocks, load
 from task import DataError
 from torch import nn
@@ -62,6 +63,17 @@ def test_the_accumulation_makes_the_scale(scale, micro_batch, ranks, expected):
     accumulation = options.accumulation_for(options.scales[0][0], task, ranks=ranks)
     assert (size, accumulation) == expected
     assert ranks * accumulation * size / 8 == options.scales[0][0]
+
+
+def test_a_micro_batch_is_the_nearest_whole_number():
+    """0.29 * 100 is 28.999... in floating point."""
+    assert Options(scale="0.29").micro_batch_for(SimpleNamespace(base_batch=100), ranks=1) == 29
+
+
+@pytest.mark.parametrize("rule", ["adascale", "lsw", "lsw+", "linear", "sqrt", "identity"])
+def test_every_rule_is_told_of_the_decays(rule):
+    options = Options(rule=rule, decays="constant", steps=9 if rule == "lsw+" else None)
+    assert options.rule_for_attach().decays == "constant"
 
 
 @pytest.mark.parametrize(
@@ -164,10 +176,22 @@ def test_a_compiled_model_trains_alike(monkeypatch):
     assert runs[0]["tau"] == pytest.approx(runs[1]["tau"], rel=1e-4)
 
 
-def test_a_run_without_a_finite_gradient_ends_and_says_so(tmp_path):
-    summary = run(Digits(), Options(scale="8", lr=1e20, total=TOTAL, out=tmp_path))
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_without_a_finite_gradient_ends_once_and_says_so(precision, tmp_path):
+    """Under fp16 the GradScaler skips the steps, and the controller does not hear of them."""
+    options = Options(scale="8", lr=1e20, total=TOTAL, precision=precision, out=tmp_path)
+    summary = run(Digits(), options)
     assert summary["diverged"]
+    assert summary["skipped"] == 100
     assert read(tmp_path / "summary.json")[0]["train_loss"] is None  # strict JSON
+    again = run(Digits(), options, watch=lambda *_: pytest.fail("trained again"))
+    assert again["diverged"]
+    assert (again["skipped"], again["examples"]) == (100, summary["examples"])
+
+
+def test_an_average_without_memory_is_the_model():
+    summary = run(Digits(), Options(total=8, evaluations=1, ema=0.0))
+    assert (summary["ema_loss"], summary["ema_accuracy"]) == (summary["loss"], summary["accuracy"])
 
 
 # ---- interruptions ----
@@ -184,10 +208,19 @@ def test_a_resumed_run_is_bit_exact(options, stop, tmp_path):
     assert len(straight["taus"]) > stop
     resumed = workers.train(options, out=tmp_path / "killed")
     mine, other = weights(tmp_path / "straight"), weights(tmp_path / "killed")
-    for part in ("model", "ema", "optimizer", "scheduler", "scaler", "controller", "used", "losses"):
+    for part in ("model", "ema", "optimizer", "scheduler", "scaler", "controller", "used", "attempts", "losses"):
         assert_same(mine.get(part), other.get(part))
     assert resumed["taus"] == straight["taus"][-len(resumed["taus"]) :]
     assert (tmp_path / "killed/results.jsonl").read_text() == (tmp_path / "straight/results.jsonl").read_text()
+
+
+def test_nothing_is_kept_of_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
+    options = Options(total=TOTAL, evaluations=6, save_every=40)
+    workers.train(options, out=tmp_path, stop=30)
+    assert len(read(tmp_path / "results.jsonl")) == 3
+    workers.train(options, out=tmp_path)
+    assert [round(point["tau"]) for point in read(tmp_path / "results.jsonl")] == [10, 20, 30, 40, 50, 60]
+    assert len(anybatch.read_record(tmp_path / "record.jsonl").steps) == TOTAL
 
 
 def assert_same(a, b):
@@ -293,7 +326,32 @@ def test_an_accumulation_that_is_not_whole_is_said_before_training(launched):
     assert all(words in errors[0] for words in ("2 rank(s)", "1.5 times", "--micro-batch"))
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Every task by the command line on two ranks: exit codes and summaries."""
+    folder = tmp_path_factory.mktemp("tasks")
+    codes = launch.run(workers.tasks, world=2, args=(str(folder),))
+    return codes, {path.parent.name: read(path)[0] for path in folder.glob("out/*/summary.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_on_two_ranks(task, tasks):
+    codes, summaries = tasks
+    assert [rank[task] for rank in codes] == [0, 0]
+    found = summaries[task]
+    assert (found["ranks"], found["skipped"], found["diverged"]) == (2, 0, False)
+    assert 3 <= found["iterations"] <= 4  # batches of tokens are not full
+    assert found["tau"] >= 6 - 1e-6
+    assert math.isfinite(found["loss"])
+
+
 # ---- the command line ----
+
+
+def test_data_is_not_made_for_a_task_that_has_its_own(tmp_path):
+    with pytest.warns(anybatch.AnybatchWarning, match="digits has its data embedded"):
+        assert main(["digits", "--make-data", "--total", "2", "--evaluations", "1", "--out", str(tmp_path)]) == 0
 
 
 def test_the_command_line(tmp_path, capsys):
