@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anybatch
+from anybatch._run_forecast import _bound
 
 TOTAL = 1000.0
 
@@ -190,15 +191,15 @@ def test_without_a_total_the_record_is_the_run():
     assert found.unit == "base batches"
 
 
-def test_steps_taken_again_or_skipped_or_lost_do_not_count():
+def test_steps_skipped_or_lost_do_not_count():
     run = recorded(falling(), 8, seed=3)
     steps = run.steps
-    again = [*steps[:60], *steps[:60][-20:], *steps[60:90], *steps[85:]]
-    again.insert(30, line(0, (steps[29].tau, 0.0, math.nan, math.nan), scale=8, skipped=True))
-    clean, repeated = (
-        anybatch.forecast(anybatch.Run(run.config, s, 0), [32], price_per_device_hour=1) for s in (steps, again)
+    more = list(steps)
+    more.insert(30, line(0, (steps[29].tau, 0.0, math.nan, math.nan), scale=8, skipped=True))
+    clean, skipping = (
+        anybatch.forecast(anybatch.Run(run.config, s, 0), [32], price_per_device_hour=1) for s in (steps, more)
     )
-    assert clean == repeated
+    assert clean == skipping
     lost = [s for i, s in enumerate(steps) if not 40 <= i < 55]
     assert value(anybatch.forecast(anybatch.Run(run.config, lost, 15), [32]), 32) == pytest.approx(
         value(clean, 32), rel=0.1
@@ -300,3 +301,37 @@ def test_pure_noise_pays_as_far_as_the_run_reaches_and_no_noise_never():
     none = anybatch.forecast(recorded(lambda x: (0.0, 1.0), 4), [1, 100])
     assert value(none, 100) == 1000
     assert none.critical.value == pytest.approx(4)
+
+
+@pytest.mark.parametrize("extreme", [1e-308, 1e-13, 1e13, 1e308, 5e-324])
+def test_a_scale_out_of_reach_is_a_typed_error(extreme):
+    run = recorded(falling(), 4)
+    with pytest.raises(anybatch.InvalidValueError, match="scales must be between"):
+        anybatch.forecast(run, [extreme])
+    with pytest.raises(anybatch.InvalidValueError, match="per_device must be between"):
+        anybatch.forecast(run, [1], per_device=extreme)
+    for edge in (1e-12, 1e12):
+        assert math.isfinite(anybatch.forecast(run, [edge], per_device=edge).scales[0].iterations.value)
+
+
+def test_a_run_on_several_numbers_of_ranks_is_noted():
+    run = recorded(falling(), 4)
+    notes = anybatch.forecast(anybatch.Run(run.config, run.steps, 0, ranks=(2, 4)), [8]).notes
+    assert "another number of ranks (2, 4)" in notes[0]
+    assert not anybatch.forecast(anybatch.Run(run.config, run.steps, 0, ranks=(2,)), [8]).notes
+
+
+def test_a_rule_that_measures_nothing_is_said_so(tmp_path):
+    """The header has the names of AdaScale's settings, without values, for every rule."""
+    run = recorded(falling(), 4)
+    config = {**run.config, "rule": "Linear()", "estimator": None, "smoothing": None}
+    assert "not AdaScale's" in anybatch.forecast(anybatch.Run(config, run.steps, 0), [8]).notes[0]
+
+
+def test_runs_of_one_configuration_may_differ_in_the_batch_alone():
+    small, large, other = (
+        _bound({"rule": "AdaScale()", "scale": scale, "given": {"scale": scale, "rule": rule}})
+        for scale, rule in ((2, "ada"), (8, "ada"), (8, "mine"))
+    )
+    assert small == large != other
+    assert _bound({"given": 3, "ranks": 2}) == {"given": 3}

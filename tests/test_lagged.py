@@ -115,3 +115,18 @@ def test_the_record_tells_the_moments_that_a_gain_came_from(tmp_path):
     assert math.isnan(steps[0].raw_variance)
     assert steps[0].gain == 1
     assert steps[1].gain == pytest.approx(anybatch.gain(steps[1].variance, steps[1].sqnorm, 3))
+
+
+def test_a_checkpoint_between_steps_changes_no_line_of_the_record(tmp_path):
+    lines = []
+    for saves in (False, True):
+        model = oracle.make_model()
+        path = tmp_path / f"{saves}.jsonl"
+        optimizer, controller = attach_task(model, lagged=True, record=path)
+        for t in range(6):
+            train(model, optimizer, controller, 1, start=t)
+            if saves and t == 3:
+                controller.state_dict()
+        lines.append([(s.raw_variance, s.raw_sqnorm, s.gain) for s in anybatch.read_record(path).steps[1:]])
+    assert lines[0] == lines[1]
+    assert all(math.isfinite(raw) for raw, _, _ in lines[0])

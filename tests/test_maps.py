@@ -382,3 +382,31 @@ def test_ends_of_the_ranges():
     assert (new["ema_decay"], new["batch_norm_momentum"]) == (0.0, 1.0)
     assert after("adam", 999, betas=(0.0, 0.999), betas_rule="sde", eps=0)["betas"][0] == 0
     assert after("adamw", 16, lr=0.0, weight_decay=0.1)["weight_decay"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("sgd", 0.4), ("adamw", 0.2), ("adagrad", 0.1)])
+@pytest.mark.parametrize("held", [float, torch.tensor])
+def test_a_scheduler_made_afterwards_starts_from_the_scaled_rate(name, expected, held):
+    """Also where an earlier one has left its own base rate in the groups."""
+    optimizer = optimizer_of(name, lr=held(0.1))
+    torch.optim.lr_scheduler.LinearLR(optimizer)
+    anybatch.scale_optimizer(optimizer, 4)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(expected)
+    anybatch.scale_optimizer(optimizer, 0.25)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kappa", "values", "word"),
+    [
+        (torch.optim.AdamW, 2, {}, "optimizer must be one of"),
+        ("sgd", 2, {"ema_decay": "x"}, "ema_decay must be"),
+        ("sgd", 2, {"batch_norm_momentum": "x"}, "batch_norm_momentum must be"),
+        ("sgd", 1e10, {"lr": 1e300}, "lr at 1e"),
+    ],
+)
+def test_what_is_of_another_kind_is_a_typed_error(optimizer, kappa, values, word):
+    with pytest.raises(anybatch.InvalidValueError, match=word):
+        anybatch.scale_hyperparameters(optimizer, kappa, **values)

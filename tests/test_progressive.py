@@ -290,3 +290,24 @@ def test_with_a_controller_the_scale_is_what_happens():
     assert ema.state_dict()["decay"] == 0.9
     with pytest.raises(anybatch.UsageError, match="controller"):
         progressive.apply(optimizer, clock=controller.clock)
+
+
+def test_a_controller_does_not_scale_again_what_apply_has_scaled():
+    model = oracle.make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    anybatch.Progressive({0: 4}).apply(optimizer, clock=anybatch.Clock())
+    controller = anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=4)
+    with pytest.raises(anybatch.UsageError, match=r"scaled this optimizer's values already, by \[4"):
+        optimizer.step()
+    controller.detach()
+    anybatch.Progressive({0: 1}).apply(optimizer, clock=anybatch.Clock())
+    controller = anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=4)
+    x, y = oracle.micro_batch(0, 0)
+    oracle.loss_fn(model(x), y).backward()
+    optimizer.step()
+    assert controller.lr_factor == 4
+
+
+def test_scales_without_starts_are_a_typed_error():
+    with pytest.raises(anybatch.InvalidValueError, match="maps starts to scales"):
+        anybatch.Progressive([1, 2])

@@ -1,7 +1,9 @@
+import copy
 import dataclasses
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -31,7 +33,9 @@ def test_round_trip_and_resume(tmp_path):
     again.write(step(2, gain=math.nan))
     again.close()
     run = anybatch.read_record(path)
-    assert run.config == {"lr": 0.1, "names": ["a", "b"], "path": str(path), "rate": None}
+    assert run.config == {"lr": 0.2}  # as the run ended
+    headers = [json.loads(text) for text in path.read_text().splitlines() if '"header"' in text]
+    assert headers[0]["config"] == {"lr": 0.1, "names": ["a", "b"], "path": str(path), "rate": None}
     assert run.steps[0] == step(1)
     assert math.isnan(run.steps[1].gain)
     assert run.torn == 0
@@ -195,7 +199,7 @@ def test_a_record_reads_as_the_steps_that_the_weights_went_through(tmp_path_fact
         count = max(0, count - back)
         with_steps = "step" in events or "skip" in events
         if with_steps:
-            kept = [line for line in kept if line.step <= count]
+            kept = [line for line in kept if line.step <= count] if count else []
         record = anybatch.RunRecord(path, config={"start": label})
         for event in sorted(events, key=lambda e: e == "metric") if not with_steps else events:
             label += 1
@@ -218,15 +222,17 @@ def test_a_record_reads_as_the_steps_that_the_weights_went_through(tmp_path_fact
     assert run.torn == 0
 
 
-def test_the_header_is_that_of_the_first_step_that_counts(tmp_path):
+def test_the_header_is_that_of_the_last_step(tmp_path):
     path = tmp_path / "r.jsonl"
-    for start, first in [("first", 1), ("from nothing", 1), ("resumed", 3), ("no steps yet", None)]:
-        record = anybatch.RunRecord(path, config={"start": start})
+    starts = [("first", 1, 8), ("from nothing", 1, 4), ("resumed", 3, 2), ("no steps yet", None, 16)]
+    for start, first, ranks in starts:
+        record = anybatch.RunRecord(path, config={"start": start, "ranks": ranks})
         for n in range(first or 1, 5 if first else 1):
             record.write(step(n))
         record.close()
     run = anybatch.read_record(path)
-    assert run.config == run.header["config"] == {"start": "from nothing"}
+    assert run.config == run.header["config"] == {"start": "resumed", "ranks": 2}
+    assert run.ranks == (2, 4)
     assert [s.step for s in run.steps] == [1, 2, 3, 4]
 
 
@@ -541,13 +547,24 @@ def test_logging_needs_a_record_and_numbers(tmp_path):
         controller.log(accuracy=1.0)
     controller.detach()
     controller = anybatch.attach(optimizer, model=model, scale="count", record=tmp_path / "r.jsonl")
-    for results in ({"tau": 1.0}, {"step": 1}, {"name": "text"}, {"name": None}, {"many": torch.ones(2)}):
+    for results in (
+        {"tau": 1.0},
+        {"step": 1},
+        {"name": "text"},
+        {"name": None},
+        {"gain": 0.5},
+        {"count": 3},
+        {"many": torch.ones(2)},
+    ):
         with pytest.raises(anybatch.InvalidValueError):
             controller.log(**results)
-    controller.log(tensor=torch.tensor(0.5), count=3)
+    controller.log(tensor=torch.tensor(0.5), whole=3)
     assert anybatch.read_record(tmp_path / "r.jsonl").metrics == [
-        anybatch.MetricRecord(0, 0.0, {"tensor": 0.5, "count": 3.0})
+        anybatch.MetricRecord(0, 0.0, {"tensor": 0.5, "whole": 3.0})
     ]
+    controller.detach()
+    with pytest.raises(anybatch.UsageError, match="detached"):
+        controller.log(accuracy=1.0)
 
 
 def test_a_run_is_recorded_as_it_happened(tmp_path):
@@ -582,3 +599,61 @@ def test_a_run_is_recorded_as_it_happened(tmp_path):
     assert run.config["optimizer"] == "SGD"
     assert "AdaScale" in run.config["rule"]
     assert (run.config["base_batch"], run.config["total"]) == (4, 100)
+
+
+def optimizer_and_model():
+    model = torch.nn.Linear(2, 1)
+    return torch.optim.SGD(model.parameters(), lr=0.1), model
+
+
+def test_a_record_is_neither_copied_nor_sent(tmp_path):
+    record = anybatch.RunRecord(tmp_path / "r.jsonl")
+    for send in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(anybatch.UsageError, match="each process opens its own"):
+            send(record)
+
+
+def test_the_users_values_are_not_hidden_by_the_controllers(tmp_path):
+    optimizer, model = optimizer_and_model()
+    config = {"scale": "my", "task": "digits", "given": "mine"}
+    record = anybatch.RunRecord(tmp_path / "r.jsonl", config=config)
+    assert anybatch.read_record(tmp_path / "r.jsonl").config == config
+    controller = anybatch.attach(optimizer, model=model, scale=2, record=record)
+    found = anybatch.read_record(tmp_path / "r.jsonl").config
+    assert (found["scale"], found["task"]) == (2, "digits")
+    assert found["given"] == {"scale": "my", "given": "mine"}
+    assert found["estimator"] == "unbiased"
+    controller.detach()
+    anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=2, record=record).detach()
+    assert anybatch.read_record(tmp_path / "r.jsonl").config["estimator"] is None
+
+
+def test_two_controllers_do_not_share_a_record(tmp_path):
+    record = anybatch.RunRecord(tmp_path / "r.jsonl")
+    (first, model), (second, other) = optimizer_and_model(), optimizer_and_model()
+    controller = anybatch.attach(first, model=model, scale=1, record=record)
+    with pytest.raises(anybatch.UsageError, match="Another controller"):
+        anybatch.attach(second, model=other, scale=1, record=record)
+    with pytest.raises(anybatch.UsageError, match="Another controller"):
+        anybatch.attach(second, model=other, scale=1, record=record)  # the failed one has not set it free
+    controller.detach()
+    anybatch.attach(second, model=other, scale=1, record=record).detach()
+
+
+def test_a_later_destination_that_fails_leaves_no_lock(tmp_path):
+    closed = anybatch.RunRecord(tmp_path / "closed.jsonl")
+    closed.close()
+    optimizer, model = optimizer_and_model()
+    with pytest.raises(anybatch.UsageError, match="is closed") as error:  # which holds the traceback, and its frames
+        anybatch.attach(optimizer, model=model, scale=1, record=[tmp_path / "r.jsonl", closed])
+    anybatch.RunRecord(tmp_path / "r.jsonl").close()
+    assert error.value is not None
+
+
+def test_a_run_from_nothing_supersedes_the_evaluation_before_the_first_step(tmp_path):
+    record = anybatch.RunRecord(tmp_path / "r.jsonl")
+    for loss in (2.0, 3.0):
+        record.begin({})
+        record.write(anybatch.MetricRecord(0, 0.0, {"loss": loss}))
+        record.write(step(1))
+    assert [m.values for m in anybatch.read_record(tmp_path / "r.jsonl").metrics] == [{"loss": 3.0}]

@@ -7,6 +7,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
+from typing import NoReturn
 
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 
@@ -50,6 +51,17 @@ class AppendFile:
         self._owed = b""
         self._warned = False
         _open_files.add(self)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied: in another process, or once this file is closed, the number names a file of others.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"A RunRecord is not copied or sent to another process: give it the path {str(self.path)!r}, of which each "
+            "process opens its own."
+        )
 
     def first_line(self) -> bytes | None:
         """The first line, at most 64 KiB of it; `None` where there is none."""
@@ -127,7 +139,8 @@ def _lock(file: int, path: Path) -> None:
             return  # a file system without locks
         raise UsageError(
             f"{str(path)!r} is being written by another run, or by an earlier one that is still open. End that "
-            "process, or detach() its controller, or close() its RunRecord, or give this run a file of its own."
+            "process, or detach() its controller, or close() its RunRecord, or give this run a file of its own. If it "
+            "is another rank that writes: give attach the path, or make the RunRecord on rank 0 alone."
         ) from None
 
 

@@ -46,6 +46,11 @@ class Clock:
         self._next = 0
 
     @property
+    def subscribers(self) -> int:
+        """How many follow the clock."""
+        return len(self._subscribers)
+
+    @property
     def iteration(self) -> int:
         """`floor(tau)`, the index into a schedule that was written for the base batch."""
         return floor(self.tau + _SLACK * max(1.0, self.tau))

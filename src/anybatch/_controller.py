@@ -28,6 +28,7 @@ from anybatch._logbook import Destination, Logbook
 from anybatch._moments import Moments
 from anybatch._parameters import check_no_backward, is_phantom, trainable, trained_parameters
 from anybatch._progress import progress_bar
+from anybatch._progressive import check_base
 from anybatch._provenance import run_config
 from anybatch._reduce import Flight, Reduction, launch
 from anybatch._rules import AdaScale, Rule
@@ -86,6 +87,7 @@ class Controller(Readings, Companion):
         self._pending: Step | None = None
         self._lagged = lagged
         self._flight: Flight | None = None
+        self._landed: Moments | None = None
         self._restore_values: Callable[[], None] | None = None
         self._tally = Tally(clock=clock, batch=batch)
         config = run_config(
@@ -169,8 +171,8 @@ class Controller(Readings, Companion):
             results: numbers by their names, such as `accuracy=0.93`.
 
         Raises:
-            InvalidValueError: a result that is not a number, or is called step or tau.
-            UsageError: `attach` was given no record.
+            InvalidValueError: a result that is not a number, or has the name of one of a step's own numbers.
+            UsageError: `attach` was given no record on rank 0, or the controller is detached.
         """
         self._logbook.metrics(results, step=self.steps, tau=self.tau)
 
@@ -209,7 +211,7 @@ class Controller(Readings, Companion):
         """
         values = checked_state(state, mine=self.state_dict())
         self._tally.adopt(values)
-        self._flight = None
+        self._flight = self._landed = None
         self._logbook.resume()
         if self._driver is not None:
             self._driver.resume(offset=int(values["schedule_offset"]))
@@ -230,9 +232,13 @@ class Controller(Readings, Companion):
         if self._driver is not None:
             self._driver.stop()
 
+    @property
+    def _followed(self) -> bool:
+        return self.clock.subscribers > (self._driver is not None)
+
     def _go_on(self, values: Mapping[str, float]) -> None:
         self._tally.adopt(values)
-        self._flight = None
+        self._flight = self._landed = None
         if self._driver is not None:
             self._driver.catch_up()
 
@@ -263,6 +269,7 @@ class Controller(Readings, Companion):
         seen = self._gather is not None and self._gather.pending
         if not seen and is_phantom(self._optimizer, counted=self._gather is not None):
             return
+        check_base(self._optimizer)
         if self._driver is not None:
             self._driver.check()
         if self._gather is not None:
@@ -292,18 +299,17 @@ class Controller(Readings, Companion):
         flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=self._share())
         if not self._lagged:
             return self._judge.step(self._tally.averages, flight.land())
-        raw = self._land()
+        self._land()
+        raw, self._landed = self._landed, None
         self._flight = flight
         count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
         return self._judge.decide(self._tally.averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
 
-    def _land(self) -> Moments | None:
-        """Fold what is still under way from the last step, lagged, into the averages."""
-        if self._flight is None:
-            return None
-        raw, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
-        self._flight = None
-        return raw
+    def _land(self) -> None:
+        """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
+        if self._flight is not None:
+            self._landed, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
+            self._flight = None
 
     def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
         step, self._pending = self._pending, None
@@ -317,7 +323,7 @@ class Controller(Readings, Companion):
             self._gather.close(forget=skipped)
         self._tally.add(step, skipped=skipped)
         if self._logbook.writes:
-            self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
+            self._logbook.step(self._line(step, lr=lr, skipped=skipped))
 
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0].get("lr", nan))

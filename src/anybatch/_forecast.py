@@ -15,6 +15,8 @@ from anybatch._forecast_steps import Estimate, StepForecast
 from anybatch._forecast_time import StepTime, step_time
 from anybatch._record import Run, read_record
 
+_FARTHEST = 1e12  # a scale
+
 
 @dataclass(frozen=True)
 class ScaleForecast:
@@ -124,12 +126,13 @@ def forecast(
         (statistical efficiency, the time of a step).
     """
     run = record if isinstance(record, Run) else read_record(record)
-    wanted = sorted({check_positive("scales", scale) for scale in scales})
+    wanted = sorted({_within_reach("scales", scale) for scale in scales})
     if not wanted:
         raise InvalidValueError("scales is empty: give at least one, such as [1, 8, 64].")
-    for name, value in (("per_device", per_device), ("seconds_per_step", seconds_per_step)):
-        if value is not None:
-            check_positive(name, value)
+    if per_device is not None:
+        _within_reach("per_device", per_device)
+    if seconds_per_step is not None:
+        check_positive("seconds_per_step", seconds_per_step)
     for name, value in (("sync_seconds", sync_seconds), ("price_per_device_hour", price_per_device_hour)):
         if value is not None and not (isfinite(value) and value >= 0):
             raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
@@ -164,6 +167,13 @@ def forecast(
         unit="base batches" if unit is None else "examples",
         notes=tuple(_notes(run, found, known=known, rule=rule, time=time)),
     )
+
+
+def _within_reach(name: str, value: float) -> float:
+    """A scale whose numbers of steps and devices are still numbers."""
+    if not 1 / _FARTHEST <= check_positive(name, value) <= _FARTHEST:
+        raise InvalidValueError(f"{name} must be between {1 / _FARTHEST:g} and {_FARTHEST:g}, got {value!r}.")
+    return float(value)
 
 
 def _scale(
@@ -201,6 +211,11 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
         notes.append("The record is not AdaScale's: this is what AdaScale() would take.")
     elif rule.estimator == "paper":
         notes.append("The paper's estimator clips each step's noise, which is not seen here: small scales take more.")
+    if len(run.ranks) > 1:
+        notes.append(
+            f"The run was resumed on another number of ranks ({', '.join(map(str, run.ranks))}): what one device takes "
+            "is reckoned with the last number; give per_device where that is not meant."
+        )
     if run.torn:
         notes.append(f"{run.torn} lines of the record could not be read.")
     if not isfinite(time.per_base):

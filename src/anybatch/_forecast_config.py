@@ -50,7 +50,7 @@ def rule_of(config: Mapping[str, Any]) -> RuleConfig:
     if smoothing == "paper" or (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
         theta = smoothing
     return RuleConfig(
-        adascale="estimator" in config or "AdaScale" in str(config.get("rule", "AdaScale()")),
+        adascale=estimator is not None or "AdaScale" in str(config.get("rule", "AdaScale()")),
         estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
         smoothing=theta,
     )

@@ -72,19 +72,8 @@ class Curves:
 
 
 def walk(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """The steps that led to the end, in order of tau: without skipped ones, and without those that were taken again.
-
-    Where a step starts before the end of the one above it, the run went on from an earlier checkpoint.
-    """
-    kept: list[StepRecord] = []
-    for step in steps:
-        if step.skipped or not (isfinite(step.tau) and isfinite(step.iterations) and step.iterations > 0):
-            continue
-        slack = 1e-6 * max(1.0, step.tau)
-        while kept and kept[-1].tau > step.tau - step.iterations + slack:
-            kept.pop()
-        kept.append(step)
-    return kept
+    """The steps that moved the clock."""
+    return [s for s in steps if not s.skipped and isfinite(s.tau) and isfinite(s.iterations) and s.iterations > 0]
 
 
 def samples(steps: Sequence[StepRecord], *, total: float) -> Samples:

@@ -39,16 +39,31 @@ class Companion(Joinable):
     def state_dict(self) -> dict[str, float | int]:
         """The state, all numbers."""
 
+    @property
+    @abstractmethod
+    def _followed(self) -> bool:
+        """Whether something beside the schedule follows the clock."""
+
     @abstractmethod
     def _go_on(self, values: Mapping[str, float]) -> None:
         """Take another rank's state."""
 
     def join_hook(self, **_: Any) -> JoinHook:
-        """What `Join` calls on a rank that has run out of data; the model must come first in its list."""
+        """What `Join` calls on a rank that has run out of data; the model must come first in its list.
+
+        Raises:
+            UnsupportedError: no DDP, a lagged step, a `GradScaler`, or something that follows the clock.
+        """
         if self._ddp is None or not self._foreseen:
             raise UnsupportedError(
                 "Join needs a model under DistributedDataParallel, and neither lagged=True nor a grad_scaler: the "
                 "ranks that are done must know which steps the others take."
+            )
+        if self._followed:
+            raise UnsupportedError(
+                "Under Join a rank that is done takes the clock of the others at the end, and what follows its own "
+                "clock, a ModelEMA, a BatchController or a progress bar, would miss their steps and differ over the "
+                "ranks. Train without Join, on inputs of equal length, or stop() what follows before Join."
             )
         return _ShadowHook(
             self._ddp, shadow=lambda: shadow(self._ranks) if self._counted else None, adopt=self._adopt_from_last

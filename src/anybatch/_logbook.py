@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from math import isfinite
 from os import PathLike
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 from anybatch._record import MetricRecord, StepRecord
 from anybatch._writer import RunRecord
+
+_RESERVED = {field.name for field in fields(StepRecord)}  # trackers show them beside the steps' own
 
 Sink = Callable[[dict[str, float]], object]
 Destination = str | PathLike[str] | RunRecord | Sink
@@ -32,19 +35,18 @@ class Logbook:
         self, record: Destination | Sequence[Destination] | None, *, config: Mapping[str, Any], first: bool
     ) -> None:
         given = _destinations(record)
-        self._given = len(given)
+        self._lacking = first and not given  # other ranks need not be given any
         self._sinks: list[Sink] = []
         self._records: list[RunRecord] = []
         self._mine: list[RunRecord] = []
         self._fresh = True
-        for destination in given if first else []:
-            if isinstance(destination, RunRecord):
-                destination.begin(config)
-                self._records.append(destination)
-            elif isinstance(destination, str | PathLike):
-                self._open(destination, config)
-            else:
-                self._sinks.append(destination)
+        self._closed = False
+        try:
+            for destination in given if first else []:
+                self._take(destination, config)
+        except Exception:
+            self.close()
+            raise
 
     @property
     def writes(self) -> bool:
@@ -63,13 +65,17 @@ class Logbook:
         """Write the results of an evaluation.
 
         Raises:
-            InvalidValueError: a result is not a number, or is called step or tau.
-            UsageError: there is nothing to write to, on any rank.
+            InvalidValueError: a result is not a number, or has the name of one of a step's own numbers.
+            UsageError: there is nothing to write to on the rank that writes, or the logbook is closed.
         """
-        if not self._given:
+        if self._closed:
+            raise UsageError("This controller is detached and writes no more: log before detach().")
+        if self._lacking:
             raise UsageError("There is no record to log to: give attach record=, a path or a function.")
-        if results.keys() & {"step", "tau"}:
-            raise InvalidValueError("step and tau are logged with every result: give yours another name.")
+        if taken := sorted(results.keys() & _RESERVED):
+            raise InvalidValueError(
+                f"{', '.join(taken)}: every step is logged with that name, so give your result another one."
+            )
         try:
             line = MetricRecord(step, tau, {name: float(value) for name, value in results.items()})
         except (TypeError, ValueError, RuntimeError):
@@ -87,19 +93,24 @@ class Logbook:
         self._fresh = True
 
     def close(self) -> None:
-        """Close what the logbook opened, and write no more."""
+        """Close what the logbook opened, release what it was given, and write no more."""
+        for record in self._records:
+            record.release(self)
         for record in self._mine:
             record.close()
+        self._closed = True
         self._records, self._mine, self._sinks = [], [], []
 
-    def _open(self, path: str | PathLike[str], config: Mapping[str, Any]) -> None:
-        try:
-            record = RunRecord(path, config=config)
-        except Exception:
-            self.close()
-            raise
-        self._mine.append(record)
-        self._records.append(record)
+    def _take(self, destination: Destination, config: Mapping[str, Any]) -> None:
+        if isinstance(destination, RunRecord):
+            destination.begin(config, holder=self)
+            self._records.append(destination)
+        elif isinstance(destination, str | PathLike):
+            record = RunRecord(destination, config=config)
+            self._mine.append(record)
+            self._records.append(record)
+        else:
+            self._sinks.append(destination)
 
     def _tell(self, values: Mapping[str, float]) -> None:
         for sink in list(self._sinks):

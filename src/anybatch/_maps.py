@@ -113,11 +113,11 @@ def scale_hyperparameters(
     kappa = check_positive("kappa", kappa)
     changes = map_group(*_example(optimizer, values), kappa, betas_rule)
     if ema_decay is not None:
-        _check(0 <= ema_decay < 1, "ema_decay must be in [0, 1)", ema_decay)
+        _check(isinstance(ema_decay, Real) and 0 <= ema_decay < 1, "ema_decay must be in [0, 1)", ema_decay)
         changes["ema_decay"] = Change(ema_decay, ema_decay**kappa, "decay ** kappa", "Busbridge et al. 2023")
     if batch_norm_momentum is not None:
         m = batch_norm_momentum
-        _check(0 < m <= 1, "batch_norm_momentum must be in (0, 1]", m)
+        _check(isinstance(m, Real) and 0 < m <= 1, "batch_norm_momentum must be in (0, 1]", m)
         after = m if kappa == 1 or m == 1 else -expm1(kappa * log1p(-m))
         changes["batch_norm_momentum"] = Change(m, after, "1 - (1 - m) ** kappa", _DERIVED)
     return changes
@@ -130,7 +130,7 @@ def _example(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], Family]
         for cls in vars(torch.optim).values()
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
     }
-    cls = classes.get(name.lower())
+    cls = classes.get(name.lower()) if isinstance(name, str) else None
     if cls is None:
         raise InvalidValueError(f"optimizer must be one of {', '.join(sorted(classes))}; got {name!r}.")
     if unknown := sorted(set(values) - set(signature(cls).parameters)):
@@ -182,6 +182,7 @@ def map_group(group: dict[str, Any], family: Family, kappa: float, betas_rule: B
         if value == 0:
             continue
         after, why, source = _map_value(name, value, float(group["lr"]), family, decoupled, kappa, betas_rule)
+        _check(all(isfinite(v) for v in flat(after)), f"{name} at {kappa:g} times the batch must be finite", after)
         changes[name] = Change(value, value if kappa == 1 else after, why, source)
     return changes
 

@@ -53,6 +53,8 @@ class Progressive:
     """
 
     def __init__(self, scales: Mapping[float, float]) -> None:
+        if not isinstance(scales, Mapping):
+            raise InvalidValueError(f"scales maps starts to scales, such as {{0: 1, 20: 4}}; got {scales!r}.")
         for start, scale in scales.items():
             check_positive("a scale", scale)
             if isinstance(start, bool) or not isinstance(start, int | float) or not (isfinite(start) and start >= 0):
@@ -105,6 +107,21 @@ class Progressive:
             finally:
                 rescale(optimizer, [scale] * len(groups), betas_rule=betas_rule, state=False)
         return scale
+
+
+def check_base(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose values are not those of the base batch.
+
+    Raises:
+        UsageError: `Progressive.apply` has scaled it.
+    """
+    marks = {float(group.get(_MARK, 1)) for group in optimizer.param_groups}
+    if marks - {1.0}:
+        raise UsageError(
+            f"Progressive.apply has scaled this optimizer's values already, by {sorted(marks)}, and a controller would "
+            "scale them again: attach to an optimizer with the values of the base batch, and let Progressive.scale "
+            "say how often to accumulate."
+        )
 
 
 def _check_marks(optimizer: Optimizer, clock: Clock) -> None:

@@ -42,7 +42,7 @@ def run_config(
     """What a controller knows of its run."""
     return {
         "rule": repr(rule),
-        **{name: getattr(rule, name) for name in ("estimator", "smoothing") if hasattr(rule, name)},
+        **{name: getattr(rule, name, None) for name in ("estimator", "smoothing")},
         "optimizer": type(optimizer).__name__,
         "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
         "decays": decays,

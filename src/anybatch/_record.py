@@ -85,7 +85,9 @@ class Run:
         steps: the steps that led to the run's end, in their order; without those that a resume took again.
         torn: lines that could not be read: at most the last one, and one for each time the run was killed.
         metrics: the results of evaluations, likewise.
-        header: versions, machine, commit and seed; the header under which the first of these steps was taken.
+        header: versions, machine, commit, seed and configuration, as the run ended: the header under which the last
+            of these steps was taken.
+        ranks: how many processes shared the steps, in ascending order; two or more where a resume changed it.
     """
 
     config: dict[str, Any]
@@ -93,6 +95,7 @@ class Run:
     torn: int
     metrics: list[MetricRecord] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass
@@ -120,18 +123,19 @@ def read_record(path: str | os.PathLike[str]) -> Run:
     segments = _segments(path)
     steps: list[StepRecord] = []
     metrics: list[MetricRecord] = []
-    torn, header = 0, None
+    torn, taken = 0, segments[:0]
     for line, segment in _entries(path, segments):
         if isinstance(line, StepRecord):
             steps.append(line)
+            if not taken or taken[-1] is not segment:
+                taken.append(segment)
         elif isinstance(line, MetricRecord):
             metrics.append(line)
         else:
             torn += 1
-            continue
-        header = header or segment.header
-    header = header or segments[-1].header
-    return Run(header["config"], steps, torn, metrics, header)
+    header = (taken or segments)[-1].header
+    ranks = {n for segment in taken if isinstance(n := segment.header["config"].get("ranks"), int)}
+    return Run(header["config"], steps, torn, metrics, header, tuple(sorted(ranks)))
 
 
 def iter_record(path: str | os.PathLike[str]) -> Iterator[StepRecord | MetricRecord]:
@@ -181,7 +185,8 @@ def _segments(path: str | os.PathLike[str]) -> list[_Segment]:
     limit = inf
     for segment in reversed(segments):
         segment.limit = limit
-        limit = limit if segment.start is None else min(limit, segment.start)
+        if segment.start is not None:  # from nothing: not even an evaluation before the first step is left
+            limit = min(limit, segment.start or -1)
     return segments
 
 

@@ -21,8 +21,8 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
     units of the new steps. The averages themselves are left: Adam's second moment needs `1 / (1 - beta2)` steps to
     forget the noise of the old batch.
 
-    A scheduler that computes the learning rate from its own base values overwrites this: make it afterwards, or let
-    `Progressive` drive it.
+    A scheduler that exists already computes the learning rate from its own base values and overwrites this: make it
+    afterwards, or let `Progressive` drive it. `initial_lr`, which one made afterwards starts from, is scaled as well.
 
     Args:
         optimizer: of a class in torch.optim, or derived from one; without a controller.
@@ -47,7 +47,11 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
         Goyal et al. 2017; Malladi et al. 2022; otherwise as for `scale_hyperparameters`.
     """
     kappa = check_positive("kappa", kappa)
-    return rescale(optimizer, [kappa] * len(optimizer.param_groups), betas_rule=betas_rule)
+    changes = rescale(optimizer, [kappa] * len(optimizer.param_groups), betas_rule=betas_rule)
+    for group in optimizer.param_groups:
+        if "initial_lr" in group:
+            group["initial_lr"] = group["initial_lr"] * kappa ** map_family(optimizer).exponent
+    return changes
 
 
 def rescale(

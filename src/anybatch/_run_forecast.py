@@ -1,10 +1,11 @@
 """Forecasts from some of the runs against what the others came to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
+from typing import Any
 
 import anybatch
 from anybatch._run_summary import Summary
@@ -65,7 +66,14 @@ def _comparison(runs: Sequence[Summary]) -> Comparison | None:
 
 
 def _key(run: Summary) -> str:
-    return json.dumps({k: v for k, v in run.config.items() if k not in _FREE}, sort_keys=True)
+    return json.dumps(_bound(run.config), sort_keys=True)
+
+
+def _bound(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same, also of the user's values under "given"."""
+    given = config.get("given")
+    parts = [config, {"given": {k: v for k, v in given.items() if k not in _FREE}} if isinstance(given, dict) else {}]
+    return {k: v for part in parts for k, v in part.items() if k not in _FREE}
 
 
 def _in_turn(runs: Sequence[Summary]) -> list[Summary]:

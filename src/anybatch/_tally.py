@@ -1,4 +1,4 @@
-"""Tally: what a run has come to, and what of it a user reads from the controller."""
+"""Tally: what a run has come to; Readings: what a user and the record read of it."""
 
 import time
 from collections.abc import Mapping
@@ -25,21 +25,6 @@ class Tally:
         self.last: Step | None = None
         self._time = time.perf_counter()
 
-    @property
-    def variance(self) -> float:
-        """The averaged sigma^2, clipped at 0; nan while unknown."""
-        return _clipped(self.averages.moments.variance)
-
-    @property
-    def sqnorm(self) -> float:
-        """The averaged mu^2, clipped at 0; nan while unknown."""
-        return _clipped(self.averages.moments.sqnorm)
-
-    @property
-    def noise_scale(self) -> float:
-        """B_simple, in examples or base batches."""
-        return self.averages.moments.noise_scale * (self.batch.base_batch or 1.0)
-
     def add(self, step: Step, *, skipped: bool) -> None:
         """Count a step that was taken, or that was skipped and leaves everything as it was."""
         if skipped:
@@ -50,27 +35,11 @@ class Tally:
         self.averages = step.averages.moved(step.scaling.iterations)
         self.clock.advance(step.scaling.iterations)
 
-    def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
-        """What the record says of the step just added."""
+    def lap(self) -> float:
+        """Seconds since the last call."""
         now, before = time.perf_counter(), self._time
         self._time = now
-        return StepRecord(
-            step=self.steps,
-            tau=self.clock.tau,
-            iterations=0.0 if skipped else step.scaling.iterations,
-            scale=step.scale,
-            count=step.count,
-            raw_variance=step.raw.variance,
-            raw_sqnorm=step.raw.sqnorm,
-            variance=self.variance,
-            sqnorm=self.sqnorm,
-            gain=step.gain,
-            lr=lr,
-            lr_factor=step.scaling.lr_factor,
-            noise_scale=self.noise_scale,
-            seconds=now - before,
-            skipped=skipped,
-        )
+        return now - before
 
     def in_words(self, lr: float) -> str:
         """The last step, for a progress bar; `lr` is the base learning rate, which may have moved since."""
@@ -171,17 +140,37 @@ class Readings:
     @property
     def variance(self) -> float:
         """The averaged sigma^2 of one base batch, clipped at 0; nan while unknown."""
-        return self._tally.variance
+        return _clipped(self._averages.moments.variance)
 
     @property
     def sqnorm(self) -> float:
         """The averaged mu^2, clipped at 0; nan while unknown."""
-        return self._tally.sqnorm
+        return _clipped(self._averages.moments.sqnorm)
 
     @property
     def noise_scale(self) -> float:
         """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
-        return self._tally.noise_scale
+        return self._averages.moments.noise_scale * (self._tally.batch.base_batch or 1.0)
+
+    def _line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
+        """What the record says of the step just added."""
+        return StepRecord(
+            step=self.steps,
+            tau=self.tau,
+            iterations=0.0 if skipped else step.scaling.iterations,
+            scale=step.scale,
+            count=step.count,
+            raw_variance=step.raw.variance,
+            raw_sqnorm=step.raw.sqnorm,
+            variance=self.variance,
+            sqnorm=self.sqnorm,
+            gain=step.gain,
+            lr=lr,
+            lr_factor=step.scaling.lr_factor,
+            noise_scale=self.noise_scale,
+            seconds=self._tally.lap(),
+            skipped=skipped,
+        )
 
 
 def _clipped(value: float) -> float:

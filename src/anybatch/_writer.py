@@ -1,12 +1,13 @@
 """RunRecord: a run's steps, appended to a file of JSON lines."""
 
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from anybatch._append import AppendFile
-from anybatch._errors import InvalidValueError, StateError
+from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._json import json_line
 from anybatch._provenance import environment
 from anybatch._record import HEADER_START, RECORD_VERSION, MetricRecord, StepRecord, parsed
@@ -21,7 +22,8 @@ class RunRecord:
 
     Args:
         path: the file; made with its folders, appended to where it exists.
-        config: any JSON values that say what the run was; stored in the header.
+        config: any JSON values that say what the run was; stored in the header. Values with the name of
+            something that a controller tells of itself lie under "given" there.
 
     Raises:
         InvalidValueError: the file cannot be written, or is not a record.
@@ -37,7 +39,8 @@ class RunRecord:
 
     def __init__(self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
-        self._config = dict(config or {})
+        self._user, self._known = dict(config or {}), dict[str, Any]()
+        self._holder: weakref.ref[object] | None = None
         self._file = AppendFile(self.path)
         try:
             _check(self._file)
@@ -46,11 +49,40 @@ class RunRecord:
             raise
         self.begin({})
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Append a header: what follows starts anew or goes on from a checkpoint, and `config` is known besides."""
-        self._config = {**self._config, **config}
-        header = {"kind": "header", "version": RECORD_VERSION, **environment(), "config": self._config}
+    def begin(self, config: Mapping[str, Any], *, holder: object | None = None) -> None:
+        """Append a header: what follows starts anew, with what `config` tells of it, or goes on from a checkpoint.
+
+        Args:
+            config: what the run is; if empty, what it was.
+            holder: who writes from now on, until it calls `release`.
+
+        Raises:
+            UsageError: somebody else does, or the record is closed.
+        """
+        if holder is not None:
+            if self._held_by() not in (None, holder):
+                raise UsageError(
+                    f"Another controller writes to the record {str(self.path)!r}: detach() it first, or give this one "
+                    "a RunRecord of its own."
+                )
+            self._holder = weakref.ref(holder)
+        self._known = dict(config) or self._known
+        header = {"kind": "header", "version": RECORD_VERSION, **environment(), "config": self._config()}
         self._file.append(json_line(header), needed=True)
+
+    def release(self, holder: object) -> None:
+        """End what `begin` gave to `holder`."""
+        if self._held_by() is holder:
+            self._holder = None
+
+    def _held_by(self) -> object | None:
+        return self._holder and self._holder()
+
+    def _config(self) -> dict[str, Any]:
+        """The user's values and the controller's; those that the latter would hide lie under "given"."""
+        taken = {*self._known, "given"} if self._user.keys() & self._known.keys() else set()
+        given = {name: value for name, value in self._user.items() if name in taken}
+        return {**self._user, **self._known, **({"given": given} if given else {})}
 
     def write(self, line: StepRecord | MetricRecord) -> None:
         """Append one step, or one evaluation."""

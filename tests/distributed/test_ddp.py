@@ -128,3 +128,17 @@ def test_one_rank_writes_the_record(tmp_path):
     run = anybatch.read_record(tmp_path / "run.jsonl")
     assert [step.step for step in run.steps] == [1, 2, 3, 4, 5]
     assert (run.torn, run.config["ranks"]) == (0, 2)
+
+
+def test_every_rank_may_log_where_one_was_given_the_record(tmp_path):
+    launch.run(workers.record_of_one, world=2, args=(2, str(tmp_path / "run.jsonl")))
+    assert [line.values for line in anybatch.read_record(tmp_path / "run.jsonl").metrics] == [{"accuracy": 0.5}]
+
+
+def test_trap_join_beside_what_follows_the_clock():
+    results = launch.run(workers.followed_join, world=2, args=(2,))
+    assert results[0] == results[1]
+    refused, steps, tau = results[0]
+    assert len(refused) == 2
+    assert all("ModelEMA" in message for message in refused)
+    assert (steps, 2 <= tau <= 4) == (2, True)

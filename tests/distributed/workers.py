@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from common import attach_task, counted_all_reduces, run_task
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
@@ -188,6 +189,40 @@ def subgroup(rank, world):
     oracle.loss_fn(model(x), y).backward()
     optimizer.step()
     return controller.count, controller.variance
+
+
+def followed_join(rank, world):
+    """What Join says of something that follows the clock, and whether it works again without."""
+    ddp = DDP(oracle.make_model())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)
+    controller = anybatch.attach(optimizer, model=ddp, scheduler=scheduler, scale="count", total=60)
+    refused = []
+    for follower in (
+        anybatch.ModelEMA(ddp, 0.8, clock=controller.clock),
+        anybatch.BatchController(controller, bounds=(1, 8)),
+    ):
+        try:
+            Join([ddp, controller])
+        except anybatch.UnsupportedError as error:
+            refused.append(str(error))
+        follower.stop()
+    with Join([ddp, controller]):
+        for t in range(1 + rank):
+            x, y = oracle.micro_batch(t, rank)
+            oracle.loss_fn(ddp(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return refused, controller.steps, controller.tau
+
+
+def record_of_one(rank, world, path):
+    """The path is given on rank 0 alone, and every rank logs."""
+    model = DDP(oracle.make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = anybatch.attach(optimizer, model=model, scale="count", record=path if rank == 0 else None)
+    controller.log(accuracy=0.5 + rank)
+    controller.detach()
 
 
 def record(rank, world, path):
