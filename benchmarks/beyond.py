@@ -2,8 +2,8 @@
 
     python benchmarks/beyond.py [--seeds 5] [--tasks digits,bytes] [--json docs/reproduction/beyond.json]
 
-Two tasks, the digits and a small byte-level language model; the learning rate decays exponentially to 1 %. Every line is
-compared with scale 1 by a Welch test on the test loss: `-` is significantly worse, `+` significantly better
+Two tasks, the digits and a small byte-level language model; the learning rate decays exponentially to 1 %. Every line
+is compared with scale 1 by a Welch test on the test loss: `-` is significantly worse, `+` significantly better
 (two-sided, 0.95); a line without a mark is no finding.
 """
 

@@ -5,6 +5,8 @@ import torch
 
 import anybatch
 
+torch.set_num_threads(1)  # two workers of one thread each beat more threads on tensors as small as the tests' are
+
 
 @pytest.fixture(autouse=True)
 def _namespace(doctest_namespace, tmp_path):

@@ -46,11 +46,6 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.slow
 def test_the_batch_grows_with_the_noise_and_examples_keep_their_worth():
     base = [train(sgd, rule=anybatch.Identity(), seed=seed) for seed in range(2)]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 import anybatch
 
@@ -11,14 +10,6 @@ pytest.importorskip("sklearn")
 
 from anybatch import _demo as demo
 from anybatch import _demo_run as demo_run
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_vectorised_pass_equals_the_plain_loop(tmp_path):

@@ -29,15 +29,6 @@ from ema_images import Folder
 from ema_speech import Speech
 from ema_train import Config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The parabola
 
 

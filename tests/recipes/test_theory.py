@@ -14,14 +14,6 @@ RUNS = 4000
 QUADRATIC, SINE = theory.quadratic(), theory.sine()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(problem, scale, rule):
     return theory.simulate(problem, scale, rule=rule, runs=RUNS, total=theory.HORIZON / problem.gamma)
 

@@ -18,14 +18,6 @@ from transformer_model import BEGIN, END, LENGTH_PENALTY, PAD, Attention, Transf
 import anybatch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transformer")
