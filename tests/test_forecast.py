@@ -335,3 +335,28 @@ def test_runs_of_one_configuration_may_differ_in_the_batch_alone():
     )
     assert small == large != other
     assert _bound({"given": 3, "ranks": 2}) == {"given": 3}
+
+
+def test_fifty_kills_change_no_forecast(tmp_path):
+    """A record as fifty kills leave it: torn last lines, steps lost or taken again since the last checkpoint."""
+    run, draw = recorded(falling(), 4, seed=3), random.Random(0)
+    stops = sorted(draw.sample(range(5, len(run.steps)), 50))
+    path, at, lost = tmp_path / "run.jsonl", 0, 0
+    for stop in [*stops, len(run.steps)]:
+        record = anybatch.RunRecord(path, config=run.config)
+        for step in run.steps[at:stop]:
+            record.write(step)
+        record.close()
+        whole = path.read_bytes()
+        if stop < len(run.steps) and at < stop:  # the kill tears the last line
+            path.write_bytes(whole[: -draw.randrange(2, 100)])
+            lost += 1
+        at = max(0, stop - draw.choice([1, 1, 4]))
+    killed = anybatch.read_record(path)
+    assert killed.torn == lost >= 45
+    assert [s.step for s in killed.steps] == [s.step for s in run.steps]
+    scales = [1, 2, 16, 64]
+    for mine, undisturbed in zip(anybatch.forecast(path, scales).scales, anybatch.forecast(run, scales).scales):
+        n = undisturbed.iterations
+        assert n.low <= mine.iterations.value <= n.high
+        assert mine.iterations.value == pytest.approx(n.value, rel=1e-3)
