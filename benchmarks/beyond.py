@@ -19,11 +19,10 @@ import forecast
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 import anybatch
-from anybatch._demo import LAST_RATE, digits, network
+from anybatch._demo import LAST_RATE, digits, gradients, network
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,9 @@ class Case:
     rule: str = "adascale"
 
 
-def _passages(scale: int, base: int, order: torch.Generator) -> tuple[Tensor, Tensor]:
+def _first_passages(scale: int, base: int, order: torch.Generator) -> tuple[Tensor, Tensor]:
     """From the first nine tenths of the text; the rest is held out."""
-    whole = forecast.text()
-    start = torch.randint(9 * len(whole) // 10 - forecast.CONTEXT - 1, (scale, base), generator=order)
-    found = whole[start[..., None] + torch.arange(forecast.CONTEXT + 1)]
-    return found[..., :-1], found[..., 1:].flatten(1)
+    return forecast.passages(scale, base, order, until=9 * len(forecast.text()) // 10)
 
 
 def _last_passages() -> tuple[Tensor, Tensor]:
@@ -65,7 +61,7 @@ def _last_passages() -> tuple[Tensor, Tensor]:
 
 TASKS = {
     "digits": Task(network, forecast.pictures, lambda: digits()[2:], base=16, total=2000),
-    "bytes": Task(forecast.Gpt, _passages, _last_passages, base=4, total=1000),
+    "bytes": Task(forecast.Gpt, _first_passages, _last_passages, base=4, total=1000),
 }
 
 
@@ -122,17 +118,10 @@ def train(case: Case, seed: int) -> dict[str, float]:
         base_batch=base,
         micro_batch=micro,
     )
-    parameters = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
-    fixed = {n: p.detach() for n, p in net.named_parameters() if not p.requires_grad}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(functional_call(net, {**parameters, **fixed}, (x,)), y)
-
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0))
     order = torch.Generator().manual_seed(seed)
     while not controller.done:
-        found = gradients(parameters, *task.batch(samples, micro, order))
-        controller.observe([found[name] for name in parameters])
+        found = gradients(net, *task.batch(samples, micro, order))
+        controller.observe([g for g, p in zip(found, net.parameters(), strict=True) if p.requires_grad])
         optimizer.step()
         optimizer.zero_grad()
     controller.detach()

@@ -18,11 +18,9 @@ from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
 
 import anybatch
-from anybatch._demo import LAST_RATE, digits, network
+from anybatch._demo import LAST_RATE, digits, gradients, network
 
 RECORDED = (2, 8)
 SCALES = (4, 8, 16, 32, 64, 128)
@@ -78,8 +76,8 @@ def pictures(scale: int, base: int, order: torch.Generator) -> tuple[Tensor, Ten
     return x[rows], y[rows]
 
 
-def passages(scale: int, base: int, order: torch.Generator) -> tuple[Tensor, Tensor]:
-    whole = text()
+def passages(scale: int, base: int, order: torch.Generator, *, until: int | None = None) -> tuple[Tensor, Tensor]:
+    whole = text()[:until]
     start = torch.randint(len(whole) - CONTEXT - 1, (scale, base), generator=order)
     found = whole[start[..., None] + torch.arange(CONTEXT + 1)]
     return found[..., :-1], found[..., 1:].flatten(1)
@@ -134,16 +132,9 @@ def train(task: Task, *, scale: int, seed: int, record: Path) -> int:
         micro_batch=task.base,
         record=record,
     )
-    parameters = {name: p.detach() for name, p in net.named_parameters()}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(functional_call(net, parameters, (x,)), y)
-
-    samples = vmap(grad(loss), in_dims=(None, 0, 0))
     order = torch.Generator().manual_seed(1000 * seed + scale)
     while not controller.done:
-        found = samples(parameters, *task.batch(scale, task.base, order))
-        controller.observe([found[name] for name in parameters])
+        controller.observe(gradients(net, *task.batch(scale, task.base, order)))
         optimizer.step()
         optimizer.zero_grad()
     controller.detach()

@@ -7,14 +7,23 @@ ranks changes what comes when. Only a micro-batch of several blocks mixes length
 
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
+from typing import Any
 
 import torch
-from task import DataError
-from torch.utils.data import Sampler
+from task import DataError, Task
+from torch.utils.data import DataLoader, Sampler
 
 import anybatch
 
 POOL = 64  # blocks sorted together: more is less padding, fewer is more mixing
+
+
+def bucketed(
+    task: Task, units: Sequence[int], *, lengths: Sequence[int], micro_batch: int, workers: int, **place: int
+) -> Iterator[Any]:
+    """The micro-batches of a task's training set; `place` is seed, rank, ranks and start, as in `Bucketed`."""
+    order = Bucketed(units, lengths=lengths, block=task.base_batch, micro_batch=micro_batch, **place)
+    return iter(DataLoader(task.train_set, batch_sampler=order, collate_fn=task.collate, num_workers=workers))
 
 
 class Bucketed(Sampler[list[int]]):

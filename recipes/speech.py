@@ -10,14 +10,13 @@ from typing import Any
 
 import made_speech
 import torch
-from buckets import Bucketed
+from buckets import bucketed
 from librispeech import LibriSpeech, read_splits
 from speech_model import BLANK, DeepSpeech2, edit_distance, greedy
 from task import Task
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 FINAL = 0.01  # of the learning rate is left at the end
 
@@ -57,17 +56,9 @@ class Speech(Task):
         self, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int = 0, workers: int = 0
     ) -> Iterator[Any]:
         """Utterances of like length together, see `buckets.Bucketed`."""
-        order = Bucketed(
-            [1] * len(self.train_set),
-            lengths=[utterance.samples for utterance in self.train_set.utterances],
-            block=self.base_batch,
-            micro_batch=micro_batch,
-            seed=seed,
-            rank=rank,
-            ranks=ranks,
-            start=start,
-        )
-        return iter(DataLoader(self.train_set, batch_sampler=order, collate_fn=self.collate, num_workers=workers))
+        lengths = [utterance.samples for utterance in self.train_set.utterances]
+        place = {"seed": seed, "rank": rank, "ranks": ranks, "start": start}
+        return bucketed(self, [1] * len(lengths), lengths=lengths, micro_batch=micro_batch, workers=workers, **place)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean over the utterances of their negative log-likelihoods."""

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import made_language
 import torch
-from buckets import Bucketed, cut
+from buckets import bucketed, cut
 from task import Task
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from transformer_model import BEGIN, PAD, TransformerModel, translate
 from wmt import ParallelText, read_pairs, vocabulary_of
 
@@ -99,17 +98,9 @@ class Transformer(Task):
     ) -> Iterator[Any]:
         """Pairs of like length together, about `micro_batch` target tokens each time, see `buckets.Bucketed`."""
         sources, targets = self.train_set.source.lengths(), self.train_set.target.lengths()
-        order = Bucketed(
-            targets,
-            lengths=[max(pair) for pair in zip(sources, targets, strict=True)],
-            block=self.base_batch,
-            micro_batch=micro_batch,
-            seed=seed,
-            rank=rank,
-            ranks=ranks,
-            start=start,
-        )
-        return iter(DataLoader(self.train_set, batch_sampler=order, collate_fn=self.collate, num_workers=workers))
+        lengths = [max(pair) for pair in zip(sources, targets, strict=True)]
+        place = {"seed": seed, "rank": rank, "ranks": ranks, "start": start}
+        return bucketed(self, targets, lengths=lengths, micro_batch=micro_batch, workers=workers, **place)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean over the target tokens, with label smoothing."""

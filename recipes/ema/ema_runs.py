@@ -15,6 +15,7 @@ import torch
 from ema_train import ARMS, Config, Experiment, Scale, train
 
 import anybatch
+from anybatch._demo_run import welch
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment]
@@ -134,17 +135,6 @@ def spread(values: Sequence[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else 0.0
 
 
-def worse(values: Sequence[float], than: Sequence[float]) -> float:
-    """The p-value of Welch's one-sided test that `values` have a lower mean than `than`."""
-    from scipy.stats import t
-
-    a, b = (spread(sample) ** 2 / len(sample) for sample in (values, than))
-    if a + b == 0:
-        return float(fmean(values) >= fmean(than))
-    freedom = (a + b) ** 2 / (a**2 / (len(values) - 1) + b**2 / (len(than) - 1))
-    return float(t.cdf((fmean(values) - fmean(than)) / (a + b) ** 0.5, freedom))
-
-
 def table(results: Results) -> str:
     """Means and standard deviations at the end, and how likely so low a mean is if kappa 1 is no better."""
     name = results.study.metric.replace("_", " ")
@@ -153,7 +143,7 @@ def table(results: Results) -> str:
     for arm, scale in results.pairs():
         ends = results.ends(arm, scale)
         steps = fmean(run["steps"] for run in results.of(arm, scale))
-        p = f"{worse(ends, base):.4f}" if scale != 1 and len(ends) > 1 else ""
+        p = f"{welch(ends, base):.4f}" if scale != 1 and len(ends) > 1 else ""
         label = "any" if scale == 1 else ARMS[arm].label
         lines.append(
             f"| {label} | {_shown(scale)} | {len(ends)} | {steps:.0f} | {fmean(ends):.4g} ± {spread(ends):.2g} | {p} |"

@@ -5,7 +5,7 @@ a jump wherever the number changes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import exp, floor, inf, isfinite, isnan
 from typing import Any
 
@@ -24,7 +24,9 @@ class Accumulation(ABC):
     """What the two ways share: bounds, the number in force, state."""
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
-        _check(bounds)
+        pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
+            raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {bounds!r}.")
         if not controller._batch.counts:
             raise UsageError(
                 "The scale of this controller is a fixed number, whatever is accumulated. Give attach base_batch and "
@@ -36,12 +38,16 @@ class Accumulation(ABC):
         self._horizon = _WITHOUT_TOTAL if total is None else _HORIZON * total
         self._accumulation = float(bounds[0])
         self._state = {"variance": 0.0, "sqnorm": 0.0}
-        self._unsubscribe = controller.clock.subscribe(self._follow)
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     @property
     def accumulation(self) -> int:
         """Backwards for the next step, on every rank; it changes only with the clock."""
         return floor(self._accumulation + 1e-9)
+
+    def _start(self) -> None:
+        """Follow the clock, once a subclass has found all its arguments right."""
+        self._unsubscribe = self._controller.clock.subscribe(self._follow)
 
     def stop(self) -> None:
         """Follow the clock no more; the number stays as it is."""
@@ -139,7 +145,7 @@ class BatchController(Accumulation):
     """
 
     def __init__(self, controller: Controller, *, efficiency: float = 0.8, bounds: tuple[int, int]) -> None:
-        _check(bounds)
+        super().__init__(controller, bounds=bounds)
         if not (isfinite(efficiency) and 0 < efficiency < 1):
             raise InvalidValueError(f"efficiency must be in (0, 1), got {efficiency!r}.")
         rule = controller.rule
@@ -148,7 +154,7 @@ class BatchController(Accumulation):
         if bounds[0] == controller.ranks == 1 and not rule.consecutive:
             raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
         self._efficiency = efficiency
-        super().__init__(controller, bounds=bounds)  # last: it subscribes to the clock
+        self._start()
 
     def _wanted(self, iterations: float) -> float:
         noise, now = self._noise(), self._accumulation
@@ -206,6 +212,7 @@ class Seesaw(Accumulation):
             raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
         super().__init__(controller, bounds=bounds)
         self._state["peak"] = controller.base_lr
+        self._start()
 
     def _wanted(self, iterations: float) -> float:  # noqa: ARG002
         rate = self._controller.base_lr
@@ -213,9 +220,3 @@ class Seesaw(Accumulation):
         wanted = self._bounds[0] * self._state["peak"] / rate if rate > 0 else inf
         noise = self._noise()
         return wanted if isnan(noise) else min(wanted, noise / self._backward())
-
-
-def _check(bounds: tuple[int, int]) -> None:
-    pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
-        raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {bounds!r}.")

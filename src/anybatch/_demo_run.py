@@ -157,14 +157,19 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
 def significantly_below(values: Sequence[float], base: Sequence[float]) -> bool:
     """Whether the mean of `values` is below that of `base` at the 0.95 level: one-sided Welch test."""
-    if len(values) < 2 or len(base) < 2:
-        return False
+    return len(values) > 1 and len(base) > 1 and welch(values, base) < 0.05
+
+
+def welch(values: Sequence[float], base: Sequence[float]) -> float:
+    """The p-value of Welch's one-sided test that `values`, two or more, have a lower mean than `base`."""
+    if any(map(isnan, (*values, *base))):
+        return nan
     mine, other = ((fmean(x), stdev(x), len(x)) for x in (values, base))
     if mine[1] == other[1] == 0:  # no spread at all: the test has no denominator
-        return mine[0] < other[0]
+        return float(mine[0] >= other[0])
     from scipy.stats import ttest_ind_from_stats
 
-    return bool(ttest_ind_from_stats(*mine, *other, equal_var=False, alternative="less").pvalue < 0.05)
+    return float(ttest_ind_from_stats(*mine, *other, equal_var=False, alternative="less").pvalue)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 from anybatch._batch import check_positive
 from anybatch._errors import InvalidValueError
-from anybatch._forecast_config import RuleConfig, constant_momentum, drift, number, rule_of
+from anybatch._forecast_config import RuleConfig, constant_momentum, drift, rule_of
 from anybatch._forecast_curve import Samples, samples, walk
 from anybatch._forecast_steps import Estimate, StepForecast
 from anybatch._forecast_time import StepTime, step_time
+from anybatch._json import positive
 from anybatch._record import Run, read_record
 
 _FARTHEST = 1e12  # a scale
@@ -139,12 +140,12 @@ def forecast(
     steps = walk(run.steps)
     if not steps:
         raise InvalidValueError("The record holds no step, so there is nothing to forecast from.")
-    total = number(run.config.get("total"))
+    total = positive(run.config.get("total"))
     known = total is not None
     total = steps[-1].tau if total is None else total
     time = step_time(
         steps,
-        ranks=number(run.config.get("ranks")) or 1.0,
+        ranks=positive(run.config.get("ranks")) or 1.0,
         per_device=per_device,
         seconds_per_step=seconds_per_step,
         sync_seconds=sync_seconds,
@@ -156,7 +157,7 @@ def forecast(
         found, wanted, rule=rule, time=time, on_clock=known, recorded=recorded, drift=drift(run.config)
     )
     table = steps_by_scale.table()
-    unit = number(run.config.get("base_batch"))
+    unit = positive(run.config.get("base_batch"))
     return Forecast(
         scales=tuple(
             _scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price_per_device_hour) for s in wanted
@@ -220,6 +221,6 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
         notes.append(f"{run.torn} lines of the record could not be read.")
     if not isfinite(time.per_base):
         notes.append("The record has no seconds: give seconds_per_step for wall time and cost.")
-    elif (number(run.config.get("ranks")) or 1) > 1:
+    elif (positive(run.config.get("ranks")) or 1) > 1:
         notes.append("The record's seconds hold the synchronisation of its own ranks.")
     return notes

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, cast
 
 from anybatch._moments import Estimator, Smoothing
@@ -54,12 +53,3 @@ def rule_of(config: Mapping[str, Any]) -> RuleConfig:
         estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
         smoothing=theta,
     )
-
-
-def number(value: Any) -> float | None:
-    """A positive, finite number of a configuration, which may hold anything."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if isfinite(number) and number > 0 else None

@@ -6,14 +6,13 @@ from math import isfinite
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler
 
 from anybatch._batch import check_positive
 from anybatch._clock import Clock
 from anybatch._errors import InvalidValueError, UsageError
 from anybatch._maps import BetasRule
 from anybatch._rescale import check_free, rescale
-from anybatch._schedules import ScheduleDriver
+from anybatch._schedules import ScheduleDriver, position_of
 
 # In the parameter groups, so that it is saved and loaded together with the values that it speaks of.
 _MARK = "anybatch_scale"
@@ -99,7 +98,7 @@ class Progressive:
         rescale(optimizer, [scale / mark for mark in marks], betas_rule=betas_rule)  # all, or an error and nothing
         for group in groups:
             group[_MARK] = scale
-        steps = 0 if scheduler is None else clock.iteration - _position(scheduler)
+        steps = 0 if scheduler is None else clock.iteration - _known_position(scheduler)
         if steps > 0:
             rescale(optimizer, [1 / scale] * len(groups), betas_rule=betas_rule, state=False)
             try:
@@ -133,10 +132,9 @@ def _check_marks(optimizer: Optimizer, clock: Clock) -> None:
         )
 
 
-def _position(scheduler: Any) -> int:
-    first = scheduler._schedulers[0] if isinstance(scheduler, ChainedScheduler) else scheduler
-    position = getattr(first, "last_epoch", None)
-    if not isinstance(position, int):
+def _known_position(scheduler: Any) -> int:
+    position = position_of(scheduler)
+    if position is None:
         raise InvalidValueError(f"{type(scheduler).__name__} has no last_epoch, so where it is cannot be known.")
     return position
 

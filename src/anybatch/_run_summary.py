@@ -10,6 +10,7 @@ from typing import Any
 
 import anybatch
 from anybatch._chart import Point, short_number, thin
+from anybatch._json import positive
 
 QUANTITIES = ("gain", "learning rate", "noise scale")
 _DEEP = 4  # levels of a configuration that get a line of their own
@@ -80,7 +81,7 @@ class Summary:
     @property
     def base_batch(self) -> float:
         """Examples of a base batch; nan where the record does not say."""
-        return positive(self.config.get("base_batch"))
+        return positive(self.config.get("base_batch")) or nan
 
 
 def summarise(paths: Sequence[Path]) -> list[Summary]:
@@ -92,15 +93,6 @@ def summarise(paths: Sequence[Path]) -> list[Summary]:
     """
     unique = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
     return [_summary(path, name) for path, name in zip(unique, _names(unique), strict=True)]
-
-
-def positive(value: Any) -> float:
-    """A positive, finite number of a configuration, which may hold anything; else nan."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return nan
-    return number if isfinite(number) and number > 0 else nan
 
 
 def _summary(path: Path, name: str) -> Summary:
@@ -124,7 +116,7 @@ def _summary(path: Path, name: str) -> Summary:
         base_batches=sum(step.scale for step in run.steps if isfinite(step.scale)),
         seconds=sum(seconds) if seconds else nan,
         tau=taus[-1] if taus else 0.0,
-        total=positive(run.config.get("total")),
+        total=positive(run.config.get("total")) or nan,
         skipped=len(run.steps) - len(steps),
         torn=run.torn,
         results=results,

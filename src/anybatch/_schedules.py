@@ -34,7 +34,7 @@ class ScheduleDriver:
         self._clock = clock
         self._driven = not isinstance(scheduler, ReduceLROnPlateau)
         self._limit = _last_index(scheduler)
-        self.resume(offset=_position(scheduler) or 0)
+        self.resume(offset=position_of(scheduler) or 0)
         self.stop = clock.subscribe(self._follow)
 
     def resume(self, *, offset: int) -> None:
@@ -52,7 +52,7 @@ class ScheduleDriver:
         Raises:
             UsageError: somebody else steps it too, or its state was not restored together with the clock's.
         """
-        position = _position(self._scheduler)
+        position = position_of(self._scheduler)
         if self._driven and position is not None and position != self._at:
             raise UsageError(
                 f"The scheduler is at {position}, the clock at {self._at}. anybatch steps the scheduler: remove "
@@ -71,10 +71,10 @@ class ScheduleDriver:
         return int(min(self.offset + self._clock.iteration, self._limit))
 
 
-def _position(scheduler: Any) -> int | None:
+def position_of(scheduler: Any) -> int | None:
     """How often it was stepped; `None` where it does not tell."""
     if isinstance(scheduler, ChainedScheduler):
-        return _position(scheduler._schedulers[0])
+        return position_of(scheduler._schedulers[0])
     position = getattr(scheduler, "last_epoch", None)
     return position if isinstance(position, int) else None
 

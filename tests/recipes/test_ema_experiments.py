@@ -254,9 +254,9 @@ def test_welch_against_scipy():
     from scipy.stats import ttest_ind
 
     a, b = [1.0, 2.0, 4.0, 3.5], [2.5, 5.0, 4.0]
-    assert ema_runs.worse(a, b) == pytest.approx(ttest_ind(a, b, equal_var=False, alternative="less").pvalue)
-    assert ema_runs.worse([1.0, 1.0], [2.0, 2.0]) == 0
-    assert ema_runs.worse([2.0, 2.0], [1.0, 1.0]) == 1
+    assert ema_runs.welch(a, b) == pytest.approx(ttest_ind(a, b, equal_var=False, alternative="less").pvalue)
+    assert ema_runs.welch([1.0, 1.0], [2.0, 2.0]) == 0
+    assert ema_runs.welch([2.0, 2.0], [1.0, 1.0]) == 1
 
 
 def test_scales_along_a_progressive_run():
