@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from anybatch import _demo
+from anybatch._demo import BASE_BATCH, LAST_RATE, LEARNING_RATE, MOMENTUM, digits, network
 
 
 class Digits(Task):
@@ -22,22 +22,22 @@ class Digits(Task):
 
     def __init__(self, data: Path | None = None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)
-        self.base_batch = _demo.BASE_BATCH
+        self.base_batch = BASE_BATCH
         self.total = 1000 if tiny else 4000
-        x, y, self.x_test, self.y_test = _demo.digits()
+        x, y, self.x_test, self.y_test = digits()
         self.train_set = TensorDataset(x, y)
 
     def model(self) -> nn.Module:
         """64-128-128-10."""
-        return _demo.network(torch.initial_seed())
+        return network(torch.initial_seed())
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """SGD with momentum."""
-        return SGD(model.parameters(), lr=_demo.LEARNING_RATE, momentum=_demo.MOMENTUM)
+        return SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
 
     def scheduler(self, optimizer: Optimizer) -> Any:
         """Exponential decay to 1 %."""
-        return ExponentialLR(optimizer, _demo.LAST_RATE ** (1 / self.total))
+        return ExponentialLR(optimizer, LAST_RATE ** (1 / self.total))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross entropy."""

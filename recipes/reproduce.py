@@ -38,7 +38,7 @@ from task import DataError
 from train import TASKS
 
 import anybatch
-from anybatch._demo_run import significantly_below
+from anybatch._demo import significantly_below
 
 GRID = 13
 UNTOLD = ("what", "cache", "out", "jobs")  # arguments that do not decide the numbers

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anybatch
-from anybatch._batch import BatchSize
+from anybatch._scaling.batch import BatchSize
 
 
 @given(base=st.floats(0.1, 1e6), micro=st.floats(0.1, 1e6), n=st.integers(1, 1000))

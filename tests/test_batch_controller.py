@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import anybatch
-from anybatch._demo import digits, gradients, network
+from anybatch._demo.digits import digits, gradients, network
 
 TOTAL = 1200
 

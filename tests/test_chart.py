@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anybatch._chart import Chart, Line, short_number, thin
+from anybatch._report.chart import Chart, Line, short_number, thin
 
 NUMBERS = st.one_of(
     st.floats(), st.sampled_from([0.0, 1.0, 1e99, -1e99, 5e-324, 1e-323, 1.0 + 2**-52, nan, inf, 1e-13, 5e-12])

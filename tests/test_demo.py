@@ -8,16 +8,16 @@ import anybatch
 
 pytest.importorskip("sklearn")
 
-from anybatch import _demo as demo
-from anybatch import _demo_run as demo_run
+from anybatch._demo.digits import RULES, Result, Task, train
+from anybatch._demo.run import Plan, curve, run, significantly_below, summarise
 
 
 def test_the_vectorised_pass_equals_the_plain_loop(tmp_path):
     runs = {}
     for vectorised in (True, False):
         path = tmp_path / f"{vectorised}.jsonl"
-        task = demo.Task("adascale", (8,), 0, 300, record=str(path))
-        runs[vectorised] = demo.train(task, vectorised=vectorised), anybatch.read_record(path).steps
+        task = Task("adascale", (8,), 0, 300, record=str(path))
+        runs[vectorised] = train(task, vectorised=vectorised), anybatch.read_record(path).steps
     (fast, fast_steps), (slow, slow_steps) = runs.values()
     assert fast.iterations == slow.iterations > 20
     assert [s.gain for s in fast_steps] == pytest.approx([s.gain for s in slow_steps], rel=1e-3)
@@ -27,10 +27,10 @@ def test_the_vectorised_pass_equals_the_plain_loop(tmp_path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    plan = demo_run.Plan((1, 8, 32, 128), demo.RULES, 3, 4000, 1, tmp_path_factory.mktemp("demo"))
-    results = list(demo_run.run(plan))
+    plan = Plan((1, 8, 32, 128), RULES, 3, 4000, 1, tmp_path_factory.mktemp("demo"))
+    results = list(run(plan))
     assert len(results) == plan.runs == 36
-    return plan, results, {(row.scale, row.rule): row for row in demo_run.summarise(results)}
+    return plan, results, {(row.scale, row.rule): row for row in summarise(results)}
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_linear_scaling_with_warm_up_does_not(table):
 @pytest.mark.slow
 def test_adascales_curves_against_tau_fall_on_one_another(table):
     _, results, _ = table
-    report = pytest.importorskip("anybatch._demo_report")
+    report = pytest.importorskip("anybatch._demo.report")
     for scale, (accuracy, loss) in report.distances(results).items():
         assert accuracy < 1.5, scale
         assert loss < 0.15, scale
@@ -64,7 +64,7 @@ def test_adascales_curves_against_tau_fall_on_one_another(table):
 @pytest.mark.slow
 def test_the_report_is_written(table):
     plan, results, rows = table
-    report = pytest.importorskip("anybatch._demo_report")
+    report = pytest.importorskip("anybatch._demo.report")
     target = report.write(plan, results, list(rows.values()), seconds=1.0)
     text = target.read_text()
     assert text.count("data:image/png;base64,") == 2
@@ -81,8 +81,8 @@ def test_two_ranks_do_what_one_does(tmp_path):
     records = {}
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        plan = demo_run.Plan((1, 8), ("adascale", "lsw"), 1, 120, ranks, out)
-        results = {(r.task.name, r.task.rule): r for r in demo_run.run(plan)}
+        plan = Plan((1, 8), ("adascale", "lsw"), 1, 120, ranks, out)
+        results = {(r.task.name, r.task.rule): r for r in run(plan)}
         assert len(results) == plan.runs
         steps = anybatch.read_record(out / "records" / "adascale-S8-seed0.jsonl").steps
         one, eight = results["1", "adascale"], results["8", "adascale"]
@@ -93,15 +93,15 @@ def test_two_ranks_do_what_one_does(tmp_path):
 
 
 def test_significance():
-    assert demo_run.significantly_below([90.0, 90.1, 90.2], [97.0, 97.1, 97.2])
-    assert not demo_run.significantly_below([97.0, 97.1, 97.2], [97.0, 97.2, 97.1])
-    assert not demo_run.significantly_below([99.0, 99.1], [97.0, 97.1])
-    assert not demo_run.significantly_below([90.0], [97.0])
-    assert demo_run.significantly_below([10.0, 10.0], [97.0, 97.0])
+    assert significantly_below([90.0, 90.1, 90.2], [97.0, 97.1, 97.2])
+    assert not significantly_below([97.0, 97.1, 97.2], [97.0, 97.2, 97.1])
+    assert not significantly_below([99.0, 99.1], [97.0, 97.1])
+    assert not significantly_below([90.0], [97.0])
+    assert significantly_below([10.0, 10.0], [97.0, 97.0])
 
 
 def test_curves_are_interpolated_in_tau():
-    task = demo.Task("adascale", (8,), 0, 40)
-    run = demo.Result(task, tau=[0.0, 7.0, 25.0, 41.0], test_accuracy=[10.0, 17.0, 35.0, 51.0], test_loss=[1.0] * 4)
-    curve = demo_run.curve([run])
-    assert curve.accuracy == pytest.approx([10 + tau for tau in curve.tau])
+    task = Task("adascale", (8,), 0, 40)
+    result = Result(task, tau=[0.0, 7.0, 25.0, 41.0], test_accuracy=[10.0, 17.0, 35.0, 51.0], test_loss=[1.0] * 4)
+    found = curve([result])
+    assert found.accuracy == pytest.approx([10 + tau for tau in found.tau])

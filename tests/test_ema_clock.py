@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import anybatch
-from anybatch._ema_decay import new_weight
+from anybatch._ema.decay import new_weight
 
 DECAYS = st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 0.99999])
 STRETCHES = st.floats(0, 1e4)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import anybatch
-from anybatch._ema_offload import Offload
+from anybatch._ema.offload import Offload
 
 
 def shift(model, by):
@@ -308,7 +308,7 @@ def test_what_moves_later_is_what_a_loop_gives(dtype, monkeypatch):
     ema = anybatch.ModelEMA(model, (0.9, 0.99), device="cpu")
     plain = anybatch.ModelEMA(twin, (0.9, 0.99))
     with monkeypatch.context() as patched:
-        patched.setattr("anybatch._ema.Lerp", Offload)
+        patched.setattr("anybatch._ema.model_ema.Lerp", Offload)
         ema.update(0)
     offload = ema._lerp
     assert isinstance(offload, Offload)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anybatch
-from anybatch._run_forecast import _bound
+from anybatch._report.comparison import _bound
 
 TOTAL = 1000.0
 

@@ -123,7 +123,7 @@ def test_torn_and_repeated_lines_change_nothing_but_the_note(tmp_path):
 def test_a_real_run_forecasts_another(tmp_path, half):
     """The digits at scale 4, or at scale 1 in two halves, say how many steps scale 16 takes."""
     pytest.importorskip("sklearn")
-    from anybatch._demo import digits, gradients, network
+    from anybatch._demo.digits import digits, gradients, network
 
     x, y, _, _ = digits()
     total, base = 800, 16

@@ -1,65 +1,130 @@
-"""Imports point strictly down: the level table of docs/architecture.md, held over the syntax trees."""
+"""Imports point strictly down between the wings of docs/architecture.md, and in no circle inside of one."""
 
 import ast
 import re
+import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import anybatch
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "anybatch"
+CORE = {"_gradients", "_scaling", "_record", "_ema", "_maps", "_controller", "_forecast"}
 
 
 def levels():
-    """The table in docs/architecture.md: module name to level."""
+    """The table in docs/architecture.md: the name of a wing, or of a file beside them, to its level."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     found = {}
-    for level, names in re.findall(r"^ {4}(\d+)\s+(.+)$", text, re.MULTILINE):
+    for level, names in re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE):
         found.update(dict.fromkeys(re.findall(r"[\w.]+", names), int(level)))
     return found
 
 
-def modules():
-    return {path.stem: ast.parse(path.read_text()) for path in SOURCE.glob("*.py")}
+def files():
+    """Every file of the package by its dotted path: `cli`, `_record.writer`; a wing's `__init__` by the wing's name."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def imports(tree):
-    """Full names of everything imported anywhere in a module, TYPE_CHECKING blocks and functions included."""
-    for node in ast.walk(tree):
+def imports(path):
+    """`(module, names)` of everything imported anywhere in a file, TYPE_CHECKING blocks and functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, ()) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module
+            yield node.module, tuple(alias.name for alias in node.names)
 
 
-def test_every_module_stands_in_the_table():
-    assert set(levels()) == set(modules())
+def ours(path):
+    """The imports of the package itself: `("_record", ("RunRecord",))`, or `("", ...)` for the package as a whole."""
+    for module, names in imports(path):
+        if module == "anybatch" or module.startswith("anybatch."):
+            yield module.removeprefix("anybatch").lstrip("."), names
 
 
-def test_imports_point_strictly_down():
+def wing_of(name):
+    return name.split(".")[0]
+
+
+def test_every_wing_stands_in_the_table():
+    assert set(levels()) == {wing_of(name) for name in files()}
+
+
+def test_imports_point_strictly_down_between_wings_and_enter_by_the_door():
     table = levels()
-    for name, tree in modules().items():
-        for imported in imports(tree):
-            if imported == "anybatch":
-                assert table[name] > table["__init__"], f"{name} imports the package that is made of it"
-            elif imported.startswith("anybatch."):
-                target = imported.split(".")[1]
-                assert table[target] < table[name], f"{name} (level {table[name]}) imports {target} ({table[target]})"
+    for name, path in files().items():
+        own = wing_of(name)
+        for target, _ in ours(path):
+            other = wing_of(target) if target else "__init__"
+            if other != own:
+                assert table[other] < table[own], f"{name} (level {table[own]}) imports {other} ({table[other]})"
+                assert target in ("", other), f"{name} imports {target}: other wings import from the wing itself"
+
+
+def test_no_wing_has_a_circle_inside():
+    graph = {
+        name: {target for target, _ in ours(path) if wing_of(target) == wing_of(name)} for name, path in files().items()
+    }
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise AssertionError(f"a circle of imports: {' -> '.join(error.args[1])}") from None
+    assert set(files()) <= set(order)
+
+
+def test_a_wing_exports_what_other_wings_use_and_nothing_else():
+    used = {}
+    for folder in (SOURCE, ROOT / "recipes", ROOT / "benchmarks", ROOT / "examples"):
+        for path in folder.rglob("*.py"):
+            inside = wing_of(".".join(path.relative_to(SOURCE).parts)) if folder == SOURCE else ""
+            for target, names in ours(path):
+                if target and target != inside:
+                    used.setdefault(target, set()).update(names)
+    for name, path in files().items():
+        if path.name == "__init__.py" and name != "__init__":
+            exported = {each for _, names in ours(path) for each in names}
+            assert exported == used[name], f"{name}: {exported ^ used[name]}"
+            assert set(_all(path)) == exported
 
 
 def test_the_core_depends_on_torch_and_the_standard_library_alone():
-    table = levels()
-    for name, tree in modules().items():
-        if table[name] <= table["__init__"] and name not in ("_report", "_progress"):
-            roots = {imported.split(".")[0] for imported in imports(tree)} - {"anybatch", "torch"}
+    for name, path in files().items():
+        if wing_of(name) in CORE | {"__init__", "_errors", "_version", "sinks"} and name != "_record.progress":
+            roots = {module.split(".")[0] for module, _ in imports(path)} - {"anybatch", "torch"}
             assert roots <= set(sys.stdlib_module_names), f"{name} imports {roots}"
 
 
+def test_import_loads_the_core_alone():
+    """In a fresh interpreter: no page, no demo, no command, and nothing beside torch's own needs."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import anybatch;"
+        "print(*sorted({name for name in set(sys.modules) - before}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    wings = {name.split(".")[1] for name in loaded if name.startswith("anybatch.")}
+    assert wings <= CORE | {"_errors", "_version"}
+    third = {name.split(".")[0] for name in loaded} - {"anybatch", "torch"} - set(sys.stdlib_module_names)
+    assert not third, f"import anybatch loads {third}"
+
+
 def test_exported_names_are_sorted_and_complete():
-    tree = modules()["__init__"]
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    path = files()["__init__"]
+    tree = ast.parse(path.read_text())
+    imported = {each for _, names in ours(path) for each in names}
     assert list(anybatch.__all__) == sorted(anybatch.__all__)
     assert set(anybatch.__all__) == imported
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If) for node in ast.walk(tree))
+
+
+def _all(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import anybatch
-from anybatch._moments import Averages
+from anybatch._scaling.moments import Averages
 
 moment = st.floats(0, 1e12, allow_subnormal=False)
 positive = st.floats(1e-12, 1e12)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anybatch._norms import norm_into, sample_squared_norm, total_squared_norm
+from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
 
 
 def exact(tensor):

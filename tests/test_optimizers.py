@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._hyperparameters import _CLASSES, _TABLE, Family, scaled
+from anybatch._scaling.hyperparameters import _CLASSES, _TABLE, Family, scaled
 
 EXPORTED = {
     name: cls

@@ -55,7 +55,7 @@ def test_the_bar_shows_tau_gain_scale_rate_and_the_time_left():
 
 def test_every_move_of_the_clock_may_be_drawn_but_ten_pictures_a_second_are_enough(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("anybatch._progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("anybatch._record.progress.time.monotonic", lambda: now[0])
     drawn = []
     for seconds in (0.0, 0.2):
         file, console = terminal()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anybatch._chart import Chart, Legend, Line
-from anybatch._report import Figure, Fold, Grid, Heading, Table, Text, inert, page
+from anybatch._report.chart import Chart, Legend, Line
+from anybatch._report.page import Figure, Fold, Grid, Heading, Table, Text, inert, page
 
 EVIL = "</title></svg><script>alert(1)</script>\"'<img src=x onerror=alert(1)>"
 

@@ -94,7 +94,7 @@ def test_values_out_of_range(make, word):
     ],
 )
 def test_smoothing(smoothing, total, scale, iterations, theta):
-    from anybatch._moments import smoothing_factor
+    from anybatch._scaling.moments import smoothing_factor
 
     mine = smoothing_factor(smoothing, scale=scale, iterations=iterations, total=total)
     assert mine == pytest.approx(theta, abs=5e-4)

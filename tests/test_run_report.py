@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import anybatch
-from anybatch._run_forecast import compare
-from anybatch._run_report import report
-from anybatch._run_summary import summarise
+from anybatch._report.comparison import compare
+from anybatch._report.report import report
+from anybatch._report.summary import summarise
 
 typer = pytest.importorskip("typer")
 from test_forecast import falling, recorded

@@ -7,7 +7,7 @@ from html import escape
 
 import pytest
 
-from anybatch._run_report import report
+from anybatch._report.report import report
 
 pytest.importorskip("PIL")
 from PIL import Image

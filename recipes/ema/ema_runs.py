@@ -15,7 +15,7 @@ import torch
 from ema_train import ARMS, Config, Experiment, Scale, train
 
 import anybatch
-from anybatch._demo_run import welch
+from anybatch._demo import welch
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment]

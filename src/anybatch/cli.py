@@ -6,10 +6,7 @@ from typing import Annotated
 try:
     import typer
 
-    from anybatch._command_demo import demo
-    from anybatch._command_forecast import forecast
-    from anybatch._command_plan import plan
-    from anybatch._command_report import report
+    from anybatch._commands import demo, forecast, plan, report
 except ImportError as error:  # pragma: no cover
     sys.exit(f"The anybatch command needs {error.name}: pip install 'anybatch[cli]'")
 

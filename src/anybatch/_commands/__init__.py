@@ -1,0 +1,13 @@
+"""What the `anybatch` command can do, one file a command."""
+
+from anybatch._commands.demo import demo
+from anybatch._commands.forecast import forecast
+from anybatch._commands.plan_command import plan
+from anybatch._commands.report import report
+
+__all__ = [
+    "demo",
+    "forecast",
+    "plan",
+    "report",
+]

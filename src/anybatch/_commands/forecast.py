@@ -1,0 +1,110 @@
+"""`anybatch forecast`."""
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import anybatch
+from anybatch._commands.terminal import failed, words
+from anybatch._record import strict
+
+
+def forecast(
+    *,
+    record: Annotated[Path, typer.Argument(help="The record of a run: attach(..., record='run.jsonl').")],
+    scales: Annotated[str, typer.Option(help="Scales, comma-separated.")] = "1,2,4,8,16,32,64,128,256",
+    per_device: Annotated[
+        float | None, typer.Option(help="Base batches a step on one device; by default as in the record.")
+    ] = None,
+    seconds_per_step: Annotated[
+        float | None, typer.Option(help="Seconds of such a step; by default the record's own.")
+    ] = None,
+    sync_seconds: Annotated[
+        float, typer.Option(help="Seconds of synchronisation a step, with more than one device.")
+    ] = 0.0,
+    price_per_device_hour: Annotated[float | None, typer.Option(help="Price, in any currency.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw the forecast into this PNG, PDF or SVG file.")] = None,
+) -> None:
+    """Forecast steps, time and cost at other batch sizes, from the record of one run at any small scale."""
+    try:
+        found = anybatch.forecast(
+            record,
+            _numbers(scales),
+            per_device=per_device,
+            seconds_per_step=seconds_per_step,
+            sync_seconds=sync_seconds,
+            price_per_device_hour=price_per_device_hour,
+        )
+    except (anybatch.AnybatchError, OSError) as error:
+        raise failed(str(error)) from None
+    if out is not None:
+        _draw(found, out)
+    if as_json:
+        typer.echo(json.dumps(strict(found.as_dict()), allow_nan=False, indent=1))
+        return
+    console = Console()
+    console.print(_table(found))
+    console.print(_sentence(found), soft_wrap=True)
+    for note in found.notes:
+        console.print(note, style="bright_black", soft_wrap=True, markup=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in words(text)]
+    except ValueError:
+        raise failed(f"--scales takes positive numbers, comma-separated; got {text!r}.") from None
+
+
+def _draw(found: anybatch.Forecast, out: Path) -> None:
+    try:
+        from anybatch._report import plot
+    except ImportError as error:
+        raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
+    try:
+        plot(found, out)
+    except (OSError, ValueError) as error:  # no such folder; a kind of picture that matplotlib does not know
+        raise failed(f"--out: cannot write {out}: {error}") from None
+
+
+def _table(found: anybatch.Forecast) -> Table:
+    timed, priced = (isfinite(value) for value in (found.scales[0].seconds.value, found.scales[0].cost.value))
+    columns = ["scale", "devices", "steps", found.unit, "efficiency"]
+    columns += ["wall time", "device time"] if timed else []
+    columns += ["cost"] if priced else []
+    table = Table(*columns, caption=f"{found.total:g} base iterations, from a record at scale {found.recorded:g}")
+    for column in table.columns:
+        column.justify = "right"
+    for s in found.scales:
+        cells = [f"{s.scale:g}", f"{s.devices}", _with_band(s.iterations), f"{s.examples.value:,.0f}"]
+        cells.append(f"{s.efficiency.value:.1%}")
+        cells += [_duration(s.seconds.value), _duration(3600 * s.device_hours.value)] if timed else []
+        cells += [f"{s.cost.value:,.4g}"] if priced else []
+        table.add_row(*cells)
+    return table
+
+
+def _with_band(value: anybatch.Estimate) -> str:
+    exact = value.low == value.high
+    return f"{value.value:,.0f}" + ("" if exact else f" ({value.low:,.0f} to {value.high:,.0f})")
+
+
+def _sentence(found: anybatch.Forecast) -> str:
+    c = found.critical
+    return (
+        f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "
+        "device time is smallest; beyond, each doubling saves less than 29 % of the time."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.3g} {name}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,64 @@
+"""`anybatch report`."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import anybatch
+from anybatch._commands.terminal import failed
+
+_START = b"<!doctype html>"
+
+
+def report(
+    records: Annotated[list[Path] | None, typer.Argument(help="Records: attach(..., record='run.jsonl').")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about recorded runs: table, curves, forecasts and what differs."""
+    from anybatch._report import report as make_page
+
+    if not records:
+        raise failed("Give the records of one run or more, such as runs/*.jsonl.")
+    _check(out)
+    try:
+        text = make_page(records)
+    except (anybatch.AnybatchError, OSError) as error:
+        raise failed(str(error)) from None
+    try:
+        _replace(out, text.encode())
+    except OSError as error:
+        raise failed(f"--out: cannot write {str(out)!r}: {error.strerror}.") from None
+    typer.echo(f"The report: {ascii(str(out))[1:-1] if not str(out).isprintable() else out}")
+
+
+def _check(out: Path) -> None:
+    """Refuse to replace anything but a page: in `--out runs/*.jsonl` the first record would be the output."""
+    try:
+        if not out.exists():
+            return
+        if out.is_file():
+            with out.open("rb") as file:
+                start = file.read(len(_START))
+            if not start or start.lower() == _START:
+                return
+    except (OSError, ValueError) as error:
+        raise failed(f"--out: cannot write {str(out)!r}: {getattr(error, 'strerror', None) or error}.") from None
+    raise failed(f"--out: {str(out)!r} exists and is no page, so it is left as it is: give another name.")
+
+
+def _replace(out: Path, data: bytes) -> None:
+    """Write all of it or nothing."""
+    part = out.with_name(f".anybatch-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(out)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

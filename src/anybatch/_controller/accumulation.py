@@ -1,0 +1,221 @@
+"""Who chooses the accumulation while training: by the statistical efficiency, or by the schedule (Seesaw).
+
+Both only say a number of backwards for the next step; the controller counts what really happens, so tau goes on without
+a jump wherever the number changes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from math import exp, floor, inf, isfinite, isnan
+from typing import Any
+
+from anybatch._controller.controller import Controller
+from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._scaling import AdaScale, Moments
+
+# Share of the run, in tau, over which the noise is averaged for this, and in which the batch at most doubles. The
+# controller's own averages are too short for it: one low estimate of sqnorm would send the batch to its bound.
+_HORIZON = 0.05
+_WITHOUT_TOTAL = 1000.0  # base iterations: 1000 / S steps are the memory of the paper's averages
+
+
+class Accumulation(ABC):
+    """What the two ways share: bounds, the number in force, state."""
+
+    def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
+        pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
+            raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {bounds!r}.")
+        if not controller._batch.counts:
+            raise UsageError(
+                "The scale of this controller is a fixed number, whatever is accumulated. Give attach base_batch and "
+                'micro_batch, or scale="count".'
+            )
+        self._controller = controller
+        self._bounds = bounds
+        total = controller.clock.total
+        self._horizon = _WITHOUT_TOTAL if total is None else _HORIZON * total
+        self._accumulation = float(bounds[0])
+        self._state = {"variance": 0.0, "sqnorm": 0.0}
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    @property
+    def accumulation(self) -> int:
+        """Backwards for the next step, on every rank; it changes only with the clock."""
+        return floor(self._accumulation + 1e-9)
+
+    def _start(self) -> None:
+        """Follow the clock, once a subclass has found all its arguments right."""
+        self._unsubscribe = self._controller.clock.subscribe(self._follow)
+
+    def stop(self) -> None:
+        """Follow the clock no more; the number stays as it is."""
+        self._unsubscribe()
+
+    def state_dict(self) -> dict[str, float]:
+        """Flat and numbers only, as the controller's; a scale, so that ranks and micro-batch may change."""
+        return {"scale": self._accumulation * self._backward(), **self._state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, within this object's own bounds.
+
+        Raises:
+            StateError: other entries, or values that are not numbers.
+        """
+        names = sorted(self.state_dict())
+        try:
+            values = {name: float(state[name]) for name in names}
+        except (KeyError, TypeError, ValueError):
+            values = {}
+        if len(state) != len(names) or not all(map(isfinite, values.values())) or not values:
+            raise StateError(f"The state needs exactly {names}, all of them numbers, got {dict(state)!r}.")
+        self._accumulation = self._within(values.pop("scale") / self._backward())
+        self._state = values
+
+    def _follow(self, iterations: float) -> None:
+        state, now = self._state, self._controller._averages.moments
+        theta = exp(-iterations / self._horizon)
+        if now.finite:
+            state["variance"] = theta * state["variance"] + (1 - theta) * now.variance
+            state["sqnorm"] = theta * state["sqnorm"] + (1 - theta) * now.sqnorm
+        self._accumulation = self._within(self._wanted(iterations))
+
+    def _within(self, accumulation: float) -> float:
+        least, most = self._bounds
+        return max(least, min(most, accumulation))
+
+    def _noise(self) -> float:
+        """The gradient noise scale over the horizon, in base batches; nan while it is not known."""
+        return Moments(self._state["variance"], self._state["sqnorm"]).noise_scale
+
+    def _backward(self) -> float:
+        """What one backward on every rank is worth, in base batches."""
+        _, sample = self._controller._batch.of_step(1, 1 / (self._controller.micro_batch or 1.0))
+        return self._controller.ranks * sample
+
+    @abstractmethod
+    def _wanted(self, iterations: float) -> float:
+        """The number before bounds and rounding, after the clock has moved by `iterations`."""
+
+
+class BatchController(Accumulation):
+    """Chooses the accumulation so that the statistical efficiency of a step stays above a target.
+
+    A step of S base batches is worth r of them; its efficiency falls as S grows past the gradient noise scale:
+
+        r(S) / S = (variance + sqnorm) / (variance + S * sqnorm)  >=  efficiency
+
+    As the noise scale grows during training, so does the largest S, and with it the accumulation; where the noise falls
+    it shrinks. Only the batch changes: the learning rate and the clock follow the gain as at any batch.
+
+    Args:
+        controller: with `AdaScale`, which measures the noise, and a scale that is counted (`base_batch` and
+            `micro_batch`, or `scale="count"`).
+        efficiency: the least worth of an example, relative to the base batch's, in (0, 1).
+        bounds: the least and the most backwards of a step on each rank, whole numbers. Memory bounds the micro-batch,
+            which stays as it is; the most bounds the time of a step. With one rank the least is 2: a single
+            gradient shows no noise.
+
+    Raises:
+        InvalidValueError: a value out of range.
+        UsageError: the controller measures no noise, or its scale is fixed.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> controller = anybatch.attach(optimizer, model=model, total=50, base_batch=8, micro_batch=8)
+        >>> batch = anybatch.BatchController(controller, efficiency=0.8, bounds=(2, 16))
+        >>> while not controller.done:
+        ...     n = batch.accumulation
+        ...     for x in torch.randn(n, 8, 4):
+        ...         (model(x).square().mean() / n).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> controller.steps < 50
+        True
+
+    Source:
+        The efficiency is Pollux's (Qiao et al., OSDI 2021, Equation 6); McCandlish et al. 2018, Section 2.3, on growing
+        the batch with the noise scale.
+
+    Differs from the paper in:
+        1. Pollux maximises throughput times efficiency over jobs and machines; here the target is given.
+        2. The moments are averaged over 5 % of the run, in which the batch at most doubles.
+    """
+
+    def __init__(self, controller: Controller, *, efficiency: float = 0.8, bounds: tuple[int, int]) -> None:
+        super().__init__(controller, bounds=bounds)
+        if not (isfinite(efficiency) and 0 < efficiency < 1):
+            raise InvalidValueError(f"efficiency must be in (0, 1), got {efficiency!r}.")
+        rule = controller.rule
+        if not isinstance(rule, AdaScale):
+            raise UsageError("The rule of this controller measures no noise: attach with rule=anybatch.AdaScale().")
+        if bounds[0] == controller.ranks == 1 and not rule.consecutive:
+            raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
+        self._efficiency = efficiency
+        self._start()
+
+    def _wanted(self, iterations: float) -> float:
+        noise, now = self._noise(), self._accumulation
+        if isnan(noise):
+            return now
+        largest = (noise * (1 / self._efficiency - 1) + 1 / self._efficiency) / self._backward()
+        return min(largest, now * 2 ** (iterations / self._horizon))
+
+
+class Seesaw(Accumulation):
+    """Trades the falls of the learning-rate schedule for a larger batch: fewer steps for the same examples.
+
+    Where the schedule has fallen from its peak by a factor a, Seesaw multiplies the batch by a, and the rate falls by
+    sqrt(a) alone:
+
+        accumulation = least * a        a = max over the past of lr(tau) / lr(tau)
+
+    With `rule=anybatch.SquareRoot()`, whose factor is sqrt(S), that is the rate `peak / sqrt(a)`. With `AdaScale` the
+    rate is the measured gain's, and the batch stops growing at the noise scale, beyond which the trade is not sound.
+
+    Args:
+        controller: with a scheduler, and a scale that is counted.
+        bounds: the least and the most backwards of a step on each rank; the least is the batch at the peak.
+
+    Raises:
+        InvalidValueError: the bounds.
+        UsageError: the controller's scale is fixed, or it has no scheduler.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=40, gamma=0.25)
+        >>> controller = anybatch.attach(optimizer, model=model, rule=anybatch.SquareRoot(), scheduler=scheduler,
+        ...                              total=80, base_batch=8, micro_batch=8)
+        >>> batch = anybatch.Seesaw(controller, bounds=(1, 16))
+        >>> while not controller.done:
+        ...     n = batch.accumulation
+        ...     for x in torch.randn(n, 8, 4):
+        ...         (model(x).square().mean() / n).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> n, controller.steps                                    # 40 steps of one, then 10 of four
+        (4, 50)
+
+    Source:
+        Meterez et al., Seesaw, 2025: for normalised SGD and Adam, below the critical batch.
+
+    Differs from the paper in:
+        1. It follows any schedule, step by step, not only at chosen cuts.
+        2. Under `AdaScale` the rate is not `peak / sqrt(a)` but what the noise allows.
+    """
+
+    def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
+        if controller._driver is None:
+            raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
+        super().__init__(controller, bounds=bounds)
+        self._state["peak"] = controller.base_lr
+        self._start()
+
+    def _wanted(self, iterations: float) -> float:  # noqa: ARG002
+        rate = self._controller.base_lr
+        self._state["peak"] = max(self._state["peak"], rate)
+        wanted = self._bounds[0] * self._state["peak"] / rate if rate > 0 else inf
+        noise = self._noise()
+        return wanted if isnan(noise) else min(wanted, noise / self._backward())

@@ -1,0 +1,104 @@
+"""attach: the one call that a training loop needs."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from anybatch._controller.controller import Controller
+from anybatch._errors import InvalidValueError
+from anybatch._gradients import Reduction
+from anybatch._record import Destination
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule
+
+
+def attach(
+    optimizer: Optimizer,
+    *,
+    model: nn.Module,
+    rule: Rule | None = None,
+    scheduler: Any = None,
+    total: float | None = None,
+    base_batch: float | None = None,
+    micro_batch: float | None = None,
+    scale: float | Literal["count"] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    reduction: Reduction = "mean",
+    lagged: bool = False,
+    record: Destination | Sequence[Destination] | None = None,
+) -> Controller:
+    """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
+
+    The optimizer stays the user's own, with the hyperparameters tuned at the base batch. Inside of `optimizer.step()`
+    its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
+
+    Args:
+        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
+            another class with `rule=AdaScale(exponent=...)`.
+        model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
+        rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
+        scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
+        total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
+            averages their horizon.
+        base_batch: batch the hyperparameters were tuned for, in examples or tokens.
+        micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
+            before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
+        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
+        process_group: ranks whose gradients are averaged; DDP's or FSDP2's own by default.
+        grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
+            units for a while after the scaler has changed its factor.
+        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
+            as trainers do), or `"sum"`.
+        lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
+            nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
+            finite is noticed one step late: without a `GradScaler`, its step counts.
+        record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
+            has those for TensorBoard, W&B and MLflow), or a list of these.
+
+    Returns:
+        The controller.
+
+    Raises:
+        InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
+            parameters, or one that this optimizer does not train.
+        UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
+        UsageError: the optimizer has a controller already; several ranks without DDP.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> controller = anybatch.attach(optimizer, model=model, total=100, base_batch=8, micro_batch=8)
+        >>> batch = torch.randn(32, 4)
+        >>> for part in anybatch.split(batch, 4):                  # 4 backwards of 8 examples: S = 4
+        ...     (model(part).square().mean() / 4).backward()
+        >>> optimizer.step()
+        >>> controller.scale, 1 <= controller.gain <= 4, controller.tau == controller.gain
+        (4.0, True, True)
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
+    """
+    rule = AdaScale() if rule is None else rule
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if not isinstance(rule, Rule):
+        raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+    if reduction not in ("mean", "sum"):
+        raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    return Controller(
+        optimizer,
+        model=model,
+        rule=rule,
+        scheduler=scheduler,
+        batch=BatchSize(base_batch, micro_batch, scale),
+        clock=Clock(total),
+        process_group=process_group,
+        grad_scaler=grad_scaler,
+        reduction=reduction,
+        lagged=lagged,
+        record=record,
+    )

@@ -1,0 +1,110 @@
+"""Judge: from what a step showed to how far it may go. Numbers in, numbers out; no tensors, no process groups."""
+
+import warnings
+from dataclasses import dataclass, replace
+from math import nan
+
+from anybatch._errors import AnybatchWarning
+from anybatch._gradients import Observation, SquaredNorms
+from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, moments
+
+_UNKNOWN = Moments(nan, nan)
+_NO_STEP = Scaling(1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step before it happens.
+
+    Args:
+        scale: S.
+        count: N; 0 where nothing was counted.
+        raw: the moments that this step alone shows; nan where it shows none.
+        averages: the averages, this step included.
+        gain: r; nan for a rule that does not measure.
+        scaling: what the rule says.
+        skipped: whether the step does not count, because its gradient is not finite or there is none.
+    """
+
+    scale: float
+    count: int
+    raw: Moments
+    averages: Averages
+    gain: float
+    scaling: Scaling
+    skipped: bool = False
+
+
+class Judge:
+    """A rule together with what it needs: the batch sizes, the clock and the optimizer's exponent."""
+
+    def __init__(self, *, rule: Rule, batch: BatchSize, clock: Clock, exponent: float) -> None:
+        rule(scale=1.0, gain=1.0, clock=clock, exponent=exponent)  # a rule that cannot work here says so now
+        self._rule = rule
+        self._adascale = rule if isinstance(rule, AdaScale) else None
+        self._batch = batch
+        self._clock = clock
+        self._exponent = exponent
+        self._warned = False
+
+    def nothing(self, averages: Averages) -> Step:
+        """A step without any gradient."""
+        return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
+
+    def step(self, averages: Averages, seen: Observation | None) -> Step:
+        """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
+        if seen is None:
+            return self.decide(averages, count=0, inverse_sizes=0.0)
+        raw, averages = self.fold(averages, seen)
+        step = self.decide(averages, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        if raw is not None and not raw.finite:
+            return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
+        return step
+
+    def fold(self, averages: Averages, seen: Observation) -> tuple[Moments | None, Averages]:
+        """The moments that `seen` alone shows, and the averages with them, if they are finite."""
+        if self._adascale is None or seen.count == 0:
+            return None, averages
+        scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
+        raw = self._raw(seen, scale=scale, sample=sample, known=averages.samples > 0)
+        if raw is None or not raw.finite:
+            return raw, averages
+        return raw, averages.updated(
+            raw,
+            scale=scale,
+            smoothing=self._adascale.smoothing,
+            estimator=self._adascale.estimator,
+            total=self._clock.total,
+        )
+
+    def decide(self, averages: Averages, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
+        """The step of `count` micro-batches, from `averages`; 0 where the scale is a number and nothing was counted."""
+        if count == 0 and self._batch.counts:
+            return self.nothing(averages)
+        scale, _ = self._batch.of_step(count or 1, inverse_sizes)
+        gain = nan if self._adascale is None else averages.gain(scale, estimator=self._adascale.estimator)
+        scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent)
+        return Step(scale, count, raw or _UNKNOWN, averages, gain, scaling)
+
+    def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:
+        """This step's own moments; `None` where it shows no variance."""
+        if seen.norms is not None:
+            return _moments_of(seen.norms, sample=sample, batch=scale)
+        if seen.pair is not None:
+            return _moments_of(seen.pair, sample=sample, batch=2 * sample)
+        consecutive = self._adascale is not None and self._adascale.consecutive
+        if seen.count == 1 and scale != 1 and not consecutive and not self._warned:
+            self._warned = True
+            gain = "the last one known" if known else f"{min(1.0, scale):g}"
+            warnings.warn(
+                f"One gradient a step at scale {scale:g} shows no variance, so the gain is {gain}. Accumulate over two "
+                "or more backwards, cut the batch with anybatch.split(batch, 2), or use "
+                "anybatch.AdaScale(consecutive=True).",
+                AnybatchWarning,
+                stacklevel=2,
+            )
+        return None
+
+
+def _moments_of(norms: SquaredNorms, *, sample: float, batch: float) -> Moments:
+    return moments(norms.mean_square, norms.square_mean, sample=sample, batch=batch)

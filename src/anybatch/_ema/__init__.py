@@ -1,0 +1,11 @@
+"""The model average."""
+
+from anybatch._ema.decay import half_life
+from anybatch._ema.importers import ema_state_from
+from anybatch._ema.model_ema import ModelEMA
+
+__all__ = [
+    "ModelEMA",
+    "ema_state_from",
+    "half_life",
+]

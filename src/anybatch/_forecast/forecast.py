@@ -1,0 +1,225 @@
+"""forecast: from one logged run at any small scale, what every other batch size would cost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, isfinite, nan
+from os import PathLike
+from statistics import median
+from typing import Any
+
+from anybatch._errors import InvalidValueError
+from anybatch._forecast.config import RuleConfig, constant_momentum, drift, rule_of
+from anybatch._forecast.curve import Samples, samples, walk
+from anybatch._forecast.steps import Estimate, StepForecast
+from anybatch._forecast.time import StepTime, step_time
+from anybatch._record import Run, positive, read_record
+from anybatch._scaling import check_positive
+
+_FARTHEST = 1e12  # a scale
+
+
+@dataclass(frozen=True)
+class ScaleForecast:
+    """What a whole run costs at one scale.
+
+    Args:
+        scale: S.
+        devices: how many devices a step takes.
+        iterations: optimizer steps.
+        examples: what the run sees, in the unit of `base_batch`; in base batches where the record has none.
+        efficiency: statistical efficiency, the mean gain over S.
+        seconds: wall time; nan where no time is known.
+        device_hours: wall time times devices.
+        cost: device hours times the price; nan without one.
+    """
+
+    scale: float
+    devices: int
+    iterations: Estimate
+    examples: Estimate
+    efficiency: Estimate
+    seconds: Estimate
+    device_hours: Estimate
+    cost: Estimate
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What every batch size would cost.
+
+    Args:
+        scales: a forecast for each scale, in ascending order.
+        critical: the scale at which wall time times device time is smallest: up to it a doubling of the devices brings
+            the wall time down by 1 / sqrt(2) or more, beyond it by less.
+        total: base iterations that were forecast.
+        recorded: the record's own scale, the median of its steps.
+        unit: what `examples` counts.
+        notes: what the numbers rest on, and where they are weak.
+    """
+
+    scales: tuple[ScaleForecast, ...]
+    critical: Estimate
+    total: float
+    recorded: float
+    unit: str
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+
+def forecast(
+    record: Run | str | PathLike[str],
+    scales: Sequence[float],
+    *,
+    per_device: float | None = None,
+    seconds_per_step: float | None = None,
+    sync_seconds: float = 0.0,
+    price_per_device_hour: float | None = None,
+) -> Forecast:
+    """Forecast iterations, examples, efficiency, wall time and cost at other scales from the record of one run.
+
+        steps(S) = number of steps until the sum of r(S; sigma^2(tau), mu^2(tau)) reaches the total
+        examples = steps * S * base_batch         efficiency = total / (steps * S)
+
+    where `sigma^2(tau)` and `mu^2(tau)` are the record's raw moments smoothed along the clock, and r is the gain that
+    the rule's own averages would give. Without their memory `steps = T/S + (1 - 1/S) * F`, where F is the integral of
+    `mu^2 / (sigma^2 + mu^2)` over tau: the part of the run that no batch makes shorter.
+    The wall time is that of devices that grow with the batch:
+
+        devices = ceil(S / per_device)      step = gradient of S / devices base batches + sync_seconds if devices > 1
+
+    The bands hold the record's noise, 90 % of a bootstrap over blocks of tau, and for each doubling beyond the record's
+    scale the widest drift of training itself that was measured: 7 % fewer to 14 % more steps beyond T/S. They do not
+    hold the noise of the seconds.
+
+    Args:
+        record: a run with `rule=AdaScale()`, at any scale, which may change during the run; or the path of its record.
+            It needs two or more gradients a step.
+        scales: scales to forecast, positive.
+        per_device: base batches that one device takes in a step, positive; by default what one rank took in the record.
+        seconds_per_step: seconds of a step in which each device takes `per_device`, positive; by default the record's
+            own median.
+        sync_seconds: seconds of synchronisation that a step takes with more than one device, not negative. The seconds
+            of a record of several ranks hold theirs already.
+        price_per_device_hour: price, in any currency, not negative.
+
+    Returns:
+        The forecast. Its notes say what it rests on, an unfinished run among others.
+
+    Raises:
+        InvalidValueError: no step of the record shows a variance, a value is out of range, or the file is no record.
+        StateError: it was written by a newer anybatch.
+
+    Example:
+        >>> def step(i):                         # a run at S = 2 with sigma^2 = mu^2 = 1 all the time: gain 4/3
+        ...     return anybatch.StepRecord(i, 4 / 3 * i, 4 / 3, 2, 2, 1, 1, 1, 1, 4 / 3, 0.1, 4 / 3, 1, 0.5)
+        >>> run = anybatch.Run({"total": 100, "base_batch": 32}, [step(i + 1) for i in range(75)], 0)
+        >>> found = anybatch.forecast(run, [1, 8])
+        >>> [(s.scale, s.iterations.value, round(s.efficiency.value, 2)) for s in found.scales]
+        [(1.0, 100.0, 1.0), (8.0, 57.0, 0.22)]
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020 (the gain); McCandlish et al. 2018, Section 2 (steps against examples:
+        their critical batch is where the product of the two is smallest); Qiao et al., Pollux, OSDI 2021, Section 3
+        (statistical efficiency, the time of a step).
+    """
+    run = record if isinstance(record, Run) else read_record(record)
+    wanted = sorted({_within_reach("scales", scale) for scale in scales})
+    if not wanted:
+        raise InvalidValueError("scales is empty: give at least one, such as [1, 8, 64].")
+    if per_device is not None:
+        _within_reach("per_device", per_device)
+    if seconds_per_step is not None:
+        check_positive("seconds_per_step", seconds_per_step)
+    for name, value in (("sync_seconds", sync_seconds), ("price_per_device_hour", price_per_device_hour)):
+        if value is not None and not (isfinite(value) and value >= 0):
+            raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
+    steps = walk(run.steps)
+    if not steps:
+        raise InvalidValueError("The record holds no step, so there is nothing to forecast from.")
+    total = positive(run.config.get("total"))
+    known = total is not None
+    total = steps[-1].tau if total is None else total
+    time = step_time(
+        steps,
+        ranks=positive(run.config.get("ranks")) or 1.0,
+        per_device=per_device,
+        seconds_per_step=seconds_per_step,
+        sync_seconds=sync_seconds,
+    )
+    found = samples(steps, total=total)
+    rule = rule_of(run.config)
+    recorded = median(step.scale for step in steps)
+    steps_by_scale = StepForecast(
+        found, wanted, rule=rule, time=time, on_clock=known, recorded=recorded, drift=drift(run.config)
+    )
+    table = steps_by_scale.table()
+    unit = positive(run.config.get("base_batch"))
+    return Forecast(
+        scales=tuple(
+            _scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price_per_device_hour) for s in wanted
+        ),
+        critical=steps_by_scale.critical(),
+        total=total,
+        recorded=recorded,
+        unit="base batches" if unit is None else "examples",
+        notes=tuple(_notes(run, found, known=known, rule=rule, time=time)),
+    )
+
+
+def _within_reach(name: str, value: float) -> float:
+    """A scale whose numbers of steps and devices are still numbers."""
+    if not 1 / _FARTHEST <= check_positive(name, value) <= _FARTHEST:
+        raise InvalidValueError(f"{name} must be between {1 / _FARTHEST:g} and {_FARTHEST:g}, got {value!r}.")
+    return float(value)
+
+
+def _scale(
+    scale: float, steps: Estimate, *, total: float, time: StepTime, unit: float, price: float | None
+) -> ScaleForecast:
+    seconds = steps.times(time.step(scale))
+    hours = seconds.times(time.devices(scale) / 3600)
+    return ScaleForecast(
+        scale=scale,
+        devices=time.devices(scale),
+        iterations=Estimate(*(float(ceil(n - 1e-6)) for n in (steps.value, steps.low, steps.high))),
+        examples=steps.times(scale * unit),
+        efficiency=Estimate(*(total / (n * scale) for n in (steps.value, steps.high, steps.low))),
+        seconds=seconds,
+        device_hours=hours,
+        cost=hours.times(nan if price is None else price),
+    )
+
+
+def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: StepTime) -> list[str]:
+    notes = []
+    if not known:
+        notes.append(f"The record names no total: forecast up to its last tau, {found.end:.6g}.")
+    elif found.end < 0.999 * found.total:
+        notes.append(
+            f"The record ends at {found.end / found.total:.0%} of the run: beyond it, its last quarter's moments go on "
+            "with half of their trend, and the band spans none to all of it."
+        )
+    if constant_momentum(run.config):
+        notes.append(
+            "Constant momentum is a longer memory at a larger scale, which changes training itself: runs there took "
+            "fewer steps than forecast, and the band is wider."
+        )
+    if not rule.adascale:
+        notes.append("The record is not AdaScale's: this is what AdaScale() would take.")
+    elif rule.estimator == "paper":
+        notes.append("The paper's estimator clips each step's noise, which is not seen here: small scales take more.")
+    if len(run.ranks) > 1:
+        notes.append(
+            f"The run was resumed on another number of ranks ({', '.join(map(str, run.ranks))}): what one device takes "
+            "is reckoned with the last number; give per_device where that is not meant."
+        )
+    if run.torn:
+        notes.append(f"{run.torn} lines of the record could not be read.")
+    if not isfinite(time.per_base):
+        notes.append("The record has no seconds: give seconds_per_step for wall time and cost.")
+    elif (positive(run.config.get("ranks")) or 1) > 1:
+        notes.append("The record's seconds hold the synchronisation of its own ranks.")
+    return notes

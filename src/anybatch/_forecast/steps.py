@@ -1,0 +1,118 @@
+"""Optimizer steps by scale, each with its band, and the scale at which more devices stop paying."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, isfinite, log2
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from anybatch._forecast.config import RuleConfig
+from anybatch._forecast.curve import Samples, curves, resampled
+from anybatch._forecast.simulate import simulate
+from anybatch._forecast.time import StepTime
+
+_DRAWS = 40
+_LEVEL = 0.05  # each side of the band
+_DOUBLINGS = 20  # how far the critical scale is looked for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A forecast number and its band.
+
+    Args:
+        value: the forecast; nan where it is not known.
+        low, high: the band.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> "Estimate":
+        """The same, `factor` times as large."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor)
+
+
+class StepForecast:
+    """Steps by scale, from the curves of the record and of its bootstrap; version 0 is the forecast itself."""
+
+    def __init__(
+        self,
+        found: Samples,
+        scales: Sequence[float],
+        *,
+        rule: RuleConfig,
+        time: StepTime,
+        on_clock: bool,
+        recorded: float,
+        drift: tuple[float, float],
+    ) -> None:
+        self._total, self._time, self._recorded, self._drift = found.total, time, recorded, drift
+        self._scales = list(scales)
+        doublings = (time.per_device * 2**k for k in range(_DOUBLINGS))
+        self._lattice = [s for s in doublings if s <= 4 * found.total] or [time.per_device]
+        generator = torch.Generator().manual_seed(0)
+        trend = torch.rand(_DRAWS, generator=generator, dtype=torch.float64)
+        draws = resampled(found, versions=_DRAWS, generator=generator)
+        versions = curves(
+            found, trend=torch.cat([torch.full_like(trend[:1], 0.5), trend]), draws=pad(draws, (0, 0, 1, 0), value=1.0)
+        )
+        simulated = simulate(versions, [*self._scales, *self._lattice], rule=rule, on_clock=on_clock)
+        self._simulated = dict(zip([*self._scales, *self._lattice], simulated, strict=True))
+
+    def table(self) -> dict[float, Estimate]:
+        """Steps at each of the scales, with the band."""
+        columns = self._steps(self._scales)
+        return {scale: self._estimate(scale, columns[scale].tolist()) for scale in self._scales}
+
+    def critical(self) -> Estimate:
+        """Where wall time times device time is smallest, over doublings of the devices."""
+        time, columns = self._time, self._steps(self._lattice)
+        products = []
+        for scale in self._lattice:
+            step = time.step(scale) if isfinite(time.per_base) else 1.0
+            products.append((columns[scale] ** 2 * step**2 * time.devices(scale)).log2())
+        found = [self._lattice[0] * 2 ** _lowest(column) for column in torch.stack(products, 1).tolist()]
+        low, high = _quantiles(found[1:])
+        return Estimate(found[0], min(low, found[0]), max(high, found[0]))
+
+    def _steps(self, scales: Sequence[float]) -> dict[float, Tensor]:
+        """A larger batch never takes more steps nor fewer examples: chance in the curves is not let to say so."""
+        columns = {1.0: torch.full_like(next(iter(self._simulated.values())), self._total)}
+        for side in (sorted(s for s in scales if s > 1), sorted((s for s in scales if s < 1), reverse=True)):
+            near = 1.0
+            for scale in side:
+                bounds = columns[near], columns[near] * near / scale
+                columns[scale] = self._simulated[scale].clamp(torch.minimum(*bounds), torch.maximum(*bounds))
+                near = scale
+        return columns
+
+    def _estimate(self, scale: float, column: Sequence[float]) -> Estimate:
+        """The band of the draws, widened by the drift of what exceeds `total / S`, and kept within the laws."""
+        value, (low, high) = column[0], _quantiles(column[1:])
+        least, most = sorted((self._total / scale, self._total))
+        doublings = log2(scale / self._recorded)
+        # From a large scale to a small one the same drift goes the other way.
+        down, up = self._drift if doublings > 0 else self._drift[::-1]
+        low = least + (min(low, value) - least) * exp(-down * abs(doublings))
+        high = least + (max(high, value) - least) * exp(up * abs(doublings))
+        return Estimate(value, max(low, least), min(high, most))
+
+
+def _lowest(values: Sequence[float]) -> float:
+    """Where a sequence is lowest, between its points by a parabola through three."""
+    i = min(range(len(values)), key=values.__getitem__)
+    if i in (0, len(values) - 1):
+        return float(i)
+    left, middle, right = values[i - 1 : i + 2]
+    bend = left - 2 * middle + right
+    return i + (left - right) / (2 * bend) if bend > 0 else float(i)
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    k = int(_LEVEL * len(ordered))
+    return ordered[k], ordered[-1 - k]

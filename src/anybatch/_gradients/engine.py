@@ -1,0 +1,79 @@
+"""Which engine trains the model: one process, DistributedDataParallel or FSDP2. The one place that asks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from anybatch._errors import UnsupportedError, UsageError
+from anybatch._gradients.reduce import Ranks, replicated_ranks
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the controller needs to know of it.
+
+    Args:
+        ranks: whose gradients are averaged.
+        leaves: for the trained parameters, the tensors on which gradients arrive.
+        reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
+        check: raises before a step that this engine would take in a way that cannot be measured; is told whether the
+            controller takes part in a `Join`.
+        ddp: the DistributedDataParallel module, if that is the engine.
+    """
+
+    ranks: Ranks
+    leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    reduced: Callable[[], bool] | None
+    check: Callable[[bool], None]
+    ddp: DistributedDataParallel | None = None
+
+
+def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Engine:
+    """The engine that `model` is wrapped in.
+
+    Raises:
+        UnsupportedError: FSDP1, tensor parallelism, or parameters on different meshes.
+        UsageError: several ranks, but nothing that averages their gradients.
+    """
+    if any(hasattr(p, "device_mesh") for p in parameters):
+        from anybatch._gradients.fsdp import sharded_ranks, unsharded_leaves
+
+        ranks = sharded_ranks(parameters, process_group)
+        return Engine(
+            ranks,
+            leaves=lambda new: unsharded_leaves(model, new),
+            reduced=None if ranks.group is None else lambda: True,
+            check=lambda _: None,
+        )
+    if dist.is_available() and dist.is_initialized():
+        from anybatch._gradients.fsdp import refuse_fsdp1
+
+        refuse_fsdp1(model)
+    ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    ranks = replicated_ranks(ddp, process_group)
+    if ddp is None or ranks.group is None:
+        return Engine(ranks, leaves=lambda new: new, reduced=None, check=lambda _: None)
+    return Engine(
+        ranks,
+        leaves=lambda new: new,
+        reduced=lambda: bool(ddp.require_backward_grad_sync),
+        check=lambda joined: _check_ddp(ddp, joined=joined),
+        ddp=ddp,
+    )
+
+
+def _check_ddp(ddp: DistributedDataParallel, *, joined: bool) -> None:
+    if ddp._join_config.enable and not joined:
+        raise UsageError(
+            "Inside of model.join() a rank that has run out of data would not take part in the reduction of the norms. "
+            "Join both: with torch.distributed.algorithms.Join([model, controller]): ..."
+        )
+    for _, state in ddp._comm_hooks:
+        if type(state).__name__ == "PowerSGDState":
+            raise UnsupportedError(
+                "PowerSGD is not supported: the norm of the decompressed gradient is not that of the mean gradient. "
+                "Use the fp16 or bf16 compression hook, or none."
+            )

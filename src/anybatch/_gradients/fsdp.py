@@ -1,0 +1,79 @@
+"""FSDP2: where the gradients of a sharded parameter arrive, and over which ranks its shards lie."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from anybatch._errors import UnsupportedError, UsageError
+from anybatch._gradients.reduce import Ranks
+
+
+def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """For each of the sharded `parameters`, the unsharded one that FSDP2 puts in its place for a forward.
+
+    FSDP2 keeps these tensors and only frees and fills their storage, so that hooks on them stay. One module at a time
+    is gathered to see them; every rank must call this together.
+
+    Raises:
+        UnsupportedError: a parameter is a DTensor that FSDP2 does not gather whole: tensor parallelism.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        sharded = dict(module.named_parameters())
+        module.unshard()
+        leaf: Tensor
+        for name, leaf in module.named_parameters():
+            if leaf is not sharded[name]:
+                found[id(sharded[name])] = leaf
+        module.reshard()
+    leaves = [found.get(id(p), p) for p in parameters]
+    for leaf in leaves:
+        if isinstance(leaf, DTensor):
+            raise UnsupportedError(
+                "A trained parameter is a DTensor outside of FSDP2 (tensor parallelism): its gradient is spread over "
+                "ranks that see the same examples, which anybatch cannot measure yet."
+            )
+    return leaves
+
+
+def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> Ranks:
+    """The ranks over which FSDP2 averages the gradients of `parameters`, and how many hold the same shard.
+
+    Raises:
+        UnsupportedError: the parameters lie on different meshes, or some are not sharded at all.
+        UsageError: a mesh of two dimensions (HSDP) that is not the whole world, without `process_group`.
+    """
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    layouts = {(p.device_mesh, tuple(placement.is_replicate() for placement in p.placements)) for p in sharded}
+    if len(sharded) != len(parameters) or len(layouts) != 1:
+        raise UnsupportedError(
+            "Under FSDP2 all trained parameters must be sharded over one mesh: some of these are not, or over another."
+        )
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements
+    replicas = 1
+    for size, placement in zip(mesh.shape, placements, strict=True):
+        replicas *= size if placement.is_replicate() else 1
+    if mesh.size() == 1:
+        return Ranks(None, 1, 1)
+    if given is None and mesh.ndim > 1:
+        if mesh.size() != dist.get_world_size():
+            raise UsageError(
+                f"The parameters lie on a mesh of {tuple(mesh.shape)} ranks, which is not the whole world: give "
+                "attach the process_group of all these ranks."
+            )
+        given = dist.group.WORLD
+    group = given if given is not None else mesh.get_group()
+    return Ranks(group, mesh.size(), replicas)
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """FSDP1 flattens parameters of many layers into one and has been superseded."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedError(
+            "FullyShardedDataParallel (FSDP1) is not supported: use torch.distributed.fsdp.fully_shard (FSDP2)."
+        )

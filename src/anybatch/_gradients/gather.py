@@ -1,0 +1,397 @@
+"""Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
+
+[Note: the window] A window is what happens between two optimizer steps: A backwards, one a micro-batch. Its state is
+    open    at least one backward was seen since the last step;
+    closed  the step was taken, `close()`: the next backward opens a new one;
+    thrown  `zero_grad` came without a step: the next backward finds cleared gradients and opens a new one.
+
+[Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
+on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
+`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
+back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
+communication hook of the user's runs as it is.
+
+Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
+the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
+
+[Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient;
+not the largest number of gradients that a parameter got, for experts and heads may each see only some micro-batches.
+Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the backward around them.
+
+Nothing here knows what the observed gradients are a part of: `_reduce` turns a window into the norms of samples.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
+
+from anybatch._errors import InvalidValueError, UsageError
+from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
+
+# DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
+# callback queued from a callback runs after those already queued, so the third in a chain comes after both.
+_CALLBACK_CHAIN = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Norms of two consecutive gradients: what the one-gradient estimator needs; float64 tensors of shape `[]`."""
+
+    mean_square: Tensor
+    square_mean: Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
+
+    Args:
+        backwards: A, the number of micro-batches.
+        inverse_sizes: sum over them of one over their size.
+        samples_square: sum over the micro-batches of the squared norms of their gradients.
+        grad_square: squared norm of `.grad`.
+        pair: with one backward in a window, this gradient and the one before.
+    """
+
+    backwards: int
+    inverse_sizes: float
+    samples_square: Tensor | None
+    grad_square: Tensor | None
+    pair: Pair | None
+
+
+class Gather:
+    """Hooks on `parameters`; see the notes above.
+
+    Args:
+        parameters: those of one optimizer; the ones that need no gradient are passed over.
+        measure: whether norms are taken; else backwards are only counted.
+        leaves: gives the tensor on which a parameter's gradient arrives; the parameter itself without FSDP.
+        reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
+            rank.
+        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
+        consecutive: keep a copy of the gradient for the one-gradient estimator.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        measure: bool,
+        leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda parameters: parameters,
+        reduced: Callable[[], bool] | None = None,
+        loss_scale: Callable[[], Tensor | None] = lambda: None,
+        consecutive: bool = False,
+    ) -> None:
+        self.micro_batch = 1.0
+        self._measure = measure
+        self._leaves_of = leaves
+        self._reduced = reduced
+        self._loss_scale = loss_scale
+        self._consecutive = consecutive
+        self._paused = False
+        self._parameters: list[Tensor] = []
+        self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
+        self._leaves: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._fires: list[int] = []
+        self._slots: list[_Slots] = []  # [backwards of the longest window so far]
+        self._previous: list[Tensor] | None = None
+        self._observed_square: Tensor | None = None
+        self._grad_square: Tensor | None = None
+        self._stale: tuple[Tensor, int] | None = None
+        self._unmeasured = False
+        self._open()
+        self.follow(parameters)
+        self._unmeasured = False
+
+    def follow(self, parameters: Iterable[Tensor]) -> None:
+        """Hook the parameters that are not hooked yet: a group added, a layer unfrozen. Their first window, whose
+        backward may have come before the hooks, is counted and not measured.
+        """
+        new = [p for p in parameters if p.requires_grad and id(p) not in self._known]
+        for p, leaf in zip(new, self._leaves_of(new) if new else (), strict=True):
+            index = len(self._parameters)
+            self._parameters.append(p)
+            self._known.add(id(p))
+            self._leaves.append(leaf)
+            self._fires.append(0)
+            self._slots.clear()
+            self._handles.append(leaf.register_hook(self._before_accumulation(index)))
+            self._handles.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
+            self._unmeasured = True
+
+    @property
+    def pending(self) -> int:
+        """Backwards seen in the open window; 0 when there is none."""
+        # Where every parameter is inside of re-entrant checkpoints, the backward around them never shows.
+        return self._backwards or (max(self._fires, default=0) if self._nested_only else 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch whose backwards are not training: not counted, not measured."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def observe(self, samples: Sequence[Tensor]) -> None:
+        """Take n gradients, one tensor `[n, *shape]` a parameter, as n micro-batches; `.grad` becomes their mean."""
+        if self._reduced is not None:
+            raise UsageError("observe() works on one rank: under DDP the gradients must come from a backward.")
+        if len(samples) != len(self._parameters):
+            raise InvalidValueError(
+                f"observe() takes one tensor for each of the {len(self._parameters)} trained parameters, "
+                f"got {len(samples)}."
+            )
+        if self.pending:
+            raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
+        n = samples[0].shape[0]
+        for p, sample in zip(self._parameters, samples, strict=True):
+            if sample.shape != (n, *p.shape) or n == 0:
+                raise InvalidValueError(
+                    f"observe() needs tensors of shape [n, *parameter.shape] with n >= 1: got {list(sample.shape)} "
+                    f"for a parameter {list(p.shape)}, n = {n}."
+                )
+        self._stale = None
+        self._backwards = n
+        self._size()
+        with torch.no_grad():
+            for p, sample in zip(self._parameters, samples, strict=True):
+                p.grad = sample.mean(0)
+            if self._measure:
+                squares = [sample_squared_norm(sample) for sample in samples]
+                self._observed_square = torch.stack(squares).sum() / n**2
+                self._grad_square = total_squared_norm(self._grads())
+            self._remember(single=n == 1)
+
+    def window(self) -> Window:
+        """What the open window holds; `close()` it after the step."""
+        backwards = self.pending
+        measured = self._measure and not self._unmeasured and backwards > 0
+        if not measured:
+            return Window(backwards, self._inverse_sizes, None, None, None)
+        samples, grad, pair = self._samples_square(), self._grad_square, self._pair
+        if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
+            grad = samples
+        if self._scale is not None:
+            unit = self._scale.to(samples.device, torch.float64).square()
+            samples, grad = samples / unit, None if grad is None else grad / unit
+            pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
+        return Window(backwards, self._inverse_sizes, samples, grad, pair)
+
+    def close(self, *, forget: bool = False) -> None:
+        """The step was taken. `forget` drops the previous gradient too: it was not finite."""
+        witness = self._witness
+        self._stale = None
+        if witness is not None and witness.grad is not None:
+            self._stale = (witness, _local(witness.grad)._version)
+        if forget:
+            self._previous = None
+        self._unmeasured = False
+        self._open()
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- the window ----
+
+    def _open(self) -> None:
+        self._fires = [0] * len(self._parameters)
+        self._inverse_sizes = 0.0
+        self._sized = 0
+        self._backwards = 0
+        self._nested_only = False
+        self._accumulated = False
+        self._observed_square = None
+        self._grad_square = None
+        self._pair: Pair | None = None
+        self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
+        self._witness: Tensor | None = None
+        self._witness_version: int | None = None  # of its gradient after the last backward; None while there was none
+        self._scale: Tensor | None = None
+        self._mixed = False  # whether the window's first backward added to gradients of the step before
+
+    # The hooks hold this object weakly: torch's garbage collector does not look into post-accumulation hooks, so that a
+    # strong reference would keep parameters, and under DDP the process group's threads, alive for good.
+
+    def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
+        current_task = torch._C._current_graph_task_id
+        measure = self._measure
+        reference = weakref.ref(self)
+
+        def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
+            gather = reference()
+            if gather is None or gather._paused:
+                return
+            task = current_task()
+            if task not in gather._tasks:
+                gather._begin_backward(task, gather._parameters[index])
+            if measure:
+                row = gather._fires[index]
+                if row >= len(gather._slots):
+                    gather._slots.append(_Slots(gather._leaves))
+                norm_into(gather._slots[row].views[index], grad)
+
+        return hook
+
+    def _after_accumulation(self, index: int) -> Callable[[Tensor], None]:
+        # Counting here, not in the hook before, leaves out torch.autograd.grad: it computes gradients that nothing
+        # accumulates, and their norms are overwritten by the next backward.
+        reference = weakref.ref(self)
+
+        def hook(_: Tensor) -> None:
+            gather = reference()
+            if gather is not None and not gather._paused:
+                gather._fires[index] += 1
+                gather._accumulated = True
+
+        return hook
+
+    def _begin_backward(self, task: int, witness: Tensor) -> None:
+        nested = _inside_a_backward()
+        if not nested:
+            self._tasks.clear()
+        if not self._tasks and self._was_thrown_away():
+            self._open()
+        if self.pending == 0 and self._stale is not None:
+            parameter, version = self._stale
+            self._mixed = parameter.grad is not None and _local(parameter.grad)._version == version
+        self._tasks.add(task)
+        if self._witness is None:
+            self._witness = witness
+        self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
+
+    def _was_thrown_away(self) -> bool:
+        """Whether the open window's gradients were cleared: gone, or changed since the last backward and now zero."""
+        if self._witness is None:
+            return False
+        if self.pending == 0:  # a backward that raised
+            return True
+        if self._witness_version is None:  # FSDP2 without synchronisation: the gradient is not in `.grad` yet
+            return False
+        grad = self._witness.grad
+        if grad is None:
+            return True
+        return _local(grad)._version != self._witness_version and total_squared_norm([_local(grad)]).item() == 0
+
+    def _queue(self, callback: Callable[[], None], chain: int) -> None:
+        """Run `callback` at the end of this engine run, after the callbacks that others queued."""
+        later = callback if chain == 1 else lambda: self._queue(callback, chain - 1)
+        Variable._execution_engine.queue_callback(later)
+
+    def _end_backward(self, task: int, *, nested: bool) -> None:
+        self._tasks.discard(task)
+        if not self._accumulated:  # torch.autograd.grad
+            if self.pending == 0:
+                self._witness = None
+            return
+        if nested:
+            self._nested_only = self._backwards == 0
+        else:
+            self._backwards += 1
+            self._accumulated = self._nested_only = False
+        self._stale = None
+        if self._mixed:
+            raise UsageError(
+                "The gradients of the last optimizer step were not cleared, so .grad mixes two steps: call "
+                "optimizer.zero_grad() after optimizer.step()."
+            )
+        self._size()
+        if self._witness is not None and self._witness.grad is not None:
+            self._witness_version = _local(self._witness.grad)._version
+        if not self._measure:
+            return
+        scale = self._loss_scale()
+        self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+        alone = self._reduced is None and self.pending == 1
+        if not alone and (self._reduced is None or self._reduced()):
+            self._grad_square = total_squared_norm(self._grads())
+        self._remember(single=alone)
+
+    def _grads(self) -> list[Tensor]:
+        """This rank's part of every `.grad`."""
+        return [_local(p.grad) for p in self._parameters if p.grad is not None]
+
+    def _size(self) -> None:
+        """Note the size of the micro-batches that came since the last call."""
+        self._inverse_sizes += (self.pending - self._sized) / self.micro_batch
+        self._sized = self.pending
+
+    def _samples_square(self) -> Tensor:
+        if self._observed_square is not None:
+            return self._observed_square
+        most = max(self._fires)
+        if most > self.pending:
+            raise UsageError(
+                "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
+                "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        rows = self._slots[:most]
+        for index, fires in enumerate(self._fires):
+            for slots in rows[fires:]:  # unused in a micro-batch: its gradient there is zero
+                slots.views[index].zero_()
+        return torch.stack([slots.total() for slots in rows]).sum()
+
+    def _remember(self, *, single: bool) -> None:
+        if not self._consecutive:
+            return
+        grads = self._grads()
+        if not single or len(grads) != len(self._parameters):
+            self._previous = None
+            return
+        if self._previous is None:
+            self._previous = [g.detach().clone() for g in grads]
+            return
+        before = total_squared_norm(self._previous)
+        now = total_squared_norm(grads)
+        torch._foreach_add_(self._previous, grads)  # the buffer holds the sum for a moment: no second copy
+        together = total_squared_norm(self._previous)
+        torch._foreach_copy_(self._previous, grads)
+        self._pair = Pair((before + now) / 2, together / 4)
+
+
+class _Slots:
+    """One float64 number a parameter, where a backward's norms are written; one row a micro-batch of the window."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        sizes: dict[torch.device, int] = {}
+        places = []
+        for p in parameters:
+            places.append((p.device, sizes.get(p.device, 0)))
+            sizes[p.device] = sizes.get(p.device, 0) + 1
+        self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
+        self.views = [self._rows[device][i] for device, i in places]
+
+    def total(self) -> Tensor:
+        """Sum of the squares, on the first parameter's device."""
+        sums = [row.square().sum() for row in self._rows.values()]
+        return torch.stack([s.to(sums[0].device) for s in sums]).sum()
+
+
+def _local(grad: Tensor) -> Tensor:
+    """The tensor itself, or a DTensor's shard on this rank."""
+    local: Tensor = getattr(grad, "_local_tensor", grad)
+    return local
+
+
+def _inside_a_backward() -> bool:
+    """Whether the engine was started from inside of a custom function's backward, as re-entrant checkpointing does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,212 @@
+"""From each rank's window to the samples of the step: one small all-reduce, the same bits on every rank.
+
+[Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided
+by A), so a micro-batch's own gradient is A times the observed one; or it is their sum (`"sum"`), and then the mean is
+`.grad` divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks
+`.grad` is a mean.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from anybatch._errors import UsageError
+from anybatch._gradients.gather import Window
+from anybatch._gradients.norms import SquaredNorms
+
+Reduction = Literal["mean", "sum"]
+Share = Literal["all", "active"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks whose gradients are averaged.
+
+    Args:
+        group: their process group; `None` for one rank.
+        size: how many they are, W.
+        replicas: how many of them hold the same part of `.grad`: all under DDP, one under FSDP2.
+    """
+
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+    replicas: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first of them."""
+        return self.group is None or dist.get_rank(self.group) == 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What all ranks together saw in one step.
+
+    Args:
+        count: N, micro-batches on all ranks.
+        inverse_sizes: sum over them of one over their size.
+        norms: squared norms of the step's samples; `None` where the step was not measured or is a single sample.
+        pair: squared norms of this step's gradient and the one before, for a single sample; else `None`.
+    """
+
+    count: int
+    inverse_sizes: float
+    norms: SquaredNorms | None
+    pair: SquaredNorms | None
+
+
+@dataclass
+class Flight:
+    """A window on its way over the ranks; `land()` waits for it.
+
+    Args:
+        window: this rank's window.
+        ranks: the ranks it is summed over.
+        reduction: what the user's `.grad` is.
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks; empty where one
+            rank has only counted.
+        share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
+            `"all"` ranks or those still `"active"`; else `None`.
+        work: the reduction under way, or `None`.
+        copied: an event after which `numbers`, in pinned memory, may be read; or `None`.
+    """
+
+    window: Window
+    ranks: Ranks
+    reduction: Reduction
+    numbers: Tensor
+    share: Share | None = None
+    work: dist.Work | None = None
+    copied: torch.cuda.Event | None = None
+
+    def land(self) -> Observation:
+        """What all ranks together saw.
+
+        Raises:
+            UsageError: the ranks saw different numbers of backwards.
+        """
+        if self.work is not None:
+            self.work.wait()
+        if self.copied is not None:
+            self.copied.synchronize()
+        return _observation(self.numbers.tolist(), self)
+
+
+def launch(
+    window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = False, share: Share | None = None
+) -> Flight:
+    """Begin to sum the windows of the ranks.
+
+    With several ranks that is one all-reduce of five float64 numbers. `||.grad||^2` is summed with the rest, over the
+    shards or divided by the number of replicas, so that every rank computes with the same bits. Landing costs the one
+    device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step later
+    waits for nothing.
+
+    Raises:
+        UsageError: DDP or FSDP2 never averaged the gradients of this step.
+    """
+    measured = window.samples_square is not None
+    if measured and window.grad_square is None:
+        raise UsageError(
+            "The gradients of this step were never averaged over the ranks: the last backward before "
+            "optimizer.step() must run outside of no_sync(), or with set_requires_gradient_sync(True)."
+        )
+    if window.samples_square is not None:
+        device = window.samples_square.device
+    elif ranks.group is not None:
+        device = _device_of(ranks.group)
+    else:  # counted on one rank: nothing to sum and nothing to read
+        return Flight(window, ranks, reduction, torch.empty(0))
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    norms = [zero if n is None else n for n in (window.samples_square, window.grad_square)]
+    if ranks.group is None:
+        pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
+        flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair]))
+    else:
+        backwards = window.backwards
+        counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64)
+        packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True)])
+        packed[1] /= ranks.replicas
+        work = dist.all_reduce(packed, group=ranks.group, async_op=True)
+        flight = Flight(window, ranks, reduction, packed, share, work)
+    if ahead and device.type == "cuda":  # pragma: no cover
+        _copy_ahead(flight)
+    return flight
+
+
+def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
+    """Start the copy to the host behind the reduction, on the current stream: the host waits for neither."""
+    if flight.work is not None:
+        flight.work.wait()  # NCCL: the stream waits, not the host
+        flight.work = None
+    buffer = torch.empty(flight.numbers.shape, dtype=torch.float64, pin_memory=True)
+    buffer.copy_(flight.numbers, non_blocking=True)
+    flight.numbers, flight.copied = buffer, torch.cuda.Event()
+    flight.copied.record()
+
+
+def shadow(ranks: Ranks) -> None:
+    """Take part in `launch` on the other ranks with nothing to add."""
+    if ranks.group is not None:
+        dist.all_reduce(torch.zeros(5, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group)
+
+
+def _observation(numbers: list[float], flight: Flight) -> Observation:
+    window, ranks, reduction = flight.window, flight.ranks, flight.reduction
+    backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
+    if ranks.group is not None:
+        count, inverse_sizes = round(numbers[2]), numbers[4]
+        active = ranks.size
+        if flight.share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
+            active = round(numbers[2] ** 2 / numbers[3]) if numbers[3] else 1
+            mean = ranks.size / active if flight.share == "all" else 1.0
+            numbers[1] *= ranks.replicas / active * mean**2
+        if active * numbers[3] != numbers[2] ** 2:
+            raise UsageError(
+                f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all "
+                f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "
+                "data even."
+            )
+    if window.samples_square is None:
+        return Observation(count, inverse_sizes, None, None)
+    samples, grad = numbers[0], numbers[1]
+    if reduction == "mean":
+        samples *= backwards**2
+    else:
+        grad /= backwards**2
+    if count > 1:
+        return Observation(count, inverse_sizes, SquaredNorms(samples / count, grad, count), None)
+    two = SquaredNorms(numbers[2], numbers[3], 2) if len(numbers) == 4 else None
+    return Observation(count, inverse_sizes, None, two)
+
+
+def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> Ranks:
+    """The ranks of a model that is whole on each of them.
+
+    Raises:
+        UsageError: there are several ranks, but nothing that averages their gradients.
+    """
+    group = given if given is not None else getattr(ddp, "process_group", None)
+    if group is None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UsageError(
+                f"torch.distributed runs with {dist.get_world_size()} ranks, but the model is not wrapped in "
+                "DistributedDataParallel. Give attach the wrapped module; if every rank trains for itself, give it a "
+                "process_group of one rank."
+            )
+        return Ranks()
+    size = dist.get_world_size(group)
+    if ddp is None and size > 1:
+        raise UsageError("A process_group of several ranks needs a model wrapped in DistributedDataParallel.")
+    return Ranks(group, size, size) if size > 1 else Ranks()
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """A device on which this group's backend can reduce."""
+    if "nccl" in str(dist.get_backend(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,98 @@
+"""The hyperparameter maps, applied to an optimizer in place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from anybatch._errors import UsageError
+from anybatch._maps.maps import BetasRule, Change, Value, flat, map_family, map_group
+from anybatch._scaling import Family, attached, check_positive, local_of
+
+
+def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule = "power") -> list[dict[str, Change]]:
+    """Edit an optimizer in place for `kappa` times the batch; `1 / kappa` takes it back.
+
+    Every parameter group becomes what `scale_hyperparameters` says. A learning rate held in a tensor is changed in
+    place and keeps its identity. Where steps were done already, the counters that debias Adam's averages go on in the
+    units of the new steps. The averages themselves are left: Adam's second moment needs `1 / (1 - beta2)` steps to
+    forget the noise of the old batch.
+
+    A scheduler that exists already computes the learning rate from its own base values and overwrites this: make it
+    afterwards, or let `Progressive` drive it. `initial_lr`, which one made afterwards starts from, is scaled as well.
+
+    Args:
+        optimizer: of a class in torch.optim, or derived from one; without a controller.
+        kappa: new batch / the batch that its values are for; positive.
+        betas_rule: as in `scale_hyperparameters`.
+
+    Returns:
+        The changes of each parameter group.
+
+    Raises:
+        InvalidValueError: a value out of range; nothing was changed.
+        UsageError: the optimizer has a controller, which scales by itself.
+        UnsupportedError: the optimizer cannot be scaled.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
+        >>> changes = anybatch.scale_optimizer(optimizer, 8)
+        >>> optimizer.param_groups[0]["lr"], changes[0]["momentum"].why
+        (0.8, 'unchanged under this rule')
+
+    Source:
+        Goyal et al. 2017; Malladi et al. 2022; otherwise as for `scale_hyperparameters`.
+    """
+    kappa = check_positive("kappa", kappa)
+    changes = rescale(optimizer, [kappa] * len(optimizer.param_groups), betas_rule=betas_rule)
+    for group in optimizer.param_groups:
+        if "initial_lr" in group:
+            group["initial_lr"] = group["initial_lr"] * kappa ** map_family(optimizer).exponent
+    return changes
+
+
+def rescale(
+    optimizer: Optimizer, factors: Sequence[float], *, betas_rule: BetasRule, state: bool = True
+) -> list[dict[str, Change]]:
+    """Edit each group by its own factor, its state's counters too where `state`; all or nothing."""
+    check_free(optimizer)
+    family = map_family(optimizer)
+    groups = optimizer.param_groups
+    changes = [map_group(group, family, k, betas_rule) for group, k in zip(groups, factors, strict=True)]
+    for group, k, changed in zip(groups, factors, changes, strict=True):
+        if k == 1:
+            continue
+        for name, change in changed.items():
+            _write(group, name, change.after)
+        if state:
+            _rescale_state(local_of(optimizer), group, family, k)
+    return changes
+
+
+def check_free(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that a controller scales."""
+    if optimizer in attached:
+        raise UsageError(
+            "This optimizer has a controller, which scales it at every step: leave its values as tuned for the base "
+            "batch, or detach() the controller first."
+        )
+
+
+def _rescale_state(local: Optimizer, group: dict[str, Any], family: Family, kappa: float) -> None:
+    """Counters of steps, in the units of the new steps."""
+    states = [local.state[p] for p in group["params"] if p in local.state]
+    for name, power in family.state.items():
+        entries = [state[name] for state in states if isinstance(state.get(name), Tensor)]
+        if entries:
+            torch._foreach_div_(entries, kappa**power)
+
+
+def _write(group: dict[str, Any], name: str, after: Value) -> None:
+    held = group[name] if isinstance(group[name], tuple | list) else (group[name],)
+    if isinstance(held[0], Tensor):
+        for tensor, number in zip(held, flat(after), strict=True):
+            tensor.fill_(number)
+    else:
+        group[name] = after

@@ -1,0 +1,23 @@
+"""What happened: one line of strict JSON for each step, written so that a kill loses nothing."""
+
+from anybatch._record.json import positive, strict
+from anybatch._record.logbook import Destination, Logbook
+from anybatch._record.progress import progress_bar
+from anybatch._record.provenance import run_config
+from anybatch._record.record import MetricRecord, Run, StepRecord, iter_record, read_record
+from anybatch._record.writer import RunRecord
+
+__all__ = [
+    "Destination",
+    "Logbook",
+    "MetricRecord",
+    "Run",
+    "RunRecord",
+    "StepRecord",
+    "iter_record",
+    "positive",
+    "progress_bar",
+    "read_record",
+    "run_config",
+    "strict",
+]

@@ -1,0 +1,73 @@
+"""Where a run comes from: what a record's header says of the software, the machine and the configuration."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from anybatch._scaling import BatchSize
+from anybatch._version import __version__
+
+
+def environment() -> dict[str, Any]:
+    """Time, versions, machine, seed, and the commit of the working directory, `None` where it is in no repository."""
+    return {
+        "time": time.time(),
+        "anybatch": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+        "seed": torch.initial_seed(),
+    }
+
+
+def run_config(
+    optimizer: Optimizer,
+    *,
+    rule: object,
+    decays: str,
+    total: float | None,
+    batch: BatchSize,
+    ranks: int,
+    trained: Sequence[Tensor],
+) -> dict[str, Any]:
+    """What a controller knows of its run."""
+    return {
+        "rule": repr(rule),
+        **{name: getattr(rule, name, None) for name in ("estimator", "smoothing")},
+        "optimizer": type(optimizer).__name__,
+        "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
+        "decays": decays,
+        "total": total,
+        **vars(batch),
+        "ranks": ranks,
+        "device": _device_name(trained[0].device),
+        "parameters": sum(p.numel() for p in trained),
+    }
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def _commit() -> str | None:
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, timeout=5, check=False, text=True
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeError):
+        return None
+    return git.stdout.strip() if git.returncode == 0 else None

@@ -1,0 +1,186 @@
+"""A record → what a report says of the run: a few numbers, and curves that are short however long it was."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from os import fspath
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import anybatch
+from anybatch._record import positive
+from anybatch._report.chart import Point, short_number, thin
+
+QUANTITIES = ("gain", "learning rate", "noise scale")
+_DEEP = 4  # levels of a configuration that get a line of their own
+_MANY_STEPS = 10**15  # a number of steps that is a float exactly
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity of a run, against tau and against the optimizer's steps."""
+
+    tau: list[Point]
+    step: list[Point]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a report says of one run.
+
+    Args:
+        path: its record.
+        name: what tells it from the others.
+        rule: the rule's name.
+        scales: its scales in words.
+        scale: the median of its scales; nan without a step.
+        constant: whether the scale never changed.
+        measured: whether some step shows a variance.
+        iterations: optimizer steps that counted.
+        gain: the mean gain.
+        base_batches: base batches seen, in skipped steps too.
+        seconds: wall time of the steps; nan where none is known.
+        tau: the clock at the end, base iterations.
+        total: base iterations of the whole run; nan where the record does not say.
+        skipped: steps that did not count.
+        torn: lines that could not be read.
+        results: the last result of each metric.
+        curves: `QUANTITIES` by name.
+        metrics: the evaluations by name.
+        config: the header's configuration.
+        facts: what the header says, as text, and the scale.
+    """
+
+    path: Path
+    name: str
+    rule: str
+    scales: str
+    scale: float
+    constant: bool
+    measured: bool
+    iterations: int
+    gain: float
+    base_batches: float
+    seconds: float
+    tau: float
+    total: float
+    skipped: int
+    torn: int
+    results: dict[str, float]
+    curves: dict[str, Curve]
+    metrics: dict[str, Curve]
+    config: dict[str, Any]
+    facts: dict[str, str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its total."""
+        return self.tau >= 0.999 * self.total
+
+    @property
+    def base_batch(self) -> float:
+        """Examples of a base batch; nan where the record does not say."""
+        return positive(self.config.get("base_batch")) or nan
+
+
+def summarise(paths: Sequence[Path]) -> list[Summary]:
+    """Read the records one after another, and forget each but for its summary. The same file counts once.
+
+    Raises:
+        InvalidValueError: a file cannot be read, or is not a record.
+        StateError: it was written by a newer anybatch.
+    """
+    unique = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+    return [_summary(path, name) for path, name in zip(unique, _names(unique), strict=True)]
+
+
+def _summary(path: Path, name: str) -> Summary:
+    run = anybatch.read_record(path)
+    steps = [step for step in run.steps if not step.skipped]
+    scales = [step.scale for step in steps if isfinite(step.scale)]
+    seconds = [step.seconds for step in run.steps if isfinite(step.seconds)]
+    gains = [step.gain for step in steps if isfinite(step.gain)]
+    results = {key: value for line in run.metrics for key, value in line.values.items()}
+    taus = [step.tau for step in steps if isfinite(step.tau)]
+    return Summary(
+        path=path,
+        name=name,
+        rule=str(run.config.get("rule", "–")).partition("(")[0],
+        scales=_scales(scales),
+        scale=median(scales) if scales else nan,
+        constant=len(set(scales)) == 1,
+        measured=any(isfinite(step.raw_variance) and isfinite(step.raw_sqnorm) for step in steps),
+        iterations=len(steps),
+        gain=fmean(gains) if gains else nan,
+        base_batches=sum(step.scale for step in run.steps if isfinite(step.scale)),
+        seconds=sum(seconds) if seconds else nan,
+        tau=taus[-1] if taus else 0.0,
+        total=positive(run.config.get("total")) or nan,
+        skipped=len(run.steps) - len(steps),
+        torn=run.torn,
+        results=results,
+        curves={quantity: _curve(_values(steps, quantity)) for quantity in QUANTITIES},
+        metrics={key: _curve(_results(run.metrics, key)) for key in results},
+        config=run.config,
+        facts={**_facts(run.header), "scale": _scales(scales)},
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """As many of each path's last parts as tell the files from one another."""
+    paths = [path.absolute() for path in paths]
+    for parts in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        names = [fspath(Path(*path.parts[-parts:])).removesuffix(".jsonl") for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [fspath(path) for path in paths]
+
+
+def _scales(scales: Sequence[float]) -> str:
+    """`8`; `32 → 64` where the scale changed once or twice; `1 to 128` where it did more often."""
+    walk = [s for i, s in enumerate(scales) if i == 0 or s != scales[i - 1]]
+    if len(walk) > 3:
+        return f"{short_number(min(walk))} to {short_number(max(walk))}"
+    return " → ".join(map(short_number, walk)) or "–"
+
+
+def _values(steps: Sequence[anybatch.StepRecord], quantity: str) -> list[tuple[float, int, float]]:
+    field = {"gain": "gain", "learning rate": "lr", "noise scale": "noise_scale"}[quantity]
+    return [(step.tau, step.step, getattr(step, field)) for step in steps]
+
+
+def _results(lines: Sequence[anybatch.MetricRecord], name: str) -> list[tuple[float, int, float]]:
+    return [(line.tau, line.step, line.values[name]) for line in lines if name in line.values]
+
+
+def _curve(values: Sequence[tuple[float, int, float]]) -> Curve:
+    return Curve(
+        thin((tau, value) for tau, _, value in values),
+        thin(((float(min(step, _MANY_STEPS)), value) for _, step, value in values), log=True),
+    )
+
+
+def _facts(header: Mapping[str, Any]) -> dict[str, str]:
+    """Versions, machine, seed and configuration, each with its full name."""
+    facts = {k: _text(v) for k, v in header.items() if k not in ("kind", "version", "time", "config")}
+    for name, value in _flat("", header["config"], depth=_DEEP):
+        facts[name if name not in facts else f"config.{name}"] = value
+    return facts
+
+
+def _flat(name: str, value: Any, *, depth: int) -> list[tuple[str, str]]:
+    if depth and value and isinstance(value, dict):
+        children = [(f"{name}.{key}" if name else str(key), child) for key, child in value.items()]
+    elif depth and isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        children = [(f"{name}[{i}]", child) for i, child in enumerate(value)]
+    else:
+        return [(name, _text(value))]
+    return [line for key, child in children for line in _flat(key, child, depth=depth - 1)]
+
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else str(value)
+    except RecursionError:
+        return "(too deep to be shown)"

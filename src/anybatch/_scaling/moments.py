@@ -1,0 +1,231 @@
+"""From squared norms to variance, squared mean, their running averages, and the gain.
+
+Notation (docs/architecture.md has the table): `B0` base batch, `S` scale, `N` samples, `a` the size of one sample in
+base batches, `variance` the trace of the covariance of ONE base batch's gradient, `sqnorm` the squared norm of the
+expected gradient.
+"""
+
+from dataclasses import dataclass, replace
+from math import exp, inf, isfinite, nan
+from typing import Literal
+
+from anybatch._errors import InvalidValueError
+from anybatch._scaling.batch import check_positive
+
+Estimator = Literal["unbiased", "paper", "ratio"]
+Smoothing = float | Literal["paper"] | None
+
+# Johnson et al. 2020: the floor of the variance before averaging, and the number added to both sides of the ratio.
+EPSILON = 1e-6
+# Share of the whole run, in tau, over which the averages look back (measured on the digits: benchmarks/smoothing.py).
+_HORIZON = 0.01
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Variance and squared mean of the gradient, in the unit of one base batch.
+
+    Args:
+        variance: trace of the covariance of one base batch's gradient, sigma^2, grad^2. A raw estimate may be negative.
+        sqnorm: squared norm of the expected gradient, mu^2, grad^2. A raw estimate may be negative.
+    """
+
+    variance: float
+    sqnorm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether both numbers are finite."""
+        return isfinite(self.variance) and isfinite(self.sqnorm)
+
+    @property
+    def noise_scale(self) -> float:
+        """`variance / sqnorm` of the clipped moments, in base batches; infinite without a mean, nan for 0/0."""
+        variance, sqnorm = max(self.variance, 0.0), max(self.sqnorm, 0.0)
+        if sqnorm > 0:
+            return variance / sqnorm
+        return inf if variance > 0 else nan
+
+
+def moments(mean_square: float, square_mean: float, *, sample: float, batch: float) -> Moments:
+    """Unbiased variance and squared mean from the squared norms of gradient samples.
+
+    For samples `g_i`, each the mean gradient over `sample` base batches, whose mean `gbar` is over `batch` of them:
+
+        variance = (mean_square - square_mean) / (1/sample - 1/batch)
+        sqnorm   = square_mean - variance / batch
+
+    where `mean_square = (1/N) sum_i ||g_i||^2` and `square_mean = ||gbar||^2`. With N equal samples `batch = N *
+    sample` and the factor is the paper's `N/(N-1) * sample`. Samples of `b_i` examples with weights `w_i` (summing to
+    1) fit the same two lines, with `mean_square = sum_i w_i ||g_i||^2`, `1/sample = B0 * sum_i w_i/b_i` and
+    `1/batch = B0 * sum_i w_i^2/b_i`.
+
+    Args:
+        mean_square: mean of the samples' squared norms, grad^2, at least 0.
+        square_mean: squared norm of their mean, grad^2, at least 0. Each loss is the MEAN over its examples: of a sum
+            the gradient, and with it both norms, would grow with the batch.
+        sample: size of one sample in base batches, positive.
+        batch: size of the mean in base batches, larger than `sample`: one sample alone shows no variance.
+
+    Returns:
+        The raw moments; either may be negative by chance. Average them first, clip last.
+
+    Raises:
+        InvalidValueError: a size is not positive, or `batch <= sample`.
+
+    Example:
+        >>> anybatch.moments(4.0, 3.0, sample=1, batch=2)      # two base batches: ||g_i||^2 = 4, ||gbar||^2 = 3
+        Moments(variance=2.0, sqnorm=2.0)
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Section 3.3; McCandlish et al. 2018, Appendix A.1.
+
+    Differs from the paper in:
+        1. The samples need not be base batches, and the batch need not be a whole number of them.
+    """
+    check_positive("sample", sample)
+    check_positive("batch", batch)
+    if batch <= sample:
+        raise InvalidValueError(
+            f"batch ({batch}) must be larger than sample ({sample}): the variance is seen between samples, "
+            "so it takes two."
+        )
+    variance = (mean_square - square_mean) / (1 / sample - 1 / batch)
+    return Moments(variance, square_mean - variance / batch)
+
+
+def gain(variance: float, sqnorm: float, scale: float) -> float:
+    """How many base iterations one step at `scale` is worth: AdaScale's gain ratio.
+
+        r(S) = (variance + sqnorm) / (variance / S + sqnorm)
+
+    Args:
+        variance: sigma^2 of one base batch, grad^2; negative estimates count as 0.
+        sqnorm: mu^2, grad^2; negative estimates count as 0.
+        scale: S, the step's batch over the base batch; positive, may be fractional or below 1.
+
+    Returns:
+        The gain, between `min(1, S)` and `max(1, S)`: 1 without noise, S when there is nothing but noise. Without
+        either (a vanishing gradient) it is 1.
+
+    Raises:
+        InvalidValueError: `scale` is not positive.
+
+    Example:
+        >>> anybatch.gain(variance=2.0, sqnorm=2.0, scale=2)
+        1.3333333333333333
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Equation 1. The same number is the ratio of the optimal learning rates
+        of McCandlish et al. 2018, Equation 2.6, at the two batch sizes; `r/S` is Pollux's statistical efficiency.
+
+    Differs from the paper in:
+        1. `scale` is any positive number; below 1 the gain is below 1.
+        2. Nothing is added to either side, so that the gain does not depend on the unit of the gradient.
+    """
+    check_positive("scale", scale)
+    variance, sqnorm = max(variance, 0.0), max(sqnorm, 0.0)
+    if scale == 1 or variance == 0:
+        return 1.0
+    if sqnorm == 0:
+        return float(scale)
+    # Divided by the larger moment nothing overflows or vanishes, whatever unit the gradient has; the bounds hold
+    # the law against the last bit of rounding.
+    noise, signal = (1.0, sqnorm / variance) if variance > sqnorm else (variance / sqnorm, 1.0)
+    ratio = (noise + signal) / (noise / scale + signal)
+    return _within(ratio, scale)
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Running averages of the moments; a value, so that a step that fails leaves no trace.
+
+    With raw moments `x_t` of step t and `theta_t` the smoothing:
+
+        sum_t = theta_t * sum_(t-1) + (1 - theta_t) * x_t
+        weight_t = theta_t * weight_(t-1) + (1 - theta_t)         average = sum_t / weight_t
+
+    The moments are those of one base batch: they do not change with the scale, so neither do the averages when the
+    batch, the ranks or the accumulation change.
+
+    Args:
+        variance: weighted sum of raw variances, grad^2.
+        sqnorm: weighted sum of raw squared means, grad^2.
+        weight: sum of the weights, in [0, 1].
+        samples: steps that were averaged.
+        iterations: how far the clock moved since the last of them, base iterations; 1 before the first.
+    """
+
+    variance: float = 0.0
+    sqnorm: float = 0.0
+    weight: float = 0.0
+    samples: int = 0
+    iterations: float = 1.0
+
+    @property
+    def moments(self) -> Moments:
+        """The averages, debiased and not clipped; nan before the first sample."""
+        if self.weight == 0:
+            return Moments(nan, nan)
+        return Moments(self.variance / self.weight, self.sqnorm / self.weight)
+
+    def updated(
+        self, raw: Moments, *, scale: float, smoothing: Smoothing, estimator: Estimator, total: float | None
+    ) -> "Averages":
+        """The averages with one more sample, taken at `scale`."""
+        theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total)
+        if estimator == "paper":
+            raw = Moments(max(raw.variance, EPSILON), max(raw.sqnorm, 0.0))
+            if self.samples * (1 - theta) < 1:  # a plain mean while t < 1 / (1 - theta)
+                theta = self.samples / (self.samples + 1)
+        return Averages(
+            variance=theta * self.variance + (1 - theta) * raw.variance,
+            sqnorm=theta * self.sqnorm + (1 - theta) * raw.sqnorm,
+            weight=theta * self.weight + (1 - theta),
+            samples=self.samples + 1,
+            iterations=0.0,
+        )
+
+    def moved(self, iterations: float) -> "Averages":
+        """The averages after the clock has moved by `iterations`."""
+        return self if self.samples == 0 else replace(self, iterations=self.iterations + iterations)
+
+    def gain(self, scale: float, *, estimator: Estimator) -> float:
+        """The gain at `scale`; `min(1, S)`, the careful end, where nothing is known yet."""
+        if scale == 1:
+            return 1.0
+        if self.samples < (2 if estimator == "paper" else 1):  # the paper starts with r_0 = 1
+            return min(1.0, scale)
+        now = self.moments
+        if estimator != "ratio":
+            return gain(now.variance, now.sqnorm, scale)
+        ratio = (now.variance + now.sqnorm + EPSILON) / (now.variance / scale + now.sqnorm + EPSILON)
+        return _within(ratio, scale)
+
+
+def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, total: float | None) -> float:
+    """The factor `theta` with which the averages forget at this step.
+
+        theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total: a horizon on the clock
+        theta = max(1 - S / 1000, 0)                   smoothing="paper", or None without a total
+        theta = smoothing                              a number
+
+    Args:
+        smoothing: `None`, `"paper"` or a number in [0, 1).
+        scale: S of this step.
+        iterations: how far the clock moved between the previous sample and this one, in base iterations.
+        total: base iterations of the whole run, or `None`.
+
+    Source:
+        "paper": Johnson et al., ICML 2020, Section 3.4. The horizon is this project's: at the paper's own sizes it is
+        the paper's theta, and on short runs, where 1000/S iterations are too long a memory, it saves iterations.
+    """
+    if isinstance(smoothing, int | float):
+        return smoothing
+    if smoothing is None and total is not None:
+        return exp(-iterations / (_HORIZON * total))
+    return max(1 - scale / 1000, 0.0)
+
+
+def _within(ratio: float, scale: float) -> float:
+    return min(max(ratio, min(1.0, scale)), max(1.0, scale))

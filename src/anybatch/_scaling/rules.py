@@ -1,0 +1,216 @@
+"""The rules: each looks at the scale, the gain and the clock, and says how far the step may go."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+from anybatch._errors import InvalidValueError
+from anybatch._scaling.batch import check_positive
+from anybatch._scaling.clock import Clock
+from anybatch._scaling.hyperparameters import Decays
+from anybatch._scaling.moments import Estimator, Smoothing
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a rule says of one step.
+
+    Args:
+        lr_factor: the factor on the base learning rate `lr(tau)`.
+        iterations: how far the clock moves, in base iterations.
+    """
+
+    lr_factor: float
+    iterations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """A rule maps a step's scale, its gain and the clock to a `Scaling`.
+
+    To write your own, subclass and implement `__call__`; a rule that needs the gain subclasses `AdaScale`.
+
+    Args:
+        decays: `"clock"`: the optimizer's own decays become `decay ** iterations` for the step, and AdamW's weight
+            decay follows; `"constant"`: they stay as they are; `None`: the optimizer's default, the clock for the
+            Adam family, constant for SGD.
+    """
+
+    decays: Decays | None = None
+
+    def __post_init__(self) -> None:
+        if self.decays not in (None, "clock", "constant"):
+            raise InvalidValueError(f'decays must be "clock", "constant" or None, got {self.decays!r}.')
+
+    @abstractmethod
+    def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:
+        """The scaling of one step.
+
+        Args:
+            scale: S of this step, positive.
+            gain: the gain r of this step; nan for a rule other than AdaScale, which measures nothing.
+            clock: the clock before the step.
+            exponent: how the optimizer's learning rate follows the batch: 1 for SGD, 1/2 for the Adam family.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Rule):
+    """Identity scaling: `lr_factor = 1`, `iterations = 1`, whatever the batch. Exact when the gradient has no noise.
+
+    Args:
+        decays: as for every `Rule`.
+
+    Example:
+        >>> anybatch.Identity()(scale=8, gain=float("nan"), clock=anybatch.Clock(), exponent=1)
+        Scaling(lr_factor=1.0, iterations=1.0)
+
+    Source:
+        Johnson et al., ICML 2020, Section 2.2 and Proposition 1.
+    """
+
+    def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
+        return Scaling(1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Rule):
+    """Linear scaling, with a warm-up LSW, and with the warm-up stretched over more steps LSW+.
+
+        lr_factor  = 1 + (S - 1) * min(1, (tau / total) / warmup)       iterations = S, or total / steps
+
+    Args:
+        warmup: share of the run over which the factor ramps from 1 to S; in [0, 1). The paper's is 0.055.
+        steps: number of optimizer steps of the whole run; `None` for `ceil(total / S)`. With AdaScale's number this
+            is the paper's LSW+: the same curve, stretched along the iterations.
+        decays: as for every `Rule`.
+
+    Raises:
+        InvalidValueError: a value out of range; at the first step, a warm-up or `steps` without a `total`.
+
+    Example:
+        >>> clock = anybatch.Clock(total=1000)
+        >>> lsw = anybatch.Linear(warmup=0.055)
+        >>> lsw(scale=8, gain=float("nan"), clock=clock, exponent=1)
+        Scaling(lr_factor=1.0, iterations=8.0)
+        >>> clock.advance(27.5)                                           # half of the warm-up
+        >>> lsw(scale=8, gain=float("nan"), clock=clock, exponent=1)
+        Scaling(lr_factor=4.5, iterations=8.0)
+
+    Source:
+        Goyal et al. 2017; Johnson et al., ICML 2020, Section 4 (LSW, LSW+).
+
+    Differs from the paper in:
+        1. During the warm-up the factor multiplies `lr(tau)`; the paper's ramp is from `lr(0)` to `S * lr(0)`.
+    """
+
+    warmup: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.warmup < 1:
+            raise InvalidValueError(f"warmup is a share of the run in [0, 1), got {self.warmup}.")
+        if self.steps is not None:
+            check_positive("steps", self.steps)
+
+    def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
+        if clock.total is None and (self.warmup or self.steps):
+            raise InvalidValueError(f"{self} needs total=, the base iterations of the whole run.")
+        ramp = 1.0
+        if clock.total is not None and self.warmup:
+            ramp = min(1.0, clock.tau / clock.total / self.warmup)
+        iterations = scale if self.steps is None or clock.total is None else clock.total / self.steps
+        return Scaling(1 + (scale - 1) * ramp, float(iterations))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareRoot(Rule):
+    """Square-root scaling: `lr_factor = sqrt(S)`, `iterations = S`.
+
+    On the Adam family, whose decays are on the clock by default, this is the SDE scaling rule: betas become
+    `beta ** S` and AdamW's weight decay is multiplied by `sqrt(S)`.
+
+    Args:
+        decays: as for every `Rule`.
+
+    Example:
+        >>> anybatch.SquareRoot()(scale=16, gain=float("nan"), clock=anybatch.Clock(), exponent=0.5)
+        Scaling(lr_factor=4.0, iterations=16.0)
+
+    Source:
+        Krizhevsky 2014; Malladi et al. 2022 (Adam's square-root rule).
+
+    Differs from the paper in:
+        1. `beta ** S` in place of `1 - S * (1 - beta)`: equal to first order, and valid at every S.
+        2. Adam's epsilon is left alone.
+    """
+
+    def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
+        return Scaling(sqrt(scale), float(scale))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaScale(Rule):
+    """AdaScale: the step goes as far as the measured noise of the gradient allows.
+
+        r = (variance + sqnorm) / (variance / S + sqnorm)
+        lr_factor = r ** exponent        iterations = r
+
+    with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S
+    linear scaling.
+
+    Args:
+        estimator: how the two moments become a gain.
+            `"unbiased"`: raw moments are averaged, debiased, and clipped only when read.
+            `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0), the first gain is 1, a
+            plain mean before the exponential one. Biased low when the noise is high: at S=8 and variance/sqnorm = 1000
+            it gives 7.69 where 7.94 is right.
+            `"ratio"`: the paper's recommendation to practitioners, `(avg m1 + 1e-6) / (avg m2 + 1e-6)`.
+        smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for a
+            horizon of 1 % of the run on the clock (`"paper"` where no `total` is given).
+        exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. State it for
+            an optimizer class that anybatch does not know.
+        consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
+            the two samples. Costs one copy of the gradient. The change of the expected gradient between two steps
+            counts as noise, so the gain is biased upwards where the learning rate is high. The previous gradient is
+            not part of the state: the first step after a resume has no new sample.
+        decays: as for every `Rule`.
+
+    Raises:
+        InvalidValueError: a value out of range.
+
+    Example:
+        >>> anybatch.AdaScale()(scale=16, gain=9.0, clock=anybatch.Clock(), exponent=0.5)
+        Scaling(lr_factor=3.0, iterations=9.0)
+
+    Source:
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2 and Section 3.4; the square root for Adam and the
+        consecutive estimator: Qiao et al., Pollux, OSDI 2021, Section 3.1.
+
+    Differs from the paper in:
+        1. The default estimator clips after averaging and starts without a first gain of 1.
+        2. The default averages have a horizon on the clock instead of in iterations.
+        3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
+        4. S may be fractional or below 1, change at any step, and differ from the number of samples.
+        5. Optimizers other than SGD, with their decays on the clock.
+    """
+
+    estimator: Estimator = "unbiased"
+    smoothing: Smoothing = None
+    exponent: float | None = None
+    consecutive: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator not in ("unbiased", "paper", "ratio"):
+            raise InvalidValueError(f'estimator must be "unbiased", "paper" or "ratio", got {self.estimator!r}.')
+        numeric = isinstance(self.smoothing, int | float) and 0 <= self.smoothing < 1
+        if self.smoothing is not None and self.smoothing != "paper" and not numeric:
+            raise InvalidValueError(f'smoothing must be None, "paper" or in [0, 1), got {self.smoothing!r}.')
+        if self.exponent is not None and not (isfinite(self.exponent) and self.exponent >= 0):
+            raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
+
+    def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
+        power = exponent if self.exponent is None else self.exponent
+        return Scaling(gain**power, gain)
