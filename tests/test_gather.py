@@ -268,7 +268,7 @@ def test_memory_no_parameter_sized_buffer():
     optimizer.step()
     sizes = [t.numel() for slots in controller._gather._slots for t in slots.views]
     assert len(sizes) == 6
-    assert controller._gather._previous is None
+    assert controller._gather._consecutive is None
 
 
 @pytest.mark.parametrize("wrong", ["count", "shape", "empty", "after a backward", "sum"])

@@ -1,10 +1,5 @@
 """Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
 
-[Note: the window] A window is what happens between two optimizer steps: A backwards, one a micro-batch. Its state is
-    open    at least one backward was seen since the last step;
-    closed  the step was taken, `close()`: the next backward opens a new one;
-    thrown  `zero_grad` came without a step: the next backward finds cleared gradients and opens a new one.
-
 [Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
 on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
 `.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
@@ -25,7 +20,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,38 +28,15 @@ from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 
 from anybatch._errors import InvalidValueError, UsageError
+from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
+from anybatch._gradients.slots import Slots, total_of
+from anybatch._gradients.window import Pair, Window
+from anybatch._gradients.witness import Witness, local_of
 
 # DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
 # callback queued from a callback runs after those already queued, so the third in a chain comes after both.
 _CALLBACK_CHAIN = 3
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Norms of two consecutive gradients: what the one-gradient estimator needs; float64 tensors of shape `[]`."""
-
-    mean_square: Tensor
-    square_mean: Tensor
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
-
-    Args:
-        backwards: A, the number of micro-batches.
-        inverse_sizes: sum over them of one over their size.
-        samples_square: sum over the micro-batches of the squared norms of their gradients.
-        grad_square: squared norm of `.grad`.
-        pair: with one backward in a window, this gradient and the one before.
-    """
-
-    backwards: int
-    inverse_sizes: float
-    samples_square: Tensor | None
-    grad_square: Tensor | None
-    pair: Pair | None
 
 
 class Gather:
@@ -96,18 +67,17 @@ class Gather:
         self._leaves_of = leaves
         self._reduced = reduced
         self._loss_scale = loss_scale
-        self._consecutive = consecutive
+        self._consecutive = Consecutive() if consecutive else None
         self._paused = False
         self._parameters: list[Tensor] = []
         self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
         self._leaves: list[Tensor] = []
         self._handles: list[Any] = []
         self._fires: list[int] = []
-        self._slots: list[_Slots] = []  # [backwards of the longest window so far]
-        self._previous: list[Tensor] | None = None
+        self._slots: list[Slots] = []  # [backwards of the longest window so far]
+        self._witness = Witness()
         self._observed_square: Tensor | None = None
         self._grad_square: Tensor | None = None
-        self._stale: tuple[Tensor, int] | None = None
         self._unmeasured = False
         self._open()
         self.follow(parameters)
@@ -162,7 +132,7 @@ class Gather:
                     f"observe() needs tensors of shape [n, *parameter.shape] with n >= 1: got {list(sample.shape)} "
                     f"for a parameter {list(p.shape)}, n = {n}."
                 )
-        self._stale = None
+        self._witness.renewed()
         self._backwards = n
         self._size()
         with torch.no_grad():
@@ -191,12 +161,9 @@ class Gather:
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
-        witness = self._witness
-        self._stale = None
-        if witness is not None and witness.grad is not None:
-            self._stale = (witness, _local(witness.grad)._version)
-        if forget:
-            self._previous = None
+        self._witness.stepped()
+        if forget and self._consecutive is not None:
+            self._consecutive.forget()
         self._unmeasured = False
         self._open()
 
@@ -219,10 +186,8 @@ class Gather:
         self._grad_square = None
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
-        self._witness: Tensor | None = None
-        self._witness_version: int | None = None  # of its gradient after the last backward; None while there was none
+        self._witness.open()
         self._scale: Tensor | None = None
-        self._mixed = False  # whether the window's first backward added to gradients of the step before
 
     # The hooks hold this object weakly: torch's garbage collector does not look into post-accumulation hooks, so that a
     # strong reference would keep parameters, and under DDP the process group's threads, alive for good.
@@ -242,7 +207,7 @@ class Gather:
             if measure:
                 row = gather._fires[index]
                 if row >= len(gather._slots):
-                    gather._slots.append(_Slots(gather._leaves))
+                    gather._slots.append(Slots(gather._leaves))
                 norm_into(gather._slots[row].views[index], grad)
 
         return hook
@@ -260,32 +225,15 @@ class Gather:
 
         return hook
 
-    def _begin_backward(self, task: int, witness: Tensor) -> None:
+    def _begin_backward(self, task: int, parameter: Tensor) -> None:
         nested = _inside_a_backward()
         if not nested:
             self._tasks.clear()
-        if not self._tasks and self._was_thrown_away():
+        if not self._tasks and self._witness.cleared(self.pending):
             self._open()
-        if self.pending == 0 and self._stale is not None:
-            parameter, version = self._stale
-            self._mixed = parameter.grad is not None and _local(parameter.grad)._version == version
+        self._witness.see(parameter, pending=self.pending)
         self._tasks.add(task)
-        if self._witness is None:
-            self._witness = witness
         self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
-
-    def _was_thrown_away(self) -> bool:
-        """Whether the open window's gradients were cleared: gone, or changed since the last backward and now zero."""
-        if self._witness is None:
-            return False
-        if self.pending == 0:  # a backward that raised
-            return True
-        if self._witness_version is None:  # FSDP2 without synchronisation: the gradient is not in `.grad` yet
-            return False
-        grad = self._witness.grad
-        if grad is None:
-            return True
-        return _local(grad)._version != self._witness_version and total_squared_norm([_local(grad)]).item() == 0
 
     def _queue(self, callback: Callable[[], None], chain: int) -> None:
         """Run `callback` at the end of this engine run, after the callbacks that others queued."""
@@ -296,22 +244,15 @@ class Gather:
         self._tasks.discard(task)
         if not self._accumulated:  # torch.autograd.grad
             if self.pending == 0:
-                self._witness = None
+                self._witness.forget()
             return
         if nested:
             self._nested_only = self._backwards == 0
         else:
             self._backwards += 1
             self._accumulated = self._nested_only = False
-        self._stale = None
-        if self._mixed:
-            raise UsageError(
-                "The gradients of the last optimizer step were not cleared, so .grad mixes two steps: call "
-                "optimizer.zero_grad() after optimizer.step()."
-            )
+        self._witness.confirm()
         self._size()
-        if self._witness is not None and self._witness.grad is not None:
-            self._witness_version = _local(self._witness.grad)._version
         if not self._measure:
             return
         scale = self._loss_scale()
@@ -323,7 +264,7 @@ class Gather:
 
     def _grads(self) -> list[Tensor]:
         """This rank's part of every `.grad`."""
-        return [_local(p.grad) for p in self._parameters if p.grad is not None]
+        return [local_of(p.grad) for p in self._parameters if p.grad is not None]
 
     def _size(self) -> None:
         """Note the size of the micro-batches that came since the last call."""
@@ -339,52 +280,16 @@ class Gather:
                 "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
                 "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        rows = self._slots[:most]
-        for index, fires in enumerate(self._fires):
-            for slots in rows[fires:]:  # unused in a micro-batch: its gradient there is zero
-                slots.views[index].zero_()
-        return torch.stack([slots.total() for slots in rows]).sum()
+        return total_of(self._slots[:most], self._fires)
 
     def _remember(self, *, single: bool) -> None:
-        if not self._consecutive:
+        if self._consecutive is None:
             return
         grads = self._grads()
-        if not single or len(grads) != len(self._parameters):
-            self._previous = None
-            return
-        if self._previous is None:
-            self._previous = [g.detach().clone() for g in grads]
-            return
-        before = total_squared_norm(self._previous)
-        now = total_squared_norm(grads)
-        torch._foreach_add_(self._previous, grads)  # the buffer holds the sum for a moment: no second copy
-        together = total_squared_norm(self._previous)
-        torch._foreach_copy_(self._previous, grads)
-        self._pair = Pair((before + now) / 2, together / 4)
-
-
-class _Slots:
-    """One float64 number a parameter, where a backward's norms are written; one row a micro-batch of the window."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        sizes: dict[torch.device, int] = {}
-        places = []
-        for p in parameters:
-            places.append((p.device, sizes.get(p.device, 0)))
-            sizes[p.device] = sizes.get(p.device, 0) + 1
-        self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
-        self.views = [self._rows[device][i] for device, i in places]
-
-    def total(self) -> Tensor:
-        """Sum of the squares, on the first parameter's device."""
-        sums = [row.square().sum() for row in self._rows.values()]
-        return torch.stack([s.to(sums[0].device) for s in sums]).sum()
-
-
-def _local(grad: Tensor) -> Tensor:
-    """The tensor itself, or a DTensor's shard on this rank."""
-    local: Tensor = getattr(grad, "_local_tensor", grad)
-    return local
+        if single and len(grads) == len(self._parameters):
+            self._pair = self._consecutive.pair(grads)
+        else:
+            self._consecutive.forget()
 
 
 def _inside_a_backward() -> bool:

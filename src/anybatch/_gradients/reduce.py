@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UsageError
-from anybatch._gradients.gather import Window
 from anybatch._gradients.norms import SquaredNorms
+from anybatch._gradients.window import Window
 
 Reduction = Literal["mean", "sum"]
 Share = Literal["all", "active"]

@@ -1,0 +1,32 @@
+"""Slots: where the norms of a window's micro-batches are written, so that no hook makes a tensor of its own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Slots:
+    """One float64 number a parameter, where a backward's norms are written; one row a micro-batch of the window."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        sizes: dict[torch.device, int] = {}
+        places = []
+        for p in parameters:
+            places.append((p.device, sizes.get(p.device, 0)))
+            sizes[p.device] = sizes.get(p.device, 0) + 1
+        self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
+        self.views = [self._rows[device][i] for device, i in places]
+
+    def total(self) -> Tensor:
+        """Sum of the squares, on the first parameter's device."""
+        sums = [row.square().sum() for row in self._rows.values()]
+        return torch.stack([s.to(sums[0].device) for s in sums]).sum()
+
+
+def total_of(rows: Sequence[Slots], fires: Sequence[int]) -> Tensor:
+    """Sum of the squares in all `rows`, of parameters that got `fires` gradients each; what they did not get is 0."""
+    for index, written in enumerate(fires):
+        for slots in rows[written:]:  # unused in a micro-batch: its gradient there is zero
+            slots.views[index].zero_()
+    return torch.stack([slots.total() for slots in rows]).sum()
