@@ -1,14 +1,7 @@
-"""The controller: hooks on the user's own optimizer, and the order of one step.
+"""The controller: what a user calls of a run; `step` has the order of one step."""
 
-[Note: one step] Before `step()`: the window is read and reduced, moments and gain follow, the rule gives the scaling,
-and the optimizer's values are changed for this one call. After it: they are put back, and, if the step really happened,
-the averages are kept, the clock moves, and with it the schedule and every subscriber. Nothing is kept before the step
-has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from math import nan
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,36 +9,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anybatch._controller.judge import Judge, Step
+from anybatch._controller.judge import Judge
 from anybatch._controller.state import STATE_VERSION, checked_state
+from anybatch._controller.step import Stepper
 from anybatch._controller.tally import Readings, Tally
 from anybatch._errors import UsageError
 from anybatch._gradients import (
     Companion,
-    Flight,
     Gather,
     Reduction,
-    check_no_backward,
     engine_of,
-    is_phantom,
-    launch,
-    trainable,
     trained_parameters,
 )
-from anybatch._maps import check_base
 from anybatch._record import Destination, Logbook, progress_bar, run_config
 from anybatch._scaling import (
     AdaScale,
     BatchSize,
     Clock,
-    Moments,
     Rule,
     ScheduleDriver,
     attached,
     check_decays,
     check_positive,
     family_of,
-    scaled,
 )
 
 
@@ -74,56 +60,57 @@ class Controller(Readings, Companion):
         self._batch = batch
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
-        self._family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
-        self._decays = rule.decays or self._family.decays
-        check_decays(optimizer, self._family, self._decays)
-        self._judge = Judge(rule=rule, batch=batch, clock=clock, exponent=self._family.exponent)
+        family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
+        decays = rule.decays or family.decays
+        check_decays(optimizer, family, decays)
+        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=family.exponent)
         trained = trained_parameters(optimizer, model=model)
         self._size = sum(p.numel() for p in trained)
-        self._engine = engine_of(model, trained, process_group)
+        engine = engine_of(model, trained, process_group)
         counted = adascale is not None or batch.counts
         foreseen = not lagged and grad_scaler is None
-        super().__init__(self._engine.ddp, ranks=self._engine.ranks, counted=counted, foreseen=foreseen)
+        super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen)
         self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
         self._gather: Gather | None = None
         if counted:
             self._gather = Gather(
                 trained,
                 measure=adascale is not None,
-                leaves=self._engine.leaves,
-                reduced=self._engine.reduced,
+                leaves=engine.leaves,
+                reduced=engine.reduced,
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=adascale is not None and adascale.consecutive,
             )
             self._gather.micro_batch = batch.micro_batch or 1.0
-        self._pending: Step | None = None
-        self._lagged = lagged
-        self._flight: Flight | None = None
-        self._landed: Moments | None = None
-        self._restore_values: Callable[[], None] | None = None
         self._tally = Tally(clock=clock, batch=batch)
         config = run_config(
             optimizer,
             rule=rule,
-            decays=self._decays,
+            decays=decays,
             total=clock.total,
             batch=batch,
             ranks=self._ranks.size,
             trained=trained,
         )
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             self._logbook = Logbook(record, config=config, first=self._ranks.first)
         except Exception:
             self._let_go()
             raise
-        self._handles = [
-            # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
-            optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self._restore()),
-        ]
+        self._stepper = Stepper(
+            optimizer,
+            family=family,
+            decays=decays,
+            judge=judge,
+            engine=engine,
+            gather=self._gather,
+            driver=self._driver,
+            tally=self._tally,
+            logbook=self._logbook,
+            reduction=reduction,
+            lagged=lagged,
+            share=self._share,
+        )
         attached.add(optimizer)
 
     # ---- what a user calls ----
@@ -131,7 +118,7 @@ class Controller(Readings, Companion):
     @property
     def done(self) -> bool:
         """Whether `tau >= total`; an error without a `total`."""
-        self._restore()
+        self._stepper.restore()
         return self.clock.done
 
     @property
@@ -148,8 +135,8 @@ class Controller(Readings, Companion):
     @property
     def base_lr(self) -> float:
         """The first group's learning rate where the schedule is now, before any scaling."""
-        self._restore()
-        return float(self._optimizer.param_groups[0]["lr"])
+        self._stepper.restore()
+        return self._stepper.lr
 
     def paused(self) -> AbstractContextManager[None]:
         """A context whose backwards are not training: neither counted nor measured."""
@@ -200,13 +187,13 @@ class Controller(Readings, Companion):
             UsageError: rich is not installed.
         """
         return progress_bar(
-            self.clock, shown=self._ranks.first, values=lambda: self._tally.in_words(self._lr()), console=console
+            self.clock, shown=self._ranks.first, values=lambda: self._tally.in_words(self.base_lr), console=console
         )
 
     def state_dict(self) -> dict[str, float | int]:
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
-        self._restore()
-        self._land()
+        self._stepper.restore()
+        self._stepper.land()
         return {
             "version": STATE_VERSION,
             "parameters": self._size,
@@ -223,22 +210,20 @@ class Controller(Readings, Companion):
         """
         values = checked_state(state, mine=self.state_dict())
         self._tally.adopt(values)
-        self._flight = self._landed = None
+        self._stepper.forget()
         self._logbook.resume()
         if self._driver is not None:
             self._driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
-        self._restore()
+        self._stepper.restore()
+        self._stepper.detach()
         self._let_go()
         self._logbook.close()
         attached.discard(self._optimizer)
 
     def _let_go(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
         if self._gather is not None:
             self._gather.detach()
         if self._driver is not None:
@@ -250,98 +235,6 @@ class Controller(Readings, Companion):
 
     def _go_on(self, values: Mapping[str, float]) -> None:
         self._tally.adopt(values)
-        self._flight = self._landed = None
+        self._stepper.forget()
         if self._driver is not None:
             self._driver.catch_up()
-
-    # ---- one step ----
-
-    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._restore()
-        self._pending = None
-        closure = kwargs.get("closure") if len(args) < 2 else args[1]
-        if closure is None:
-            self._prepare()
-            return None
-
-        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
-            loss = closure()
-            self._restore()
-            self._prepare()
-            return loss
-
-        if len(args) < 2:
-            return args, {**kwargs, "closure": closure_then_prepare}
-        return (args[0], closure_then_prepare, *args[2:]), kwargs
-
-    def _prepare(self) -> None:
-        if self._gather is not None:
-            check_no_backward()
-            self._gather.follow(trainable(self._optimizer))
-        seen = self._gather is not None and self._gather.pending
-        if not seen and is_phantom(self._optimizer, counted=self._gather is not None):
-            return
-        check_base(self._optimizer)
-        if self._driver is not None:
-            self._driver.check()
-        if self._gather is not None:
-            self._engine.check(self._join_config.enable)
-        self._pending = step = self._observe()
-        if step.skipped:
-            return
-        values = ExitStack()
-        values.enter_context(
-            scaled(
-                self._optimizer,
-                self._family,
-                lr_factor=step.scaling.lr_factor,
-                iterations=step.scaling.iterations,
-                decays=self._decays,
-            )
-        )
-        self._restore_values = values.close
-
-    def _observe(self) -> Step:
-        """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
-        if self._gather is None:
-            return self._judge.step(self._tally.averages, None)
-        window, ranks = self._gather.window(), self._ranks
-        if window.backwards == 0 and ranks.group is None:
-            return self._judge.nothing(self._tally.averages)
-        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=self._share())
-        if not self._lagged:
-            return self._judge.step(self._tally.averages, flight.land())
-        self._land()
-        raw, self._landed = self._landed, None
-        self._flight = flight
-        count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
-        return self._judge.decide(self._tally.averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
-
-    def _land(self) -> None:
-        """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
-        if self._flight is not None:
-            self._landed, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
-            self._flight = None
-
-    def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
-        step, self._pending = self._pending, None
-        if step is None:
-            return
-        lr = self._lr() if self._logbook.writes else nan
-        self._restore()
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
-        skipped = step.skipped or (found_inf is not None and bool(found_inf))
-        if self._gather is not None:
-            self._gather.close(forget=skipped)
-        self._tally.add(step, skipped=skipped)
-        if self._logbook.writes:
-            self._logbook.step(self._line(step, lr=lr, skipped=skipped))
-
-    def _lr(self) -> float:
-        return float(self._optimizer.param_groups[0].get("lr", nan))
-
-    def _restore(self) -> None:
-        """Put the base values back; after a step that raised, at the next opportunity."""
-        restore, self._restore_values = self._restore_values, None
-        if restore is not None:
-            restore()

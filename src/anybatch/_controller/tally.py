@@ -67,6 +67,32 @@ class Tally:
         )
         self.last = None
 
+    @property
+    def noise_scale(self) -> float:
+        """B_simple of the averages, in examples; in base batches where no base batch was given."""
+        return self.averages.moments.noise_scale * (self.batch.base_batch or 1.0)
+
+    def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
+        """What the record says of the step just added."""
+        now = self.averages.moments
+        return StepRecord(
+            step=self.steps,
+            tau=self.clock.tau,
+            iterations=0.0 if skipped else step.scaling.iterations,
+            scale=step.scale,
+            count=step.count,
+            raw_variance=step.raw.variance,
+            raw_sqnorm=step.raw.sqnorm,
+            variance=_clipped(now.variance),
+            sqnorm=_clipped(now.sqnorm),
+            gain=step.gain,
+            lr=lr,
+            lr_factor=step.scaling.lr_factor,
+            noise_scale=self.noise_scale,
+            seconds=self.lap(),
+            skipped=skipped,
+        )
+
 
 class Readings:
     """What a user reads of a run; `Controller` has it."""
@@ -147,27 +173,7 @@ class Readings:
     @property
     def noise_scale(self) -> float:
         """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
-        return self._averages.moments.noise_scale * (self._tally.batch.base_batch or 1.0)
-
-    def _line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
-        """What the record says of the step just added."""
-        return StepRecord(
-            step=self.steps,
-            tau=self.tau,
-            iterations=0.0 if skipped else step.scaling.iterations,
-            scale=step.scale,
-            count=step.count,
-            raw_variance=step.raw.variance,
-            raw_sqnorm=step.raw.sqnorm,
-            variance=self.variance,
-            sqnorm=self.sqnorm,
-            gain=step.gain,
-            lr=lr,
-            lr_factor=step.scaling.lr_factor,
-            noise_scale=self.noise_scale,
-            seconds=self._tally.lap(),
-            skipped=skipped,
-        )
+        return self._tally.noise_scale
 
 
 def _clipped(value: float) -> float:

@@ -1,19 +1,21 @@
 """What a backward shows: squared norms of gradient samples, on one process, DDP and FSDP2 alike."""
 
-from anybatch._gradients.engine import engine_of
+from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
 from anybatch._gradients.norms import SquaredNorms
 from anybatch._gradients.parameters import check_no_backward, is_phantom, trainable, trained_parameters
-from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, launch
+from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, launch
 
 __all__ = [
     "Companion",
+    "Engine",
     "Flight",
     "Gather",
     "Observation",
     "Ranks",
     "Reduction",
+    "Share",
     "SquaredNorms",
     "check_no_backward",
     "engine_of",

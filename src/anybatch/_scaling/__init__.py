@@ -2,7 +2,16 @@
 
 from anybatch._scaling.batch import BatchSize, check_positive, split
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.hyperparameters import Family, attached, check_decays, family_of, local_of, row_of, scaled
+from anybatch._scaling.hyperparameters import (
+    Decays,
+    Family,
+    attached,
+    check_decays,
+    family_of,
+    local_of,
+    row_of,
+    scaled,
+)
 from anybatch._scaling.moments import EPSILON, Averages, Estimator, Moments, Smoothing, gain, moments, smoothing_factor
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
 from anybatch._scaling.schedules import ScheduleDriver, position_of
@@ -13,6 +22,7 @@ __all__ = [
     "Averages",
     "BatchSize",
     "Clock",
+    "Decays",
     "Estimator",
     "Family",
     "Identity",

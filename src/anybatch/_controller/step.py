@@ -1,0 +1,198 @@
+"""The order of one step: hooks on the user's own optimizer, before and after its `step()`.
+
+[Note: one step] Before `step()`: the window is read and reduced, moments and gain follow, the rule gives the scaling,
+and the optimizer's values are changed for this one call. After it: they are put back, and, if the step really happened,
+the averages are kept, the clock moves, and with it the schedule and every subscriber. Nothing is kept before the step
+has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from math import nan
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from anybatch._controller.judge import Judge, Step
+from anybatch._controller.tally import Tally
+from anybatch._gradients import (
+    Engine,
+    Flight,
+    Gather,
+    Reduction,
+    Share,
+    check_no_backward,
+    is_phantom,
+    launch,
+    trainable,
+)
+from anybatch._maps import check_base
+from anybatch._record import Logbook
+from anybatch._scaling import Decays, Family, Moments, ScheduleDriver, scaled
+
+
+class Stepper:
+    """Takes an optimizer through its steps.
+
+    Args:
+        optimizer: the user's own.
+        family: what the theory says of its class.
+        decays: whether its decays are on the clock.
+        judge: from what a step showed to how far it may go.
+        engine: one process, DDP or FSDP2.
+        gather: what watches the backwards; `None` where nothing needs counting.
+        driver: keeps the schedule on the clock; `None` without one.
+        tally: what the run has come to.
+        logbook: where steps are written to.
+        reduction: what `.grad` is at the step.
+        lagged: whether a step is judged by the step before.
+        share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        family: Family,
+        decays: Decays,
+        judge: Judge,
+        engine: Engine,
+        gather: Gather | None,
+        driver: ScheduleDriver | None,
+        tally: Tally,
+        logbook: Logbook,
+        reduction: Reduction,
+        lagged: bool,
+        share: Callable[[], Share | None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._family = family
+        self._decays = decays
+        self._judge = judge
+        self._engine = engine
+        self._gather = gather
+        self._driver = driver
+        self._tally = tally
+        self._logbook = logbook
+        self._reduction: Reduction = reduction
+        self._lagged = lagged
+        self._share = share
+        self._pending: Step | None = None
+        self._flight: Flight | None = None
+        self._landed: Moments | None = None
+        self._restore_values: Callable[[], None] | None = None
+        self._handles = [
+            # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
+        ]
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate as it is now; nan for an optimizer without one."""
+        return float(self._optimizer.param_groups[0].get("lr", nan))
+
+    def restore(self) -> None:
+        """Put the base values back; after a step that raised, at the next opportunity."""
+        restore, self._restore_values = self._restore_values, None
+        if restore is not None:
+            restore()
+
+    def land(self) -> None:
+        """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
+        if self._flight is not None:
+            self._landed, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
+            self._flight = None
+
+    def forget(self) -> None:
+        """Nothing is under way: a state was loaded."""
+        self._flight = self._landed = None
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- before ----
+
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.restore()
+        self._pending = None
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]
+        if closure is None:
+            self._prepare()
+            return None
+
+        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
+            loss = closure()
+            self.restore()
+            self._prepare()
+            return loss
+
+        if len(args) < 2:
+            return args, {**kwargs, "closure": closure_then_prepare}
+        return (args[0], closure_then_prepare, *args[2:]), kwargs
+
+    def _prepare(self) -> None:
+        if self._gather is not None:
+            check_no_backward()
+            self._gather.follow(trainable(self._optimizer))
+        seen = self._gather is not None and self._gather.pending
+        if not seen and is_phantom(self._optimizer, counted=self._gather is not None):
+            return
+        check_base(self._optimizer)
+        if self._driver is not None:
+            self._driver.check()
+        share = self._share()
+        if self._gather is not None:
+            self._engine.check(share is not None)
+        self._pending = step = self._observe(share)
+        if step.skipped:
+            return
+        values = ExitStack()
+        values.enter_context(
+            scaled(
+                self._optimizer,
+                self._family,
+                lr_factor=step.scaling.lr_factor,
+                iterations=step.scaling.iterations,
+                decays=self._decays,
+            )
+        )
+        self._restore_values = values.close
+
+    def _observe(self, share: Share | None) -> Step:
+        """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
+        if self._gather is None:
+            return self._judge.step(self._tally.averages, None)
+        window, ranks = self._gather.window(), self._engine.ranks
+        if window.backwards == 0 and ranks.group is None:
+            return self._judge.nothing(self._tally.averages)
+        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=share)
+        if not self._lagged:
+            return self._judge.step(self._tally.averages, flight.land())
+        self.land()
+        raw, self._landed = self._landed, None
+        self._flight = flight
+        count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
+        return self._judge.decide(self._tally.averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
+
+    # ---- after ----
+
+    def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        lr = self.lr if self._logbook.writes else nan
+        self.restore()
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
+        skipped = step.skipped or (found_inf is not None and bool(found_inf))
+        if self._gather is not None:
+            self._gather.close(forget=skipped)
+        self._tally.add(step, skipped=skipped)
+        if self._logbook.writes:
+            self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
