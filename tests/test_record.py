@@ -171,10 +171,10 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 def test_a_second_writer_is_refused_while_the_first_is_open(tmp_path):
     record = anybatch.RunRecord(tmp_path / "r.jsonl")
+    record.write(step(1))
     anybatch.read_record(tmp_path / "r.jsonl")  # reading must not give up the lock
     with pytest.raises(anybatch.UsageError, match="being written"):
         anybatch.RunRecord(tmp_path / "r.jsonl")
-    record.write(step(1))
     record.close()
     with pytest.raises(anybatch.UsageError, match="closed"):
         record.write(step(2))
@@ -616,8 +616,9 @@ def test_a_record_is_neither_copied_nor_sent(tmp_path):
 def test_the_users_values_are_not_hidden_by_the_controllers(tmp_path):
     optimizer, model = optimizer_and_model()
     config = {"scale": "my", "task": "digits", "given": "mine"}
-    record = anybatch.RunRecord(tmp_path / "r.jsonl", config=config)
+    anybatch.RunRecord(tmp_path / "r.jsonl", config=config).close()
     assert anybatch.read_record(tmp_path / "r.jsonl").config == config
+    record = anybatch.RunRecord(tmp_path / "r.jsonl", config=config)
     controller = anybatch.attach(optimizer, model=model, scale=2, record=record)
     found = anybatch.read_record(tmp_path / "r.jsonl").config
     assert (found["scale"], found["task"]) == (2, "digits")
@@ -626,6 +627,16 @@ def test_the_users_values_are_not_hidden_by_the_controllers(tmp_path):
     controller.detach()
     anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=2, record=record).detach()
     assert anybatch.read_record(tmp_path / "r.jsonl").config["estimator"] is None
+
+
+def test_a_record_given_to_attach_has_one_header(tmp_path):
+    """The controller knows more of the run than whoever made the record: its header is the first and only one."""
+    optimizer, model = optimizer_and_model()
+    record = anybatch.RunRecord(tmp_path / "r.jsonl", config={"task": "digits"})
+    anybatch.attach(optimizer, model=model, scale=2, record=record).detach()
+    record.close()
+    assert (tmp_path / "r.jsonl").read_text().count('"kind": "header"') == 1
+    assert anybatch.read_record(tmp_path / "r.jsonl").config.items() >= {"task": "digits", "scale": 2}.items()
 
 
 def test_two_controllers_do_not_share_a_record(tmp_path):

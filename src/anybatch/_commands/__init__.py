@@ -2,7 +2,7 @@
 
 from anybatch._commands.demo import demo
 from anybatch._commands.forecast import forecast
-from anybatch._commands.plan_command import plan
+from anybatch._commands.plan import plan
 from anybatch._commands.report import report
 
 __all__ = [

@@ -70,6 +70,11 @@ class AppendFile:
         os.lseek(self._file, 0, os.SEEK_SET)
         return os.read(self._file, 65536).partition(b"\n")[0]
 
+    @property
+    def open(self) -> bool:
+        """Whether lines can be appended: not closed, and not of a process that was forked since."""
+        return self._file >= 0
+
     def append(self, line: bytes, *, needed: bool = False) -> None:
         """Append a line, its newline included. What the disk does not take is lost, with one warning.
 
@@ -80,7 +85,7 @@ class AppendFile:
         Raises:
             UsageError: the file is closed.
         """
-        if self._file < 0:
+        if not self.open:
             raise UsageError(f"{str(self.path)!r} is closed, or was opened before this process was forked.")
         try:
             self._write((b"\n" if self._torn else b"") + self._owed + line)

@@ -45,9 +45,9 @@ class RunRecord:
         try:
             _check(self._file)
         except (InvalidValueError, StateError):
-            self.close()
+            self._file.close()
             raise
-        self.begin({})
+        self._begun = False  # the header waits for the controller, which knows more of the run, or for the first line
 
     def begin(self, config: Mapping[str, Any], *, holder: object | None = None) -> None:
         """Append a header: what follows starts anew, with what `config` tells of it, or goes on from a checkpoint.
@@ -67,6 +67,7 @@ class RunRecord:
                 )
             self._holder = weakref.ref(holder)
         self._known = dict(config) or self._known
+        self._begun = True
         header = {"kind": "header", "version": RECORD_VERSION, **environment(), "config": self._config()}
         self._file.append(json_line(header), needed=True)
 
@@ -86,12 +87,19 @@ class RunRecord:
 
     def write(self, line: StepRecord | MetricRecord) -> None:
         """Append one step, or one evaluation."""
+        self._begin_once()
         kind = "step" if isinstance(line, StepRecord) else "metric"
         self._file.append(json_line({"kind": kind, **vars(line)}))
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
+        if self._file.open:
+            self._begin_once()
         self._file.close()
+
+    def _begin_once(self) -> None:
+        if not self._begun:
+            self.begin({})
 
 
 def _check(file: AppendFile) -> None:
