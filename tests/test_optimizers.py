@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._scaling.hyperparameters import _CLASSES, _TABLE, Family, scaled
+from anybatch._scaling.families import _CLASSES, _TABLE, Family
+from anybatch._scaling.hyperparameters import Hyperparameters
 
 EXPORTED = {
     name: cls
@@ -265,7 +266,7 @@ def drift(name, k_of, *, exponent=None, base=3000, snr=0.05, **options):
     while tau < base:
         k = k_of(t)
         p.grad.normal_(snr, k**-0.5)
-        with scaled(optimizer, family, lr_factor=k**exponent, iterations=k, decays=family.decays):
+        with Hyperparameters(optimizer, family, family.decays, None).scaled(lr_factor=k**exponent, iterations=k):
             optimizer.step()
         tau, t = tau + k, t + 1
     return -float(p.detach().mean()) / tau
@@ -311,7 +312,7 @@ def test_adagrads_sum_is_one_of_base_iterations_while_the_gain_changes():
     for k in (1.0, 4.0, 2.5, 16.0):
         p.grad = torch.full_like(p, k**-0.5)
         before = p.detach().clone()
-        with scaled(optimizer, _TABLE["Adagrad"], lr_factor=1.0, iterations=k, decays="clock"):
+        with Hyperparameters(optimizer, _TABLE["Adagrad"], "clock", None).scaled(lr_factor=1.0, iterations=k):
             optimizer.step()
         applied = 0.1 / (1 + 0.5 * tau)
         tau += k

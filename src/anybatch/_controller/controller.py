@@ -26,10 +26,10 @@ from anybatch._scaling import (
     AdaScale,
     BatchSize,
     Clock,
+    Hyperparameters,
     Rule,
     ScheduleDriver,
     attached,
-    check_decays,
     check_positive,
     family_of,
 )
@@ -61,9 +61,10 @@ class Controller(Readings, Companion):
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
         family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
-        decays = rule.decays or family.decays
-        check_decays(optimizer, family, decays)
-        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=family.exponent)
+        # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
+        total = None if adascale is None else clock.total
+        values = Hyperparameters(optimizer, family, rule.decays, total)
+        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values.exponent, gain_factor=family.gain_factor)
         trained = trained_parameters(optimizer, model=model)
         self._size = sum(p.numel() for p in trained)
         engine = engine_of(model, trained, process_group)
@@ -86,7 +87,6 @@ class Controller(Readings, Companion):
         config = run_config(
             optimizer,
             rule=rule,
-            decays=decays,
             total=clock.total,
             batch=batch,
             ranks=self._ranks.size,
@@ -99,8 +99,7 @@ class Controller(Readings, Companion):
             raise
         self._stepper = Stepper(
             optimizer,
-            family=family,
-            decays=decays,
+            values=values,
             judge=judge,
             engine=engine,
             gather=self._gather,

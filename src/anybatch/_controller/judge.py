@@ -1,6 +1,7 @@
 """Judge: from what a step showed to how far it may go. Numbers in, numbers out; no tensors, no process groups."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import nan
 
@@ -36,15 +37,33 @@ class Step:
 
 
 class Judge:
-    """A rule together with what it needs: the batch sizes, the clock and the optimizer's exponent."""
+    """A rule together with what it needs.
 
-    def __init__(self, *, rule: Rule, batch: BatchSize, clock: Clock, exponent: float) -> None:
-        rule(scale=1.0, gain=1.0, clock=clock, exponent=exponent)  # a rule that cannot work here says so now
+    Args:
+        rule: the rule.
+        batch: how the scale of a step is known.
+        clock: the clock.
+        exponent: for a gain, the power of it that multiplies the optimizer's learning rate.
+        gain_factor: the optimizer's own, where the rule has none.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: Rule,
+        batch: BatchSize,
+        clock: Clock,
+        exponent: Callable[[float], float],
+        gain_factor: float,
+    ) -> None:
+        rule(scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))  # a rule that cannot work here says so now
         self._rule = rule
         self._adascale = rule if isinstance(rule, AdaScale) else None
         self._batch = batch
         self._clock = clock
         self._exponent = exponent
+        given = None if self._adascale is None else self._adascale.gain_factor
+        self._gain_factor = gain_factor if given is None else given
         self._warned = False
 
     def nothing(self, averages: Averages) -> Step:
@@ -55,8 +74,11 @@ class Judge:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
         if seen is None:
             return self.decide(averages, count=0, inverse_sizes=0.0)
-        raw, averages = self.fold(averages, seen)
-        step = self.decide(averages, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        raw, folded = self.fold(averages, seen)
+        prior = self._adascale is not None and self._adascale.estimator == "paper"  # its gain is of the steps before
+        known = averages if prior else folded
+        step = self.decide(known, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        step = replace(step, averages=folded)
         if raw is not None and not raw.finite:
             return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
         return step
@@ -82,8 +104,11 @@ class Judge:
         if count == 0 and self._batch.counts:
             return self.nothing(averages)
         scale, _ = self._batch.of_step(count or 1, inverse_sizes)
-        gain = nan if self._adascale is None else averages.gain(scale, estimator=self._adascale.estimator)
-        scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent)
+        gain = nan
+        if self._adascale is not None:
+            gain = averages.gain(scale, estimator=self._adascale.estimator)
+            gain = max(gain, min(self._gain_factor * gain, scale))
+        scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
         return Step(scale, count, raw or _UNKNOWN, averages, gain, scaling)
 
     def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:

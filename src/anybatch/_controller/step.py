@@ -29,7 +29,7 @@ from anybatch._gradients import (
 )
 from anybatch._maps import check_base
 from anybatch._record import Logbook
-from anybatch._scaling import Decays, Family, Moments, ScheduleDriver, scaled
+from anybatch._scaling import Hyperparameters, Moments, ScheduleDriver
 
 
 class Stepper:
@@ -37,8 +37,7 @@ class Stepper:
 
     Args:
         optimizer: the user's own.
-        family: what the theory says of its class.
-        decays: whether its decays are on the clock.
+        values: what becomes of its hyperparameters in a step.
         judge: from what a step showed to how far it may go.
         engine: one process, DDP or FSDP2.
         gather: what watches the backwards; `None` where nothing needs counting.
@@ -54,8 +53,7 @@ class Stepper:
         self,
         optimizer: Optimizer,
         *,
-        family: Family,
-        decays: Decays,
+        values: Hyperparameters,
         judge: Judge,
         engine: Engine,
         gather: Gather | None,
@@ -67,8 +65,7 @@ class Stepper:
         share: Callable[[], Share | None],
     ) -> None:
         self._optimizer = optimizer
-        self._family = family
-        self._decays = decays
+        self._values = values
         self._judge = judge
         self._engine = engine
         self._gather = gather
@@ -153,17 +150,9 @@ class Stepper:
         self._pending = step = self._observe(share)
         if step.skipped:
             return
-        values = ExitStack()
-        values.enter_context(
-            scaled(
-                self._optimizer,
-                self._family,
-                lr_factor=step.scaling.lr_factor,
-                iterations=step.scaling.iterations,
-                decays=self._decays,
-            )
-        )
-        self._restore_values = values.close
+        held = ExitStack()
+        held.enter_context(self._values.scaled(lr_factor=step.scaling.lr_factor, iterations=step.scaling.iterations))
+        self._restore_values = held.close
 
     def _observe(self, share: Share | None) -> Step:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""

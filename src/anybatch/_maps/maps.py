@@ -204,7 +204,7 @@ def _map_value(
         after = _decays(flat(value), kappa, betas_rule, least=family.least)
         why, source = _BETAS[betas_rule], source if betas_rule == "sde" else _DERIVED
         return after if name == "betas" else after[0], why, source
-    source = source if family.names == ("momentum",) else _DERIVED  # SGD: its paper keeps these
+    source = source if family.exponent == 1 else _DERIVED  # SGD: its paper keeps these
     if name == "weight_decay":
         return value, "unchanged: it is part of the gradient", source
     return value, f"unchanged: {family.off_clock}" if family.off_clock else "unchanged under this rule", source

@@ -33,7 +33,6 @@ def run_config(
     optimizer: Optimizer,
     *,
     rule: object,
-    decays: str,
     total: float | None,
     batch: BatchSize,
     ranks: int,
@@ -42,10 +41,9 @@ def run_config(
     """What a controller knows of its run."""
     return {
         "rule": repr(rule),
-        **{name: getattr(rule, name, None) for name in ("estimator", "smoothing")},
+        **{name: getattr(rule, name, None) for name in ("estimator", "smoothing", "decays")},
         "optimizer": type(optimizer).__name__,
         "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
-        "decays": decays,
         "total": total,
         **vars(batch),
         "ranks": ranks,

@@ -2,16 +2,8 @@
 
 from anybatch._scaling.batch import BatchSize, check_positive, split
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.hyperparameters import (
-    Decays,
-    Family,
-    attached,
-    check_decays,
-    family_of,
-    local_of,
-    row_of,
-    scaled,
-)
+from anybatch._scaling.families import Family, attached, family_of, local_of, row_of
+from anybatch._scaling.hyperparameters import Hyperparameters
 from anybatch._scaling.moments import EPSILON, Averages, Estimator, Moments, Smoothing, gain, moments, smoothing_factor
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
 from anybatch._scaling.schedules import ScheduleDriver, position_of
@@ -22,9 +14,9 @@ __all__ = [
     "Averages",
     "BatchSize",
     "Clock",
-    "Decays",
     "Estimator",
     "Family",
+    "Hyperparameters",
     "Identity",
     "Linear",
     "Moments",
@@ -34,7 +26,6 @@ __all__ = [
     "Smoothing",
     "SquareRoot",
     "attached",
-    "check_decays",
     "check_positive",
     "family_of",
     "gain",
@@ -42,7 +33,6 @@ __all__ = [
     "moments",
     "position_of",
     "row_of",
-    "scaled",
     "smoothing_factor",
     "split",
 ]

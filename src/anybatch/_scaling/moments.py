@@ -194,7 +194,7 @@ class Averages:
         """The gain at `scale`; `min(1, S)`, the careful end, where nothing is known yet."""
         if scale == 1:
             return 1.0
-        if self.samples < (2 if estimator == "paper" else 1):  # the paper starts with r_0 = 1
+        if self.samples == 0:
             return min(1.0, scale)
         now = self.moments
         if estimator != "ratio":
@@ -206,8 +206,8 @@ class Averages:
 def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, total: float | None) -> float:
     """The factor `theta` with which the averages forget at this step.
 
-        theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total: a horizon on the clock
         theta = max(1 - S / 1000, 0)                   smoothing="paper", or None without a total
+        theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total, where that is smaller
         theta = smoothing                              a number
 
     Args:
@@ -217,14 +217,15 @@ def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, t
         total: base iterations of the whole run, or `None`.
 
     Source:
-        "paper": Johnson et al., ICML 2020, Section 3.4. The horizon is this project's: at the paper's own sizes it is
-        the paper's theta, and on short runs, where 1000/S iterations are too long a memory, it saves iterations.
+        "paper": Johnson et al., ICML 2020, Section 3.4. The horizon is this project's: on short runs, where 1000/S
+        iterations are too long a memory, it saves iterations. At the paper's own lengths 1000/S is the shorter one.
     """
     if isinstance(smoothing, int | float):
         return smoothing
+    paper = max(1 - scale / 1000, 0.0)
     if smoothing is None and total is not None:
-        return exp(-iterations / (_HORIZON * total))
-    return max(1 - scale / 1000, 0.0)
+        return min(paper, exp(-iterations / (_HORIZON * total)))
+    return paper
 
 
 def _within(ratio: float, scale: float) -> float:

@@ -7,8 +7,8 @@ from math import isfinite, sqrt
 from anybatch._errors import InvalidValueError
 from anybatch._scaling.batch import check_positive
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.hyperparameters import Decays
 from anybatch._scaling.moments import Estimator, Smoothing
+from anybatch._scaling.momentum import Decays
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,26 @@ class Rule(ABC):
     To write your own, subclass and implement `__call__`; a rule that needs the gain subclasses `AdaScale`.
 
     Args:
-        decays: `"clock"`: the optimizer's own decays become `decay ** iterations` for the step, and AdamW's weight
-            decay follows; `"constant"`: they stay as they are; `None`: the optimizer's default, the clock for the
-            Adam family, constant for SGD.
+        decays: what becomes of the optimizer's own decays in a step of r = `iterations`.
+            `"clock"`: `decay ** r`, a memory of as many base iterations at any batch; AdamW's weight decay follows.
+            `"constant"`: they stay as they are, memories of as many steps.
+            A number a in [0, 1]: `decay ** (r ** a)`, between the two.
+            `"auto"`: the clock for averages (Adam's betas, RMSprop's alpha) and for a momentum that is normalised
+            after (Muon). A momentum that is a sum (SGD's, RMSprop's) stays constant while it remembers less than 1 %
+            of the run, as in all of the AdaScale paper's runs; where it would remember more, AdaScale shortens it to
+            1 %, but goes no further than a = 1/2:
+
+                m' = 1 - r / (0.01 * total), within [m ** sqrt(r), m]
     """
 
-    decays: Decays | None = None
+    decays: Decays = "auto"
 
     def __post_init__(self) -> None:
-        if self.decays not in (None, "clock", "constant"):
-            raise InvalidValueError(f'decays must be "clock", "constant" or None, got {self.decays!r}.')
+        number = isinstance(self.decays, int | float) and not isinstance(self.decays, bool) and 0 <= self.decays <= 1
+        if self.decays not in ("auto", "clock", "constant") and not number:
+            raise InvalidValueError(
+                f'decays must be "auto", "clock", "constant" or a number in [0, 1], got {self.decays!r}.'
+            )
 
     @abstractmethod
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:
@@ -50,7 +60,8 @@ class Rule(ABC):
             scale: S of this step, positive.
             gain: the gain r of this step; nan for a rule other than AdaScale, which measures nothing.
             clock: the clock before the step.
-            exponent: how the optimizer's learning rate follows the batch: 1 for SGD, 1/2 for the Adam family.
+            exponent: how the optimizer's learning rate follows the batch: 1 for SGD, 1/2 for the Adam family, between
+                the two for Muon.
         """
 
 
@@ -154,7 +165,7 @@ class SquareRoot(Rule):
 class AdaScale(Rule):
     """AdaScale: the step goes as far as the measured noise of the gradient allows.
 
-        r = (variance + sqnorm) / (variance / S + sqnorm)
+        r = min(gain_factor * (variance + sqnorm) / (variance / S + sqnorm), S)
         lr_factor = r ** exponent        iterations = r
 
     with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S
@@ -163,12 +174,14 @@ class AdaScale(Rule):
     Args:
         estimator: how the two moments become a gain.
             `"unbiased"`: raw moments are averaged, debiased, and clipped only when read.
-            `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0), the first gain is 1, a
-            plain mean before the exponential one. Biased low when the noise is high: at S=8 and variance/sqnorm = 1000
-            it gives 7.69 where 7.94 is right.
+            `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0); the gain is that of the
+            averages over the steps before, the first is 1; a plain mean before the exponential one. Biased low when the
+            noise is high: at S=8 and variance/sqnorm = 1000 it gives 7.69 where 7.94 is right.
             `"ratio"`: the paper's recommendation to practitioners, `(avg m1 + 1e-6) / (avg m2 + 1e-6)`.
-        smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for a
-            horizon of 1 % of the run on the clock (`"paper"` where no `total` is given).
+        smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for the
+            shorter memory of the paper's and 1 % of the run on the clock (`"paper"` where no `total` is given).
+        gain_factor: c, by which every gain above S = 1 is multiplied, at least 1; it never takes a gain above S. More
+            saves steps and costs quality. `None` for the optimizer's own: 1.
         exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. State it for
             an optimizer class that anybatch does not know.
         consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
@@ -190,7 +203,7 @@ class AdaScale(Rule):
 
     Differs from the paper in:
         1. The default estimator clips after averaging and starts without a first gain of 1.
-        2. The default averages have a horizon on the clock instead of in iterations.
+        2. The default averages have a horizon on the clock where that is shorter than the paper's in iterations.
         3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
         4. S may be fractional or below 1, change at any step, and differ from the number of samples.
         5. Optimizers other than SGD, with their decays on the clock.
@@ -200,6 +213,7 @@ class AdaScale(Rule):
     smoothing: Smoothing = None
     exponent: float | None = None
     consecutive: bool = False
+    gain_factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,6 +222,8 @@ class AdaScale(Rule):
         numeric = isinstance(self.smoothing, int | float) and 0 <= self.smoothing < 1
         if self.smoothing is not None and self.smoothing != "paper" and not numeric:
             raise InvalidValueError(f'smoothing must be None, "paper" or in [0, 1), got {self.smoothing!r}.')
+        if self.gain_factor is not None and not (isfinite(self.gain_factor) and self.gain_factor >= 1):
+            raise InvalidValueError(f"gain_factor must be finite and at least 1, got {self.gain_factor!r}.")
         if self.exponent is not None and not (isfinite(self.exponent) and self.exponent >= 0):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
 
