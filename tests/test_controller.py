@@ -298,12 +298,6 @@ def test_sgd_momentum_on_the_clock_keeps_the_buffer_of_base_iterations():
         assert optimizer.param_groups[0]["dampening"] == 0
 
 
-@pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.1}])
-def test_momentum_on_the_clock_refuses_what_has_no_such_form(options):
-    with pytest.raises(anybatch.InvalidValueError, match="constant"):
-        attached(rule=anybatch.AdaScale(decays="clock"), optimizer_options=options)
-
-
 # ---- skips and phantoms ----
 
 

@@ -24,7 +24,7 @@ def truth(moments, scale, *, total=TOTAL, horizon=0.01, theta=None):
     tau, v, m, weight, moved = 0.0, 0.0, 0.0, 0.0, 1.0
     steps = []
     while tau < total - 1e-9:
-        keep = math.exp(-moved / (horizon * total)) if theta is None else theta
+        keep = min(math.exp(-moved / (horizon * total)), 1 - scale / 1000) if theta is None else theta
         now = moments(tau / total)
         v, m, weight = keep * v + (1 - keep) * now[0], keep * m + (1 - keep) * now[1], keep * weight + 1 - keep
         moved = (v + m) / (v / scale + m)

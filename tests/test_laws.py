@@ -8,6 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import anybatch
+from anybatch._controller.judge import Judge
+from anybatch._scaling.batch import BatchSize
 from anybatch._scaling.moments import Averages
 
 moment = st.floats(0, 1e12, allow_subnormal=False)
@@ -185,9 +187,40 @@ def test_a_vanishing_gradient_has_gain_one():
     assert gain_of([[0.0, 0.0], [0.0, 0.0]]) == 1
 
 
-def test_paper_estimator_starts_at_one_and_clips_first():
-    assert gain_of([[1.0, 0.0], [0.0, 1.0]], estimator="paper") == 1
-    assert gain_of([[1.0, 0.0], [0.0, 1.0]], estimator="ratio") == pytest.approx((1 + 1e-6) / (0.5 + 1e-6))
+def test_paper_estimator_is_of_the_steps_before_and_starts_at_one():
+    """Two base batches a step. By hand, with S = 2 and the means of the steps before: r_0 = 1; after the orthogonal
+    pair variance 1, sqnorm 0 and r_1 = 2; after an equal pair, whose variance is clipped to 1e-6, the means are .5 and
+    .5 and r_2 = 1 / (.25 + .5); after one more of them 1/3, 2/3 and r_3 = 1 / (1/6 + 2/3).
+    """
+    pairs = [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    for lagged in (False, True):
+        p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        model = torch.nn.ParameterList([p])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rule = anybatch.AdaScale(estimator="paper", smoothing="paper")
+        controller = anybatch.attach(optimizer, model=model, scale="count", rule=rule, lagged=lagged)
+        gains = []
+        for pair in pairs:
+            for sample in pair:
+                (p @ torch.tensor(sample, dtype=torch.float64) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            gains.append(controller.gain)
+        assert gains == pytest.approx([1, 2, 1 / 0.75, 1 / (1 / 6 + 2 / 3)], rel=1e-5)
+        controller.detach()
+
+
+def test_a_gain_factor_never_takes_a_gain_above_the_scale():
+    for raw, expected in (((1.0, 1.0), 1.4 * 1.6), ((1.0, 0.0), 4), ((0.0, 1.0), 1.4)):
+        averages = Averages(*raw, 1.0, 1)
+        judge = Judge(
+            rule=anybatch.AdaScale(gain_factor=1.4),
+            batch=BatchSize(None, None, 4),
+            clock=anybatch.Clock(),
+            exponent=lambda _: 1.0,
+            gain_factor=1.0,
+        )
+        assert judge.decide(averages, count=4, inverse_sizes=4.0).gain == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper", "ratio"])
@@ -215,7 +248,7 @@ def test_estimators_against_a_plain_loop(estimator):
             expected = min(max((m1 + 1e-6) / (m2 + 1e-6), 1), s)
         else:
             v, q = max(mean[0], 0), max(mean[1], 0)
-            expected = 1 if estimator == "paper" and t == 0 else (1 if v == 0 else (v + q) / (v / s + q))
+            expected = 1 if v == 0 else (v + q) / (v / s + q)
         assert averages.gain(s, estimator=estimator) == pytest.approx(expected, rel=1e-9), t
 
 

@@ -87,6 +87,7 @@ class Controller(Readings, Companion):
         config = run_config(
             optimizer,
             rule=rule,
+            gain_factor=judge.gain_factor,
             total=clock.total,
             batch=batch,
             ranks=self._ranks.size,

@@ -63,7 +63,7 @@ class Judge:
         self._clock = clock
         self._exponent = exponent
         given = None if self._adascale is None else self._adascale.gain_factor
-        self._gain_factor = gain_factor if given is None else given
+        self.gain_factor = gain_factor if given is None else given
         self._warned = False
 
     def nothing(self, averages: Averages) -> Step:
@@ -107,7 +107,7 @@ class Judge:
         gain = nan
         if self._adascale is not None:
             gain = averages.gain(scale, estimator=self._adascale.estimator)
-            gain = max(gain, min(self._gain_factor * gain, scale))
+            gain = max(gain, min(self.gain_factor * gain, scale))
         scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
         return Step(scale, count, raw or _UNKNOWN, averages, gain, scaling)
 

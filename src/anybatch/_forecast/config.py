@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from anybatch._record import positive
 from anybatch._scaling import Estimator, Smoothing
 
 # How far training itself drifts, for each doubling from the record's scale to a larger one: the widest seen, down and
@@ -18,12 +19,13 @@ class RuleConfig:
 
     Args:
         adascale: whether it is AdaScale's.
-        estimator, smoothing: as in `AdaScale`.
+        estimator, smoothing, gain_factor: as in `AdaScale`.
     """
 
     adascale: bool
     estimator: Estimator
     smoothing: Smoothing
+    gain_factor: float = 1.0
 
 
 def drift(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -52,4 +54,5 @@ def rule_of(config: Mapping[str, Any]) -> RuleConfig:
         adascale=estimator is not None or "AdaScale" in str(config.get("rule", "AdaScale()")),
         estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
         smoothing=theta,
+        gain_factor=positive(config.get("gain_factor")) or 1.0,
     )

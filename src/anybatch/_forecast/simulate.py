@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anybatch._forecast.config import RuleConfig
 from anybatch._forecast.curve import Curves
-from anybatch._scaling import EPSILON, smoothing_factor
+from anybatch._scaling import EPSILON, thetas
 
 _STRIDE = 1000  # steps of a run of more than this are put together
 _FIRST = 4  # the first ones never
@@ -16,7 +16,7 @@ _FIRST = 4  # the first ones never
 def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_clock: bool) -> Tensor:
     """Optimizer steps from tau = 0 to the total at each of `scales`, the last one in part: `[scales, versions]`.
 
-    These are `_moments.Averages`, for many scales and curves at once, so that the memory of the averages and the
+    These are `_scaling.Averages`, for many scales and curves at once, so that the memory of the averages and the
     clock's being held for a whole step are in the forecast. Where a run is long, several steps are taken with one gain.
 
     Args:
@@ -27,16 +27,16 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
     """
     total, shape = moments.total, (len(scales), len(moments.variance))
     by_clock = on_clock and rule.smoothing is None
-    known = total if on_clock else None
-    # theta of one base iteration, or of one step
-    once = [smoothing_factor(rule.smoothing, scale=scale, iterations=1, total=known) for scale in scales]
-    theta, scale = (torch.tensor(v, dtype=torch.float64)[:, None] for v in (once, list(map(float, scales))))
+    kept = [thetas(rule.smoothing, scale=scale, total=total if on_clock else None) for scale in scales]
+    columns = (*zip(*kept, strict=True), scales)
+    of_step, of_iteration, scale = (torch.tensor(c, dtype=torch.float64)[:, None] for c in columns)
     variance, sqnorm, weight, tau, steps = torch.zeros(5, *shape, dtype=torch.float64).unbind()
-    memory = together = torch.ones(shape, dtype=torch.float64)
+    together = moved = torch.ones(shape, dtype=torch.float64)  # steps and base iterations since the last look
     found = torch.full(shape, torch.nan, dtype=torch.float64)
     samples = 0
     while found.isnan().any():
-        keep = theta**memory
+        keep = torch.minimum(of_step**together, of_iteration**moved)
+        prior = _gain(variance / weight, sqnorm / weight, scale, rule=rule)
         raw_variance, raw_sqnorm = moments.at(tau)
         if rule.estimator == "paper":
             raw_variance, raw_sqnorm = raw_variance.clamp(min=EPSILON), raw_sqnorm.clamp(min=0)
@@ -45,20 +45,21 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
         sqnorm = torch.lerp(raw_sqnorm, sqnorm, keep)
         weight = torch.lerp(torch.ones_like(weight), weight, keep)
         samples += 1
-        gain = _gain(variance / weight, sqnorm / weight, scale, rule=rule)
-        if rule.estimator == "paper" and samples < 2:
+        gain = prior if rule.estimator == "paper" else _gain(variance / weight, sqnorm / weight, scale, rule=rule)
+        if rule.estimator == "paper" and samples == 1:
             gain = scale.clamp(max=1).expand(shape)
-        starting = samples < _FIRST or (not by_clock and samples * (1 - theta) < 1)
+        gain = torch.maximum(gain, torch.minimum(rule.gain_factor * gain, scale))
+        starting = samples < _FIRST or (not by_clock and samples * (1 - of_step) < 1)
         together = torch.where(torch.as_tensor(starting), 1.0, (total / _STRIDE / gain).floor().clamp(min=1))
         end = (tau + together * gain >= total) & found.isnan()
         found = torch.where(end, steps + (total - tau) / gain, found)
-        tau, steps = tau + together * gain, steps + together
-        memory = together * gain if by_clock else together
+        moved = together * gain
+        tau, steps = tau + moved, steps + together
     return torch.where(scale == 1, total, found)
 
 
 def _gain(variance: Tensor, sqnorm: Tensor, scale: Tensor, *, rule: RuleConfig) -> Tensor:
-    """`_moments.gain`, or the ratio of the paper's recommendation."""
+    """`anybatch.gain`, or the ratio of the paper's recommendation."""
     if rule.estimator == "ratio":
         ratio = (variance + sqnorm + EPSILON) / (variance / scale + sqnorm + EPSILON)
     else:

@@ -220,12 +220,16 @@ def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, t
         "paper": Johnson et al., ICML 2020, Section 3.4. The horizon is this project's: on short runs, where 1000/S
         iterations are too long a memory, it saves iterations. At the paper's own lengths 1000/S is the shorter one.
     """
+    of_step, of_iteration = thetas(smoothing, scale=scale, total=total)
+    return min(of_step, float(of_iteration**iterations))
+
+
+def thetas(smoothing: Smoothing, *, scale: float, total: float | None) -> tuple[float, float]:
+    """What the averages keep over one step, and over one base iteration; they forget by the shorter memory."""
     if isinstance(smoothing, int | float):
-        return smoothing
+        return float(smoothing), 1.0
     paper = max(1 - scale / 1000, 0.0)
-    if smoothing is None and total is not None:
-        return min(paper, exp(-iterations / (_HORIZON * total)))
-    return paper
+    return paper, exp(-1 / (_HORIZON * total)) if smoothing is None and total is not None else 1.0
 
 
 def _within(ratio: float, scale: float) -> float:

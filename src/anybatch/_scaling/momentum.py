@@ -1,8 +1,8 @@
 """What becomes of a momentum in a step of r base iterations.
 
 [Note: two kinds] SGD, and RMSprop with momentum, add what they have scaled already: `b = m * b + g`, and a step of
-`lr * b`. Such a buffer is a sum, and with `(1 - m') / (1 - m)` on the gradient that enters it, `lr / (1 - m)`, how far a
-gradient goes in the end, stays what it is. A constant m remembers `1 / (1 - m)` steps, which are `r / (1 - m)` base
+`lr * b`. Such a buffer is a sum, and with `(1 - m') / (1 - m)` on the gradient that enters it `lr / (1 - m)` stays what
+it is: how far a gradient goes in the end. A constant m remembers `1 / (1 - m)` steps, which are `r / (1 - m)` base
 iterations: a larger share of the run, the larger r. `m ** r` remembers `1 / (1 - m)` base iterations at any r, but it
 puts nearly all of `r * lr / (1 - m)` into one step, and that is what stability is about:
 
@@ -34,13 +34,13 @@ def momentum_at(momentum: float, iterations: float, *, decays: Decays, total: fl
         auto        m' = 1 - r / (0.01 * total), within [m ** sqrt(r), m]
 
     Automatic, the momentum remembers what it does in steps, but no more than 1 % of the run, and goes for that no
-    further than half of the way to the clock. Without a total it is constant.
+    further than half of the way to the clock. Without a total, and below the base batch, it is constant.
     """
     if decays == "constant" or iterations == 1 or (decays == "auto" and total is None):
         return momentum
     if decays == "auto" and total is not None:
-        ends = (momentum, _power(momentum, sqrt(iterations)))
-        return min(max(1 - iterations / (MEMORY * total), min(ends)), max(ends))
+        least = _power(momentum, sqrt(max(iterations, 1.0)))
+        return min(max(1 - iterations / (MEMORY * total), least), momentum)
     return _power(momentum, clock_power(decays, iterations))
 
 

@@ -1,0 +1,139 @@
+"""What becomes of a momentum: plain float64 loops, brute force, and the bound of stability."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import anybatch
+from anybatch._scaling.momentum import momentum_at, rms_exponent
+
+K = (1.0, 6.0, 2.5, 11.0, 3.0, 7.0)
+
+
+@pytest.mark.parametrize("decays", ["clock", "constant", 0.5, 0.25])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.3}, {"weight_decay": 0.1}])
+def test_sgd_against_a_plain_loop(decays, options):
+    """B' = m' B + c (1 - d) g with c = (1 - m') / (1 - m); w moves by lr r B', with Nesterov by lr r (c g + m' B')."""
+    a = {"clock": 1.0, "constant": 0.0}.get(decays, decays)
+    lr, m = 0.03, 0.9
+    p = nn.Parameter(torch.tensor([1.5, -0.4], dtype=torch.float64))
+    optimizer = torch.optim.SGD([p], lr=lr, momentum=m, **options)
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=1, rule=steps_of(decays))
+    w, buffer = p.detach().clone(), None
+    curvature = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    for r in K:
+        (0.5 * curvature * p.square()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        g = curvature * w + options.get("weight_decay", 0) * w
+        now = m ** (r**a)
+        c = (1 - now) / (1 - m)
+        kept = 1 - options.get("dampening", 0.0)
+        entering = g if buffer is None and r == 1 else kept * g  # torch's own first step takes the gradient undamped
+        buffer = c * entering if buffer is None else now * buffer + c * kept * g
+        w = w - lr * r * (c * g + now * buffer if options.get("nesterov") else buffer)
+        assert torch.allclose(p.detach(), w, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decays", ["clock", 0.5])
+def test_rmsprop_against_a_plain_loop(decays):
+    a = {"clock": 1.0}.get(decays, decays)
+    lr, m, alpha = 0.01, 0.8, 0.9
+    p = nn.Parameter(torch.tensor([1.5, -0.4], dtype=torch.float64))
+    optimizer = torch.optim.RMSprop([p], lr=lr, momentum=m, alpha=alpha, eps=1e-8)
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=1, rule=steps_of(decays))
+    w, v, buffer = p.detach().clone(), torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for r in K:
+        p.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        g, k = 2 * w, r**a
+        now, kept = m**k, alpha**k
+        v = kept * v + (1 - kept) * g * g
+        buffer = now * buffer + (1 - now) / (1 - m) * g / (v.sqrt() + 1e-8)
+        w = w - lr * r**0.5 * buffer
+        assert torch.allclose(p.detach(), w, rtol=1e-10)
+
+
+def steps_of(decays):
+    """A rule whose step t is of K[t] base iterations."""
+
+    class Steps(anybatch.Rule):
+        def __call__(self, *, scale, gain, clock, exponent):
+            at = next((i for i in range(len(K)) if math.isclose(sum(K[:i]), clock.tau, abs_tol=1e-9)), 0)
+            return anybatch.Scaling(K[at] ** exponent, K[at])
+
+    return Steps(decays=decays)
+
+
+@pytest.mark.parametrize(
+    ("task", "momentum", "mean_gain", "total"),
+    [
+        ("cifar10", 0.9, 27.7, 39_100), ("imagenet", 0.9, 61.9, 451_000), ("speech", 0.9, 19.8, 84_800),
+        ("transformer", 0.99, 72.4, 1_550_000), ("yolo", 0.9, 50.9, 207_000),
+    ],
+)  # fmt: skip
+def test_automatic_is_constant_in_the_papers_runs(task, momentum, mean_gain, total):
+    assert momentum_at(momentum, mean_gain, decays="auto", total=total) == momentum
+
+
+def test_automatic_remembers_a_hundredth_of_the_run_and_stops_half_of_the_way():
+    def auto(r, total):
+        return momentum_at(0.9, r, decays="auto", total=total)
+
+    assert auto(3.9, 4000) == 0.9  # remembers 39 base iterations of 4000
+    assert auto(8, 4000) == pytest.approx(0.8)  # 8 / (1 - 0.8) = 40
+    assert auto(30, 4000) == pytest.approx(0.9 ** math.sqrt(30))
+    assert auto(0.5, 40) == auto(0.5, 4000) == 0.9  # below the base batch it remembers less than at scale 1
+    assert auto(30, None) == 0.9
+
+
+@pytest.mark.parametrize("decays", ["constant", "clock", 0.5])
+@pytest.mark.parametrize("near", [0.97, 1.03])
+def test_the_bound_of_stability(decays, near):
+    """On a curvature h the recursion is stable while h * lr < 2 (1 + m') (1 - m) / (r (1 - m'))."""
+    r, m = 16.0, 0.9
+    now = momentum_at(m, r, decays=decays, total=None)
+    lr = near * 2 * (1 + now) * (1 - m) / (r * (1 - now))
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([p], lr=lr, momentum=m)
+
+    class Always(anybatch.Rule):
+        def __call__(self, *, scale, gain, clock, exponent):
+            return anybatch.Scaling(r, r)
+
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=1, rule=Always(decays=decays))
+    for _ in range(1500):
+        (0.5 * p.square()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (float(p.detach().abs()) < 1e-3) == (near < 1)
+
+
+@pytest.mark.parametrize("m", [0.0, 0.5, 0.95, 0.99])
+@pytest.mark.parametrize("r", [2, 8, 100])
+def test_rms_exponent_against_the_sum_over_all_pairs(m, r):
+    square = sum(m ** abs(i - j) for i in range(r) for j in range(r))
+    assert r ** rms_exponent(r, m) == pytest.approx(math.sqrt(square), rel=1e-9)
+    assert 0.5 <= rms_exponent(1 / r, m) <= 1
+
+
+@pytest.mark.parametrize(("momentum", "exponent"), [(0.0, 0.5), (0.99, 1.0)])
+def test_law_signs_of_averaged_noise_go_as_far_at_any_batch(momentum, exponent):
+    """Directions that are averages of noise, as Muon's and a sign's are: how far r base steps go, against one of r."""
+    torch.manual_seed(0)
+
+    def spread(r, power):
+        b, w = torch.zeros(20_000), torch.zeros(20_000)
+        kept = momentum**r
+        for t in range(int((200 + 512) / r)):
+            b = kept * b + (1 - kept) * torch.randn(20_000) / r**0.5
+            if t * r >= 200:  # the memory is full
+                w = w + r**power * b.sign()
+        return float(w.square().mean().sqrt())
+
+    assert spread(8, rms_exponent(8, momentum)) == pytest.approx(spread(1, 0), rel=0.1)
+    other = 1.5 - exponent  # the other law is far off
+    assert abs(math.log(spread(8, other) / spread(1, 0))) > 0.7
