@@ -62,3 +62,9 @@ def test_split_refuses_unequal_parts(batch, n):
 def test_split_needs_a_positive_number(n):
     with pytest.raises(anybatch.InvalidValueError, match="positive integer"):
         anybatch.split(torch.zeros(4), n)
+
+
+@pytest.mark.parametrize(("base", "scale", "examples"), [(8, None, 8), (8, None, 3), (None, 2, 100)])
+def test_a_size_of_the_data_that_does_not_fit_is_refused(base, scale, examples):
+    with pytest.raises(anybatch.InvalidValueError, match="examples is the size of the data"):
+        BatchSize(base, base, scale, examples)

@@ -1,5 +1,6 @@
 """The laws of the gain, as properties, and the cases that can be worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -290,3 +291,22 @@ def test_bad_scales_are_errors(value):
 def test_moments_need_two_samples(sample, batch):
     with pytest.raises(anybatch.InvalidValueError):
         anybatch.moments(1.0, 1.0, sample=sample, batch=batch)
+
+
+@given(st.integers(3, 12), st.integers(2, 5), st.integers(0, 10_000))
+def test_law_samples_of_one_pass_are_corrected_to_draws_with_replacement(population, n, seed):
+    """Over ALL choices of n of the population's gradients the corrected moments are on average exactly the truth."""
+    n = min(n, population)
+    torch.manual_seed(seed)
+    g = torch.randn(population, 3, dtype=torch.float64) + 0.5
+    sqnorm = float(g.mean(0).square().sum())
+    variance = float(g.square().sum(1).mean()) - sqnorm
+    found = []
+    for chosen in itertools.combinations(range(population), n):
+        some = g[list(chosen)]
+        raw = anybatch.moments(
+            float(some.square().sum(1).mean()), float(some.mean(0).square().sum()), sample=1, batch=n
+        ).with_replacement(population)
+        found.append((raw.variance, raw.sqnorm))
+    mean = [sum(each) / len(found) for each in zip(*found, strict=True)]
+    assert mean == pytest.approx([variance, sqnorm], rel=1e-9)

@@ -25,6 +25,7 @@ def attach(
     base_batch: float | None = None,
     micro_batch: float | None = None,
     scale: float | Literal["count"] | None = None,
+    examples: float | None = None,
     process_group: dist.ProcessGroup | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
@@ -48,6 +49,11 @@ def attach(
         micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
             before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
         scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
+        examples: size of the training data, in the unit of `base_batch`, if every epoch goes once through it, as a
+            shuffling DataLoader does. The examples of a step are then never the same ones, and look less alike than
+            independent draws: without a correction by `variance * base_batch / examples`, sqnorm comes out too small
+            and the gain too large, which matters where the data is few hundred base batches. Leave it out for data
+            drawn with replacement, or streamed.
         process_group: ranks whose gradients are averaged; DDP's or FSDP2's own by default.
         grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
             units for a while after the scaler has changed its factor.
@@ -94,7 +100,7 @@ def attach(
         model=model,
         rule=rule,
         scheduler=scheduler,
-        batch=BatchSize(base_batch, micro_batch, scale),
+        batch=BatchSize(base_batch, micro_batch, scale, examples),
         clock=Clock(total),
         process_group=process_group,
         grad_scaler=grad_scaler,

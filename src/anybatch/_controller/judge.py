@@ -114,7 +114,9 @@ class Judge:
     def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:
         """This step's own moments; `None` where it shows no variance."""
         if seen.norms is not None:
-            return _moments_of(seen.norms, sample=sample, batch=scale)
+            raw = _moments_of(seen.norms, sample=sample, batch=scale)
+            population = self._batch.population
+            return raw if population is None else raw.with_replacement(population)
         if seen.pair is not None:
             return _moments_of(seen.pair, sample=sample, batch=2 * sample)
         consecutive = self._adascale is not None and self._adascale.consecutive

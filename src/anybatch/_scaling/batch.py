@@ -29,21 +29,32 @@ class BatchSize:
         scale = N * sample                          S
 
     With unequal micro-batches the harmonic mean is exact, not a convention: the variance of an equally weighted mean of
-    gradients with variances `v / b_i` is `v / (N * size)`.
+    gradients with variances `v / b_i` is `v / (N * size)`. `examples` is the size of the data, if it was said.
     """
 
     base_batch: float | None
     micro_batch: float | None
     scale: float | Literal["count"] | None
+    examples: float | None = None
 
     def __post_init__(self) -> None:
         pair = (self.base_batch is not None, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
-            given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
+            given = ", ".join(f"{n}={v!r}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
         for name, value in vars(self).items():
             if value is not None and value != "count":
                 check_positive(name, value)
+        if self.examples is not None and (self.base_batch is None or self.examples <= self.base_batch):
+            raise InvalidValueError(
+                f"examples is the size of the data, larger than base_batch and in its unit; got examples="
+                f"{self.examples:g}, base_batch={self.base_batch}."
+            )
+
+    @property
+    def population(self) -> float | None:
+        """Base batches of a pass over the data; `None` where the size of the data was not said."""
+        return None if self.examples is None or self.base_batch is None else self.examples / self.base_batch
 
     @property
     def counts(self) -> bool:

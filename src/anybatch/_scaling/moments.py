@@ -38,6 +38,16 @@ class Moments:
         """Whether both numbers are finite."""
         return isfinite(self.variance) and isfinite(self.sqnorm)
 
+    def with_replacement(self, population: float) -> "Moments":
+        """What draws with replacement would have shown, of samples from one pass over `population` base batches.
+
+            variance' = variance * (1 - 1/population)        sqnorm' = sqnorm + variance / population
+
+        Two samples of one pass are never the same examples, so they are correlated by `-1 / (population - 1)`, and
+        raw moments are off by just that: late in training on little data by as much as sqnorm itself.
+        """
+        return Moments(self.variance * (1 - 1 / population), self.sqnorm + self.variance / population)
+
     @property
     def noise_scale(self) -> float:
         """`variance / sqnorm` of the clipped moments, in base batches; infinite without a mean, nan for 0/0."""
