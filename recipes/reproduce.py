@@ -29,16 +29,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import figures
-import gains
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
-from task import DataError
-from train import TASKS
 
 import anybatch
 from anybatch._demo_run import significantly_below
+from recipes.paper import figures, gains
+from recipes.paper.runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
+from recipes.train import TASKS
+from recipes.training.task import DataError
 
 GRID = 13
 UNTOLD = ("what", "cache", "out", "jobs")  # arguments that do not decide the numbers

@@ -20,16 +20,16 @@ from math import floor, isfinite
 from pathlib import Path
 from typing import Any
 
-import parallel
 import torch
 import torch.distributed as dist
-from attempts import Attempts
-from options import PRECISIONS, TASKS, Options, parse, task_of
-from parallel import Place
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from task import DataError, Task
 
 import anybatch
+from recipes.training import parallel
+from recipes.training.attempts import Attempts
+from recipes.training.options import PRECISIONS, TASKS, Options, parse, task_of
+from recipes.training.parallel import Place
+from recipes.training.task import DataError, Task
 
 __all__ = ["TASKS", "Options", "Training", "main", "run"]
 

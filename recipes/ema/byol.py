@@ -12,13 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from ema_plots import accuracy
-from ema_runs import Results, Study, main
-from ema_train import Batch, Config, Experiment
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, one_hot
 
 from anybatch._demo import digits
+from recipes.ema.plots import accuracy
+from recipes.ema.runs import Results, Study, main
+from recipes.ema.train import Batch, Config, Experiment
 
 # The full learning rates are starts for tuning at the base batch.
 CONFIGS = {
@@ -141,7 +141,7 @@ def make(config: Config, options: argparse.Namespace) -> Experiment:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    from ema_images import Folder
+    from recipes.ema.images import Folder
 
     return Folder(config, data=options.data, transformer=options.config == "vit", device=options.device)
 

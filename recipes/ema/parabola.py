@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from ema_plots import figure, kappas
 from torch import Tensor, nn
 
 import anybatch
+from recipes.ema.plots import figure, kappas
 
 ORDERS = ("before", "after")
 

@@ -12,13 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from ema_plots import accuracy
-from ema_runs import Results, Study, main
-from ema_train import Batch, Config, Experiment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits
+from recipes.ema.plots import accuracy
+from recipes.ema.runs import Results, Study, main
+from recipes.ema.train import Batch, Config, Experiment
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1536, decay=0.98, rate=0.03),
@@ -80,7 +80,7 @@ def make(config: Config, options: argparse.Namespace) -> Experiment:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    from ema_speech import Speech
+    from recipes.ema.speech import Speech
 
     return Speech(config, data=options.data, device=options.device)
 

@@ -8,18 +8,17 @@ equal points of tau, with that of the base batch: the same average of the same p
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from ema_plots import COLOURS, MARKERS, figure, kappas, label
-from ema_runs import Results, Study, main
-from ema_train import ARMS, Batch, Config, Experiment, Scale
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits, network
+from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
+from recipes.ema.runs import Results, Study, main
+from recipes.ema.train import ARMS, Batch, Config, Experiment, Scale
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
@@ -66,8 +65,7 @@ class Cifar10(Experiment):
     """
 
     def __init__(self, config: Config, *, data: Path | None, tiny: bool = False, device: str = "cpu") -> None:
-        sys.path.append(str(Path(__file__).parents[1]))
-        import cifar10
+        from recipes.images import cifar10
 
         super().__init__(config, device=device)
         self.task = cifar10.Cifar10(data, tiny=tiny)

@@ -2,32 +2,22 @@
 
 import json
 import math
-import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
-import made_images
-import made_speech
 import pytest
 import torch
 
 import anybatch
-
-FOLDER = Path(__file__).parents[2] / "recipes" / "ema"
-if str(FOLDER) not in sys.path:
-    sys.path.insert(0, str(FOLDER))
-
-import byol
-import ema_nets
-import ema_runs
-import ema_train
-import parabola
-import pseudo
-import supervised
-from ema_images import Folder
-from ema_speech import Speech
-from ema_train import Config
+from recipes.ema import byol, parabola, pseudo, supervised
+from recipes.ema import nets as ema_nets
+from recipes.ema import runs as ema_runs
+from recipes.ema import train as ema_train
+from recipes.ema.images import Folder
+from recipes.ema.speech import Speech
+from recipes.ema.train import Config
+from recipes.images import made as made_images
+from recipes.speech import made as made_speech
 
 # The parabola
 

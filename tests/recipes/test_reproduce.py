@@ -4,13 +4,12 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import gains
 import pytest
-import reproduce
-import runs
 import torch
 
 import anybatch
+from recipes import reproduce
+from recipes.paper import gains, runs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from random import Random
 from xml.etree import ElementTree
 
 from PIL import Image, ImageDraw, ImageFont
-from voc import CLASSES
+
+from recipes.detection.voc import CLASSES
 
 SYMBOLS = "XOTLHVZEUKNSYAMCWPFR"  # the first ones are the easiest to tell apart, mirrored or not
 DIFFICULT = 0.05  # part of the objects

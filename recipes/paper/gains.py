@@ -7,14 +7,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from options import Options
-from parallel import here
-from runs import Run, task_of
-from task import Task
 from torch import nn
-from train import Training
 
 import anybatch
+from recipes.paper.runs import Run, task_of
+from recipes.train import Training
+from recipes.training.options import Options
+from recipes.training.parallel import here
+from recipes.training.task import Task
 
 
 @dataclass

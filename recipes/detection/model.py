@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from task import DataError
 from torch import Tensor, nn
+
+from recipes.training.task import DataError
 
 STRIDES = (32, 16, 8)
 # For an input of 416 pixels, coarse scale first: section 2.3 of the paper (clusters of COCO's boxes).

@@ -10,8 +10,9 @@ import wave
 from pathlib import Path
 
 import torch
-from speech_model import SAMPLE_RATE
 from torch import Tensor
+
+from recipes.speech.model import SAMPLE_RATE
 
 WORDS = (
     "a",

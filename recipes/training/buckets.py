@@ -10,10 +10,10 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from task import DataError, Task
 from torch.utils.data import DataLoader, Sampler
 
 import anybatch
+from recipes.training.task import DataError, Task
 
 POOL = 64  # blocks sorted together: more is less padding, fewer is more mixing
 

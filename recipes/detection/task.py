@@ -18,20 +18,21 @@ batches.
 from pathlib import Path
 from typing import Any, ClassVar
 
-import made_detection
 import torch
-from task import Task
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from voc import CLASSES, JITTER, TrainSet, WholeSet, read_split
-from yolo_boxes import Grid, detect, iou, make_grid, mean_average_precision
-from yolo_model import STRIDES, YoloV3, anchors
+
+from recipes.detection import made
+from recipes.detection.boxes import Grid, detect, iou, make_grid, mean_average_precision
+from recipes.detection.model import STRIDES, YoloV3, anchors
+from recipes.detection.voc import CLASSES, JITTER, TrainSet, WholeSet, read_split
+from recipes.training.task import Task
 
 IGNORE = 0.5  # overlap with an object above which a prediction not in charge is not told that there is none
 
-make = made_detection.make
+make = made.make
 
 
 class Yolo(Task):

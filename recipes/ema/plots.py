@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ema_runs import Results, spread
-from ema_train import ARMS
+from recipes.ema.runs import Results, spread
+from recipes.ema.train import ARMS
 
 # Okabe and Ito's palette: told apart by colour-blind eyes; markers tell them apart in grey.
 COLOURS = {

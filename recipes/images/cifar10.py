@@ -9,21 +9,22 @@ import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
-import made_images
 import torch
-from resnet import cifar_resnet_v2, standardised
-from task import DataError, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import Dataset
 
+from recipes.images import made
+from recipes.images.resnet import cifar_resnet_v2, standardised
+from recipes.training.task import DataError, Task
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
 LAST_RATE = 0.01
 _RECORD = 1 + 3 * 32 * 32  # a label and three planes of 32x32, in bytes
 _TRAIN, _TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-make = made_images.cifar10
+make = made.cifar10
 
 
 class Cifar10(Task):

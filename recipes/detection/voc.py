@@ -14,9 +14,10 @@ from xml.parsers import expat
 
 import torch
 from PIL import Image, ImageEnhance
-from task import DataError
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from recipes.training.task import DataError
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

@@ -10,22 +10,23 @@ from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
-import made_images
 import torch
 from PIL import Image
-from resnet import imagenet_resnet_v1, standardised
-from task import DataError, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from recipes.images import made
+from recipes.images.resnet import imagenet_resnet_v1, standardised
+from recipes.training.task import DataError, Task
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
 MILESTONES = (150 / 451, 300 / 451, 400 / 451)  # shares of the run
 UNREADABLE = 0.01  # the share of images that may be broken
 _SUFFIXES = {".jpeg", ".jpg", ".png"}
-make = made_images.image_folder
+make = made.image_folder
 
 
 class ImageNet(Task):

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parallel import Place
-from task import DataError, Task
 
 import anybatch
+from recipes.training.parallel import Place
+from recipes.training.task import DataError, Task
 
 TASKS = {
-    "digits": "digits:Digits",
-    "cifar10": "cifar10:Cifar10",
-    "imagenet": "imagenet:ImageNet",
-    "speech": "speech:Speech",
-    "transformer": "transformer:Transformer",
-    "yolo": "yolo:Yolo",
+    "digits": "recipes.digits:Digits",
+    "cifar10": "recipes.images.cifar10:Cifar10",
+    "imagenet": "recipes.images.imagenet:ImageNet",
+    "speech": "recipes.speech.task:Speech",
+    "transformer": "recipes.translation.task:Transformer",
+    "yolo": "recipes.detection.task:Yolo",
 }
 RULES = ("adascale", "lsw", "lsw+", "linear", "sqrt", "identity")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from digits import Digits
-from options import TASKS, Options
-from train import main, run
 
 import anybatch
+from recipes.digits import Digits
+from recipes.train import main, run
+from recipes.training.options import TASKS, Options
 
 
 class Killed(Exception):

@@ -4,19 +4,15 @@ An experiment says what is trained (`Experiment`), an arm how the batch size is 
 run from one seed. Nothing here depends on which experiment it is, or on how big.
 """
 
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil, nan
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import anybatch
-
-sys.path.append(str(Path(__file__).parents[1]))
-from attempts import Attempts
+from recipes.training.attempts import Attempts
 
 Batch = tuple[Tensor, ...]
 Scale = float | tuple[float, ...]  # a tuple is progressive: equal shares of the run at each

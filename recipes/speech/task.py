@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import made_speech
 import torch
-from buckets import bucketed
-from librispeech import LibriSpeech, read_splits
-from speech_model import BLANK, DeepSpeech2, edit_distance, greedy
-from task import Task
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
+
+from recipes.speech import made
+from recipes.speech.librispeech import LibriSpeech, read_splits
+from recipes.speech.model import BLANK, DeepSpeech2, edit_distance, greedy
+from recipes.training.buckets import bucketed
+from recipes.training.task import Task
 
 FINAL = 0.01  # of the learning rate is left at the end
 
@@ -87,5 +88,5 @@ def _losses(log_probs: Tensor, steps: Tensor, labels: Tensor, label_lengths: Ten
 
 
 def make(folder: Path, *, size: str = "tiny", seed: int = 0) -> None:
-    """Write made speech to `folder`, see `made_speech`; sizes `"tiny"` and `"small"`."""
-    made_speech.write(folder, size=size, seed=seed)
+    """Write made speech to `folder`, see `made`; sizes `"tiny"` and `"small"`."""
+    made.write(folder, size=size, seed=seed)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from task import DataError
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformer_model import BEGIN, END, PAD, UNKNOWN
+
+from recipes.training.task import DataError
+from recipes.translation.model import BEGIN, END, PAD, UNKNOWN
 
 LONGEST = 256  # tokens of a source or a target to train on; the few longer ones are left out, and counted
 

@@ -1,20 +1,18 @@
 """Pseudo-labelling's full configuration: Deep Speech 2 on LibriSpeech, of which a tenth keeps its transcripts."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from ema_train import Batch, Config, Experiment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-sys.path.append(str(Path(__file__).parents[1]))
-import speech
-from speech_model import BLANK, CHARACTERS, greedy
-from task import Shuffled
+from recipes.ema.train import Batch, Config, Experiment
+from recipes.speech import task as speech
+from recipes.speech.model import BLANK, CHARACTERS, greedy
+from recipes.training.task import Shuffled
 
 
 class Speech(Experiment):

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import made_language
 import torch
-from buckets import bucketed, cut
-from task import Task
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from transformer_model import BEGIN, PAD, TransformerModel, translate
-from wmt import ParallelText, read_pairs, vocabulary_of
 
 import anybatch
+from recipes.training.buckets import bucketed, cut
+from recipes.training.task import Task
+from recipes.translation import made
+from recipes.translation.model import BEGIN, PAD, TransformerModel, translate
+from recipes.translation.wmt import ParallelText, read_pairs, vocabulary_of
 
 SMOOTHING = 0.1
 STEPS = (0.5, 0.75, 0.9)  # of the run, where the learning rate is divided by STEP
@@ -134,5 +134,5 @@ def _loss(model: nn.Module, batch: Any, *, smoothing: float, reduction: str) -> 
 
 
 def make(folder: Path, *, size: str = "tiny", seed: int = 0) -> None:
-    """Write made languages to `folder`, see `made_language`; sizes `"tiny"` and `"small"`."""
-    made_language.write(folder, size=size, seed=seed)
+    """Write made languages to `folder`, see `made`; sizes `"tiny"` and `"small"`."""
+    made.write(folder, size=size, seed=seed)

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from ema_train import ARMS, Config, Experiment, Scale, train
 
 import anybatch
 from anybatch._demo_run import welch
+from recipes.ema.train import ARMS, Config, Experiment, Scale, train
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment]

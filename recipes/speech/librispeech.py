@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speech_model import CHARACTERS, SAMPLE_RATE, frames, spectrogram, steps
-from task import DataError
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from recipes.speech.model import CHARACTERS, SAMPLE_RATE, frames, spectrogram, steps
+from recipes.training.task import DataError
 
 
 @dataclass(frozen=True)

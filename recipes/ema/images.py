@@ -1,20 +1,18 @@
 """BYOL's full configurations: two views of the images in an ImageNet folder, and ResNet-18 or a vision transformer."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from byol import Byol, Distillation, probe
-from ema_nets import resnet18, vit
-from ema_train import Batch, Config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.append(str(Path(__file__).parents[1]))
-from imagenet import MEAN, STD, Images, classes
-from resnet import standardised
-from task import DataError, Shuffled
+from recipes.ema.byol import Byol, Distillation, probe
+from recipes.ema.nets import resnet18, vit
+from recipes.ema.train import Batch, Config
+from recipes.images.imagenet import MEAN, STD, Images, classes
+from recipes.images.resnet import standardised
+from recipes.training.task import DataError, Shuffled
 
 PROBED = 20_000  # labelled images of each part that the probe sees
 SIDE = 224

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from options import Options
-from task import Task
-from train import TASKS, run
 
 import anybatch
+from recipes.train import TASKS, run
+from recipes.training.options import Options
+from recipes.training.task import Task
 
 Summary = dict[str, Any]
 POINTS = 40  # of a curve

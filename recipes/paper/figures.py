@@ -5,9 +5,9 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
-from runs import Run, Summary, mean_curve
 
 import anybatch
+from recipes.paper.runs import Run, Summary, mean_curve
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
