@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.ema.byol import Byol, Distillation, probe
+from recipes.ema.distillation import Byol, Distillation, probe
 from recipes.ema.nets import resnet18, vit
 from recipes.ema.train import Batch, Config
 from recipes.images.imagenet import MEAN, STD, Images, classes

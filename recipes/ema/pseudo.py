@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from anybatch._demo import digits
 from recipes.ema.plots import accuracy
 from recipes.ema.runs import Results, Study, main
+from recipes.ema.speech import Speech
 from recipes.ema.train import Batch, Config, Experiment
 
 CONFIGS = {
@@ -80,8 +81,6 @@ def make(config: Config, options: argparse.Namespace) -> Experiment:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    from recipes.ema.speech import Speech
-
     return Speech(config, data=options.data, device=options.device)
 
 

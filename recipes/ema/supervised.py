@@ -19,6 +19,7 @@ from anybatch._demo import digits, network
 from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
 from recipes.ema.runs import Results, Study, main
 from recipes.ema.train import ARMS, Batch, Config, Experiment, Scale
+from recipes.images import cifar10
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
@@ -65,8 +66,6 @@ class Cifar10(Experiment):
     """
 
     def __init__(self, config: Config, *, data: Path | None, tiny: bool = False, device: str = "cpu") -> None:
-        from recipes.images import cifar10
-
         super().__init__(config, device=device)
         self.task = cifar10.Cifar10(data, tiny=tiny)
         self._order: torch.Generator | None = None
