@@ -1,6 +1,6 @@
 """Decays on the clock against constant ones: final losses on the digits, for Adam and for SGD with momentum.
 
-    python benchmarks/decays.py [--seeds 4]
+    python -m benchmarks.decays [--seeds 4]
 
 Each row trains the demo's network with hyperparameters for a base batch of 8, T_SI = 3000.
 """
@@ -8,9 +8,9 @@ Each row trains the demo's network with hyperparameters for a base batch of 8, T
 from functools import partial
 
 import torch
-from digits import table, train
 
 import anybatch
+from benchmarks.digits import table, train
 
 MAKERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.9, 0.99)),

@@ -1,6 +1,6 @@
 """What a step of a model average costs: a ratio to an in-place add of the same bytes, and host time.
 
-    python benchmarks/ema.py [--rounds 20] [--json ema.json]
+    python -m benchmarks.ema [--rounds 20] [--json ema.json]
 
 One thread. 160 tensors of 40,000 elements each (6.4 million: more than the caches hold), and for the host time 160 of
 4 elements, ten updates in a row. All kinds take turns, in random order, so that they see the same machine; the numbers

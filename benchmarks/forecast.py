@@ -1,6 +1,6 @@
 """Forecasts from one small run against runs really made: the digits, and a small language model on python's own help.
 
-    python benchmarks/forecast.py [--seeds 2] [--tasks sgd,adam] [--json rows.json] [--plot forecast.png]
+    python -m benchmarks.forecast [--seeds 2] [--tasks sgd,adam] [--json rows.json] [--plot forecast.png]
 
 Each task is recorded once at S = 2 and once at S = 8; from each record alone the optimizer steps at S = 4 to 128 are
 forecast, and compared with the mean of the runs made there.

@@ -1,6 +1,6 @@
 """What a controller costs: time of a training step with and without it, as a ratio of interleaved medians.
 
-    python benchmarks/overhead.py [--rounds 60] [--json overhead.json]
+    python -m benchmarks.overhead [--rounds 60] [--json overhead.json]
 
 One thread a process. A step is `accumulation` backwards and one `optimizer.step()` of SGD with momentum; with two
 ranks, under DistributedDataParallel on gloo. The two loops take turns step by step, so that both see the same machine.

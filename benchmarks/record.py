@@ -1,6 +1,6 @@
 """What a record costs: microseconds a step, with and without, from interleaved medians.
 
-    python benchmarks/record.py [--rounds 3000] [--json record.json]
+    python -m benchmarks.record [--rounds 3000] [--json record.json]
 
 One thread. A step is two backwards of a small model and one `optimizer.step()`, with AdaScale; the step is timed. The
 loops take turns in a new order each round, so that all see the same machine. Then the reading of what was written.

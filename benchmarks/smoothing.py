@@ -1,6 +1,6 @@
 """The averages of AdaScale's moments: the paper's estimators against a horizon on the clock, on the digits.
 
-    python benchmarks/smoothing.py [--seeds 4]
+    python -m benchmarks.smoothing [--seeds 4]
 
 On a short run 1000/S iterations, the paper's memory, are a large part of the run; 1 % of the run on the clock is not.
 """
@@ -8,9 +8,9 @@ On a short run 1000/S iterations, the paper's memory, are a large part of the ru
 from functools import partial
 
 import torch
-from digits import table, train
 
 import anybatch
+from benchmarks.digits import table, train
 
 ESTIMATORS = {
     "paper: clip, then 1 - S/1000": anybatch.AdaScale(estimator="paper", smoothing="paper"),

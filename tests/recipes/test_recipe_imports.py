@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["recipes"]
+PACKAGES = ["recipes", "benchmarks"]
 
 
 def trees(root, package):
