@@ -1,7 +1,7 @@
 """The experiments of the AdaScale paper, on any of its tasks.
 
-    python recipes/reproduce.py table2 --task digits
-    python recipes/reproduce.py fig5 --task cifar10 --data /data/cifar10
+    python -m recipes.reproduce table2 --task digits
+    python -m recipes.reproduce fig5 --task cifar10 --data /data/cifar10
 
     table2   metric, training loss and iterations of AdaScale, LSW and LSW+ at every scale
     fig1     what the rules make of a large scale: identity, linear and AdaScale against iterations
@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _command(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """What was called, without the defaults."""
-    words = ["python", "recipes/reproduce.py", given.what]
+    words = ["python", "-m", "recipes.reproduce", given.what]
     for name, value in vars(given).items():
         if name not in UNTOLD and value != parser.get_default(name):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

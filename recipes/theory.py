@@ -1,6 +1,6 @@
 """The theorems of AdaScale, drawn with what they bound: E[F(w) - F*] measured over thousands of runs.
 
-    python recipes/theory.py [--runs 20000] [--out docs/figures/theory.png] [--json docs/figures/theory.json]
+    python -m recipes.theory [--runs 20000] [--out docs/figures/theory.png] [--json docs/figures/theory.json]
 
 For a constant learning rate eta, an alpha-PL and beta-smooth F, and base gradients of variance at most V (Johnson et
 al., ICML 2020, Theorems 1 to 3):

@@ -1,8 +1,8 @@
 """Train one of the papers' tasks at any scale: one loop over anybatch's public functions.
 
-    python recipes/train.py digits --scale 32
-    python recipes/train.py cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
-    torchrun --nproc-per-node=8 recipes/train.py imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
+    python -m recipes.train digits --scale 32
+    python -m recipes.train cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
+    torchrun --nproc-per-node=8 -m recipes.train imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
         --precision bf16 --workers 12 --ema 0.9999
 
 The scale is the batch of a step in base batches: ranks * accumulation * micro-batch / base batch. `--scale` and

@@ -29,7 +29,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 class Grid:
     """Where each of the P predictions of a square image stands: all anchors of all cells of all scales.
 
-    The order is that of `yolo_model.YoloV3`: scale (coarse first), anchor, row, column.
+    The order is that of `model.YoloV3`: scale (coarse first), anchor, row, column.
     """
 
     size: int

@@ -1,6 +1,6 @@
 """YOLOv3 (Redmon and Farhadi, 2018): Darknet-53, three scales that share a pyramid of features, three anchors each.
 
-The model's output is `[B, P, 5 + classes]`, P predictions in the order of `yolo_boxes.Grid`, each `x, y, width, height,
+The model's output is `[B, P, 5 + classes]`, P predictions in the order of `boxes.Grid`, each `x, y, width, height,
 objectness, classes` before any sigmoid or exponential.
 """
 

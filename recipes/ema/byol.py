@@ -1,8 +1,8 @@
 """BYOL, self-supervised learning from an EMA teacher, at any batch size.
 
-    python recipes/ema/byol.py [--out docs/figures]                      the digits, a small perceptron
-    python recipes/ema/byol.py --config full --data DIR --device cuda    ResNet-18 on an image folder
-    python recipes/ema/byol.py --config vit --data DIR --device cuda     a vision transformer on it, with AdamW
+    python -m recipes.ema.byol [--out docs/figures]                      the digits, a small perceptron
+    python -m recipes.ema.byol --config full --data DIR --device cuda    ResNet-18 on an image folder
+    python -m recipes.ema.byol --config vit --data DIR --device cuda     a vision transformer on it, with AdamW
 
 Of each image two views are made. The student predicts from one what its own EMA, the teacher, makes of the other. No
 label is used; what was learned is measured by a linear probe, a ridge regression from the features to the classes.

@@ -1,7 +1,7 @@
 """The EMA scaling rule on the noisy parabola, where everything can be seen.
 
-    python recipes/ema/parabola.py [--out docs/figures]       eta 0.01, rho 0.99, 512 base steps, kappa to 32
-    python recipes/ema/parabola.py --config full              eta 1e-4, rho 0.9999, 51,200 base steps, kappa to 1024
+    python -m recipes.ema.parabola [--out docs/figures]       eta 0.01, rho 0.99, 512 base steps, kappa to 32
+    python -m recipes.ema.parabola --config full              eta 1e-4, rho 0.9999, 51,200 base steps, kappa to 1024
 
 Many independent runs of SGD on L(theta) = theta^2 / 2 from theta = 1, in float64. The gradient of a base batch is
 

@@ -1,7 +1,7 @@
 """Pseudo-labelling with an EMA teacher at any batch size.
 
-    python recipes/ema/pseudo.py [--out docs/figures]                    the digits, 134 of 1347 labelled
-    python recipes/ema/pseudo.py --config full --data DIR --device cuda  speech with CTC
+    python -m recipes.ema.pseudo [--out docs/figures]                    the digits, 134 of 1347 labelled
+    python -m recipes.ema.pseudo --config full --data DIR --device cuda  speech with CTC
 
 The student learns from the labelled examples, and from unlabelled ones what its own EMA says of them before noise is
 added. A teacher whose memory is kappa times too long labels with weights of long ago: what is wrong is not an average

@@ -16,7 +16,7 @@ from recipes.training.task import Shuffled
 
 
 class Speech(Experiment):
-    """The recipe's data and network (recipes/speech.py), at a constant learning rate.
+    """The recipe's data and network (recipes/speech/task.py), at a constant learning rate.
 
     A batch of n has n transcribed utterances and as many without. The teacher, in evaluation mode, hears one of these
     as it is, and its greedy transcript is the label; the student hears it with bands of time and of frequency set to

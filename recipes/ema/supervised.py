@@ -1,7 +1,7 @@
 """Supervised training with a model EMA at any batch size.
 
-    python recipes/ema/supervised.py [--out docs/figures]                      the digits, plain SGD
-    python recipes/ema/supervised.py --config full --data DIR --device cuda    CIFAR-10, ResNet-18
+    python -m recipes.ema.supervised [--out docs/figures]                      the digits, plain SGD
+    python -m recipes.ema.supervised --config full --data DIR --device cuda    CIFAR-10, ResNet-18
 
 The EMA is only looked at here, it has no say in the training. What is compared is its test loss along the run, at eight
 equal points of tau, with that of the base batch: the same average of the same path has the same curve.
@@ -60,7 +60,7 @@ class Digits(Experiment):
 
 
 class Cifar10(Experiment):
-    """The recipe's data and network (recipes/cifar10.py), at a constant learning rate.
+    """The recipe's data and network (recipes/images/cifar10.py), at a constant learning rate.
 
     The network's BatchNorm sees one micro-batch at a time, and its running statistics are the student's for both.
     """

@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is trained; `python recipes/train.py --help` says what each is."""
+    """How a task is trained; `python -m recipes.train --help` says what each is."""
 
     rule: str = "adascale"
     decays: str | None = None
@@ -118,7 +118,9 @@ class Options:
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     """The command line: what chooses the task, and the options."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one of the papers' tasks at any scale.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.train", description="Train one of the papers' tasks at any scale."
+    )
     add = parser.add_argument
     add("task", choices=TASKS)
     add("--data", type=Path, help="folder with the data set")
