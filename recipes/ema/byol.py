@@ -9,16 +9,18 @@ label is used; what was learned is measured by a linear probe, a ridge regressio
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from anybatch._demo import digits
+from recipes.ema import runs
 from recipes.ema.distillation import GROUP, Byol, Distillation, probe
 from recipes.ema.images import Folder
 from recipes.ema.plots import accuracy
-from recipes.ema.runs import Results, Study, main
+from recipes.ema.runs import Results, Study
 from recipes.ema.train import Batch, Config, Experiment
 
 # The full learning rates are starts for tuning at the base batch.
@@ -94,5 +96,11 @@ STUDY = Study(
     progressive=PROGRESSIVE,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    runs.main(STUDY, arguments)
+
+
 if __name__ == "__main__":
-    main(STUDY)
+    main()

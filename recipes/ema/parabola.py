@@ -202,7 +202,9 @@ def draw(config: Config, rows: list[dict], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict]:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.ema.parabola", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", choices=list(CONFIGS), default="small")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the figure")
     parser.add_argument("--json", type=Path, help="the results file; in --out by default")

@@ -9,6 +9,7 @@ at the end but the training itself.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits
+from recipes.ema import runs
 from recipes.ema.plots import accuracy
-from recipes.ema.runs import Results, Study, main
+from recipes.ema.runs import Results, Study
 from recipes.ema.speech import Speech
 from recipes.ema.train import Batch, Config, Experiment
 
@@ -99,5 +101,11 @@ STUDY = Study(
     draw=draw,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    runs.main(STUDY, arguments)
+
+
 if __name__ == "__main__":
-    main(STUDY)
+    main()

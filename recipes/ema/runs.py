@@ -1,7 +1,7 @@
 """Many runs of one experiment: the command line, the file that keeps what was trained, the table and the test.
 
-Every finished run is written to the results file at once. Called again, a script trains what is missing and draws the
-figure anew, so that a figure can be changed without training.
+Every finished run is written to the results file at once. Called again, an experiment trains what is missing and draws
+the figure anew, so that a figure can be changed without training.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Make = Callable[[Config, argparse.Namespace], Experiment]
 
 @dataclass(frozen=True)
 class Study:
-    """What a script trains and draws.
+    """What an experiment trains and draws.
 
     Args:
         name: of its files.
@@ -152,8 +152,12 @@ def table(results: Results) -> str:
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> Results:
-    """The command line of every script."""
-    parser = argparse.ArgumentParser(description=study.description, formatter_class=argparse.RawTextHelpFormatter)
+    """The command line of every study."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m recipes.ema.{study.name}",
+        description=study.description,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--config", choices=list(study.configs), default=next(iter(study.configs)))
     parser.add_argument("--seeds", type=int, help="how many; the configuration's by default")
     parser.add_argument("--scales", type=float, nargs="+", help="kappas beside 1; the configuration's by default")

@@ -8,6 +8,7 @@ equal points of tau, with that of the base batch: the same average of the same p
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits, network
+from recipes.ema import runs
 from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
-from recipes.ema.runs import Results, Study, main
+from recipes.ema.runs import Results, Study
 from recipes.ema.train import ARMS, Batch, Config, Experiment, Scale
 from recipes.images import cifar10
 
@@ -178,5 +180,11 @@ STUDY = Study(
     few=4,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: every run, and the eight points."""
+    print(points(runs.main(STUDY, arguments)))
+
+
 if __name__ == "__main__":
-    print(points(main(STUDY)))
+    main()

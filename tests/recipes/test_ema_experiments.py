@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import anybatch
+from recipes.ema import __main__ as ema
 from recipes.ema import byol, parabola, pseudo, supervised
 from recipes.ema import nets as ema_nets
 from recipes.ema import runs as ema_runs
@@ -67,6 +68,17 @@ def test_the_parabolas_results_are_kept(tmp_path, monkeypatch):
     assert (tmp_path / "ema_parabola.png").stat().st_size > 10_000
     monkeypatch.setattr(parabola, "errors", lambda config: pytest.fail("computed again"))
     assert parabola.main(["--out", str(tmp_path)]) == rows
+
+
+def test_an_experiment_is_called_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parabola.CONFIGS, "small", parabola.Config(total=16, runs=10, scales=(1, 2, 4)))
+    ema.main(["parabola", "--out", str(tmp_path)])
+    assert (tmp_path / "ema_parabola.json").exists()
+    with pytest.raises(SystemExit):
+        ema.main(["byol", "--help"])
+    assert "python -m recipes.ema.byol" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ema.main(["adascale"])
 
 
 # The digits, supervised
