@@ -15,6 +15,7 @@ from functools import cache
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Task:
 
     label: str
     make: Callable[..., torch.optim.Optimizer]
-    decays: str
+    decays: Literal["clock", "constant"]
     base: int = 8
     total: int = 4000
     model: Callable[[int], nn.Module] = network
@@ -141,7 +142,7 @@ def train(task: Task, *, scale: int, seed: int, record: Path) -> int:
     return controller.steps
 
 
-def compare(name: str, *, seeds: int, folder: Path) -> dict:
+def compare(name: str, *, seeds: int, folder: Path) -> dict[str, Any]:
     """The steps of one task's runs, and their forecasts from each recorded scale."""
     task = TASKS[name]
     steps: dict[int, list[int]] = {}
@@ -182,7 +183,7 @@ def share(run: anybatch.Run, start: float, end: float) -> float:
     return sqnorm / (variance + sqnorm)
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     for recorded in RECORDED:
         rows = [row for row in result["rows"] if row["recorded"] == recorded]
         cells = " ".join(f"{row['forecast']:5.0f}/{row['real']:6.1f} {row['error']:+6.1%}" for row in rows)

@@ -36,7 +36,7 @@ import anybatch
 from anybatch._demo_run import significantly_below
 from recipes.paper import figures, gains
 from recipes.paper.runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
-from recipes.train import TASKS
+from recipes.training.options import TASKS
 from recipes.training.task import DataError
 
 GRID = 13
@@ -121,7 +121,7 @@ def fig3(lab: Lab) -> None:
     values = {}
     for scale in map(str, lab.given.scales):
         curve = mean_curve([found[r] for r in found if r.scale == scale], x="tau", y=lab.task.metric)
-        late = [abs(a - b) for tau, a, b in zip(*curve, base[1], strict=True) if tau >= lab.base.total / 4]
+        late = [abs(a - b) for tau, a, b in zip(*curve, base[1], strict=True) if tau >= lab.task.total / 4]
         values[scale] = {"tau": curve[0], "metric": curve[1], "largest_distance_after_a_quarter": max(late)}
         print(f"S = {scale:>4}: within {max(late):.2f} of scale 1 at equal tau, after the first quarter")
     records = {r.scale: lab.given.cache / r.key / "record.jsonl" for r in found if r.seed == 0}
@@ -164,7 +164,7 @@ def fig5(lab: Lab) -> None:
     found = lab.train(run for runs in methods.values() for run in runs)
     steps = fmean(found[run]["iterations"] for run in methods[f"AdaScale, S = {scale}"])
     # The large batch tuned by itself, with as many steps as AdaScale takes on average, around the rates it arrives at.
-    direct = at("identity", scale, total=ceil(steps), factor=lab.base.total / steps)
+    direct = at("identity", scale, total=ceil(steps), factor=lab.task.total / steps)
     methods[f"direct search, S = {scale}"] = direct
     found |= lab.train(direct)
     values: dict[str, Any] = {"rates": rates, "lasts": lasts, "metric": {}, "area": {}, "best": {}}
@@ -198,7 +198,8 @@ EXPERIMENTS = {"table2": table2, "decays": decays, "fig1": fig1, "fig2": fig2, "
 
 def _rows(lab: Lab, found: dict[Run, Summary]) -> list[dict[str, Any]]:
     """A row for each scale and rule, means over the seeds."""
-    metric, groups = lab.task.metric, {}
+    metric = lab.task.metric
+    groups: dict[tuple[str, str], list[Summary]] = {}
     for run, summary in found.items():
         groups.setdefault((run.scale, run.decays or run.rule), []).append(summary)
     base = [_metric(s, metric) for s in groups.get(("1", "adascale"), [])]

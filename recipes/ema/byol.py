@@ -21,7 +21,7 @@ from recipes.ema.distillation import GROUP, Byol, Distillation, probe
 from recipes.ema.images import Folder
 from recipes.ema.plots import accuracy
 from recipes.ema.runs import Results, Study
-from recipes.ema.train import Batch, Config, Experiment
+from recipes.ema.train import Batch, Config
 
 # The full learning rates are starts for tuning at the base batch.
 CONFIGS = {
@@ -48,7 +48,7 @@ class Digits(Distillation):
 
     noise, labelled = 0.7, 1000
 
-    def model(self) -> nn.Module:
+    def model(self) -> Byol:
         """64-128-16, heads 64 wide."""
         encoder = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
         return Byol(encoder, 16, hidden=64, outputs=32)
@@ -73,7 +73,7 @@ class Digits(Distillation):
         return x * brightness + self.noise * torch.randn(x.shape, generator=generator)
 
 
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Distillation:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)

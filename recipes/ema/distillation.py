@@ -45,7 +45,7 @@ class Byol(nn.Module):
         return self.predictor(self.project(x))
 
 
-class Distillation(Experiment):
+class Distillation(Experiment[Byol]):
     """What BYOL is, whatever the images; a batch of n has two views of n images."""
 
     teaches = True

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.ema.distillation import Byol, Distillation, probe
@@ -59,7 +59,7 @@ class Folder(Distillation):
         self.transformer, self.tiny, self.workers = transformer, tiny, workers
         self._order: torch.Generator | None = None
 
-    def model(self) -> nn.Module:
+    def model(self) -> Byol:
         """The encoder, with heads 4096 and 256 wide."""
         small: dict[str, Any] = {}
         if self.tiny:

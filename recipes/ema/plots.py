@@ -28,7 +28,7 @@ def figure(path: Path, *, panels: int) -> Iterator[Any]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    look = {
+    with mpl.rc_context({
         "font.size": 9.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -36,8 +36,7 @@ def figure(path: Path, *, panels: int) -> Iterator[Any]:
         "grid.alpha": 0.25,
         "legend.frameon": False,
         "axes.titlesize": 10.5,
-    }
-    with mpl.rc_context(look):
+    }):  # fmt: skip
         drawing, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.0), layout="constrained")
         yield axes if panels > 1 else [axes]
         drawing.savefig(path, dpi=100)

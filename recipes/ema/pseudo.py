@@ -33,7 +33,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-class Digits(Experiment):
+class Digits(Experiment[nn.Module]):
     """The demo's network on the digits; a batch of n has n labelled and 3 n unlabelled images.
 
     Args:
@@ -79,7 +79,7 @@ class Digits(Experiment):
         return x + self.noise * torch.randn(x.shape, generator=generator)
 
 
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from anybatch._demo_run import welch
 from recipes.ema.train import ARMS, Config, Experiment, Scale, train
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
-Make = Callable[[Config, argparse.Namespace], Experiment]
+Make = Callable[[Config, argparse.Namespace], Experiment[Any]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Results:
     def __init__(self, study: Study, config: Config, path: Path, *, data: Path | None = None) -> None:
         self.study, self.config, self.path = study, config, path
         self.data = str(data.resolve()) if data else None
-        self.runs: list[dict] = []
+        self.runs: list[dict[str, Any]] = []
         self.versions = VERSIONS
         if path.exists():
             saved = json.loads(path.read_text())
@@ -85,7 +86,7 @@ class Results:
             self.runs = saved["runs"]
             self.versions = {name: saved.get(name, version) for name, version in VERSIONS.items()}
 
-    def complete(self, experiment: Experiment) -> None:
+    def complete(self, experiment: Experiment[Any]) -> None:
         """Train what is missing, if there is something, with the versions of what is there."""
         done = {_key(run["arm"], run["scale"], run["seed"]) for run in self.runs}
         missing = [run for run in self.study.plan(self.config) if _key(*run) not in done]
@@ -110,7 +111,7 @@ class Results:
         scratch.write_text(f'{head[:-1]}, "runs": [\n{runs}\n]}}\n')
         scratch.replace(self.path)
 
-    def of(self, arm: str, scale: Scale) -> list[dict]:
+    def of(self, arm: str, scale: Scale) -> list[dict[str, Any]]:
         """The runs of an arm at a scale, by seed; at kappa 1 the arms share theirs."""
         first = next(iter(self.study.scales))
         wanted = first if scale == 1 else arm
@@ -182,13 +183,13 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> Results:
     return results
 
 
-def _plain(config: Config) -> dict:
+def _plain(config: Config) -> dict[str, Any]:
     """What makes runs comparable: all but how many there are."""
     kept = {field.name for field in fields(config)} - {"seeds", "scales"}
     return {name: value for name, value in asdict(config).items() if name in kept}
 
 
-def _key(arm: str, scale: Scale | list[float], seed: int) -> tuple:
+def _key(arm: str, scale: Scale | list[float], seed: int) -> tuple[str, tuple[float, ...], int]:
     return arm, tuple(scale) if isinstance(scale, list | tuple) else (float(scale),), seed
 
 

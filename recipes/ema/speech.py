@@ -15,7 +15,7 @@ from recipes.speech.model import BLANK, CHARACTERS, greedy
 from recipes.training.task import Shuffled
 
 
-class Speech(Experiment):
+class Speech(Experiment[nn.Module]):
     """The recipe's data and network (recipes/speech/task.py), at a constant learning rate.
 
     A batch of n has n transcribed utterances and as many without. The teacher, in evaluation mode, hears one of these

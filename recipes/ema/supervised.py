@@ -36,7 +36,7 @@ TOLERANCE = 0.03
 TOP = 3000  # per cent; a diverged run is drawn here
 
 
-class Digits(Experiment):
+class Digits(Experiment[nn.Module]):
     """The demo's network and data."""
 
     def model(self) -> nn.Module:
@@ -61,7 +61,7 @@ class Digits(Experiment):
         return {"accuracy": right, "loss": cross_entropy(logits, y).item()}
 
 
-class Cifar10(Experiment):
+class Cifar10(Experiment[nn.Module]):
     """The recipe's data and network (recipes/images/cifar10.py), at a constant learning rate.
 
     The network's BatchNorm sees one micro-batch at a time, and its running statistics are the student's for both.
@@ -127,7 +127,7 @@ def points(results: Results) -> str:
     return "\n".join(lines)
 
 
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
     return Cifar10(config, data=options.data, device=options.device) if options.config == "full" else Digits(config)
 

@@ -7,6 +7,7 @@ run from one seed. Nothing here depends on which experiment it is, or on how big
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import ceil, nan
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ import anybatch
 from recipes.training.attempts import Attempts
 
 Batch = tuple[Tensor, ...]
+Model = TypeVar("Model", bound=nn.Module)
 Scale = float | tuple[float, ...]  # a tuple is progressive: equal shares of the run at each
 
 
@@ -76,7 +78,7 @@ ARMS = {
 }
 
 
-class Experiment(ABC):
+class Experiment(ABC, Generic[Model]):
     """What is trained. `config` has its numbers.
 
     Args:
@@ -91,27 +93,27 @@ class Experiment(ABC):
         self.device = torch.device(device)
 
     @abstractmethod
-    def model(self) -> nn.Module:
+    def model(self) -> Model:
         """A new model; the seed is set."""
 
     @abstractmethod
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
         """The next `examples` training examples, augmented."""
 
-    def targets(self, model: nn.Module, batch: Batch) -> Batch:  # noqa: ARG002
+    def targets(self, model: Model, batch: Batch) -> Batch:  # noqa: ARG002
         """The batch with what the teacher says of it; `model` holds the EMA's weights here."""
         return batch
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch) -> Tensor:
         """The mean loss over the examples."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Model) -> dict[str, float]:
         """`"accuracy"` in percent, and `"loss"` where there is a test loss; without gradients."""
 
 
-def train(experiment: Experiment, arm: str, *, scale: Scale, seed: int) -> dict:
+def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -> dict[str, Any]:
     """One run: steps, and the curves of the student and of the teacher, its EMA, at equal points of tau.
 
     The curves of a run that takes no step any more are nan from there on.
@@ -182,7 +184,7 @@ def _rule(how: Arm, config: Config) -> anybatch.Rule:
     return anybatch.Linear() if config.optimizer == "sgd" else anybatch.SquareRoot()
 
 
-def _evaluate(experiment: Experiment, model: nn.Module, ema: anybatch.ModelEMA, *, tau: float) -> dict[str, float]:
+def _evaluate(experiment: Experiment[Model], model: Model, ema: anybatch.ModelEMA, *, tau: float) -> dict[str, float]:
     model.eval()
     with torch.no_grad():
         found = {f"student_{name}": value for name, value in experiment.evaluate(model).items()}

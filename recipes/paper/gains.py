@@ -53,11 +53,13 @@ def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: i
     """Gains against tau: `online` of one run, `offline` at a few of its points, `tied` of trajectories in step."""
     options = Options(rule="adascale", scale=str(scale), seed=base.seed, total=base.total, evaluations=1)
     training = Training(task_of(base), options, here())
-    online, offline = [], []
+    total = training.task.total
+    online: list[tuple[float, float]] = []
+    offline: list[dict[str, float]] = []
     while not training.over:
         training.step()
         online.append((training.controller.tau, training.controller.gain))
-        if training.controller.tau >= len(offline) * base.total / points + base.total / (2 * points):
+        if training.controller.tau >= len(offline) * total / points + total / (2 * points):
             true = true_moments(training.task, training.net, batches=batches, seed=base.seed + 1)
             offline.append({
                 "tau": training.controller.tau,
@@ -69,7 +71,7 @@ def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: i
     training.close()
     tied = _tied(base, scale=scale, trajectories=trajectories)
     ratios = [point["online"] / point["offline"] for point in offline]
-    apart = [abs(_at(online, tau) / gain - 1) for tau, gain in tied if tau > base.total / 10]
+    apart = [abs(_at(online, tau) / gain - 1) for tau, gain in tied if tau > total / 10]
     return {
         "scale": scale,
         "batches": batches,

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import anybatch
-from recipes.train import TASKS, run
-from recipes.training.options import Options
+from recipes.train import run
+from recipes.training.options import TASKS, Decays, Options
 from recipes.training.task import Task
 
 Summary = dict[str, Any]
@@ -39,7 +39,7 @@ class Run:
     lr: float | None = None
     last_rate: float | None = None
     steps: int | None = None
-    decays: str | None = None
+    decays: Decays | None = None
 
     @property
     def key(self) -> str:

@@ -51,7 +51,8 @@ class Speech(Task):
         """Features `[B, frames, bins]` and labels `[B, characters]`, each padded with zeros and with its lengths."""
         features, labels = zip(*examples, strict=True)
         lengths = [torch.tensor([len(x) for x in sequences]) for sequences in (features, labels)]
-        return pad_sequence(features, batch_first=True), lengths[0], pad_sequence(labels, batch_first=True), lengths[1]
+        padded = [pad_sequence(list(sequences), batch_first=True) for sequences in (features, labels)]
+        return padded[0], lengths[0], padded[1], lengths[1]
 
     def batches(
         self, micro_batch: int, *, seed: int, rank: int, ranks: int, start: int = 0, workers: int = 0
@@ -64,7 +65,8 @@ class Speech(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean over the utterances of their negative log-likelihoods."""
         features, lengths, labels, label_lengths = batch
-        return _losses(*model(features, lengths), labels, label_lengths).mean()
+        log_probs, steps = model(features, lengths)
+        return _losses(log_probs, steps, labels, label_lengths).mean()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

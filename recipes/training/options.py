@@ -5,7 +5,7 @@ import importlib
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -21,6 +21,7 @@ TASKS = {
     "transformer": "recipes.translation.task:Transformer",
     "yolo": "recipes.detection.task:Yolo",
 }
+Decays = Literal["clock", "constant"]
 RULES = ("adascale", "lsw", "lsw+", "linear", "sqrt", "identity")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,7 +31,7 @@ class Options:
     """How a task is trained; `python -m recipes.train --help` says what each is."""
 
     rule: str = "adascale"
-    decays: str | None = None
+    decays: Decays | None = None
     scale: str = "1"
     micro_batch: int | None = None
     steps: int | None = None
@@ -127,7 +128,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--tiny", action="store_true", help="a small model and a short run")
     add("--make-data", action="store_true", help="write a small made data set to --data if nothing is there")
     add("--rule", default="adascale", choices=RULES, help="how steps are scaled (default: adascale)")
-    add("--decays", choices=("clock", "constant"), help="of betas and momentum (default: the optimizer's)")
+    add("--decays", choices=get_args(Decays), help="of betas and momentum (default: the optimizer's)")
     add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
     add("--micro-batch", type=int, help="what each rank sees in one backward, in the unit of the base batch")
     add("--steps", type=int, help="for lsw+: how many steps the run is stretched to")

@@ -126,7 +126,7 @@ def sinusoids(length: int, width: int, *, device: torch.device | None = None) ->
 
 
 @torch.no_grad()
-def translate(model: TransformerModel, source: Tensor, *, beam: int = 4, longer: int = LONGER) -> list[list[int]]:
+def translate(model: nn.Module, source: Tensor, *, beam: int = 4, longer: int = LONGER) -> list[list[int]]:
     """The best target found for each source `[B, m]`, without BEGIN and END; the model is in eval mode.
 
     Of all targets, each step keeps the `beam` most probable that have not ended, and the best that has. A target Y that

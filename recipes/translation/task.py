@@ -85,7 +85,7 @@ class Transformer(Task):
         sources, targets = zip(*examples, strict=True)
         begin = torch.tensor([BEGIN])
         return (
-            pad_sequence(sources, batch_first=True, padding_value=PAD),
+            pad_sequence(list(sources), batch_first=True, padding_value=PAD),
             pad_sequence([torch.cat((begin, x)) for x in targets], batch_first=True, padding_value=PAD),
         )
 
