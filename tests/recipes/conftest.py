@@ -1,11 +1,11 @@
 import pytest
 
+from recipes.images import made as made_images
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """The small made image data sets, written once: `made("cifar10")` is a folder."""
-    from recipes.images import made as made_images
-
     written = {}
 
     def folder(name):
