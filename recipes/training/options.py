@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,15 +80,16 @@ class Options:
 
     def rule_for_attach(self) -> anybatch.Rule:
         """The rule by its name; the papers warm linear scaling up over 5.5 % of the run."""
-        rules = {
-            "adascale": anybatch.AdaScale(decays=self.decays),
-            "lsw": anybatch.Linear(warmup=0.055, decays=self.decays),
-            "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps, decays=self.decays),
-            "linear": anybatch.Linear(decays=self.decays),
-            "sqrt": anybatch.SquareRoot(decays=self.decays),
-            "identity": anybatch.Identity(decays=self.decays),
+        rules: dict[str, anybatch.Rule] = {
+            "adascale": anybatch.AdaScale(),
+            "lsw": anybatch.Linear(warmup=0.055),
+            "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps),
+            "linear": anybatch.Linear(),
+            "sqrt": anybatch.SquareRoot(),
+            "identity": anybatch.Identity(),
         }
-        return rules[self.rule]
+        rule = rules[self.rule]
+        return rule if self.decays is None else replace(rule, decays=self.decays)
 
     def micro_batch_for(self, task: Task, *, ranks: int) -> int:
         """The one that was given; else a base batch, or a rank's share of the smallest step."""
