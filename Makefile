@@ -37,13 +37,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/smoothing.py
-	$(BIN)/python benchmarks/decays.py
-	$(BIN)/python benchmarks/ema.py
-	$(BIN)/python benchmarks/record.py
-	$(BIN)/python benchmarks/forecast.py
-	$(BIN)/python benchmarks/beyond.py
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.smoothing
+	$(BIN)/python -m benchmarks.decays
+	$(BIN)/python -m benchmarks.ema
+	$(BIN)/python -m benchmarks.record
+	$(BIN)/python -m benchmarks.forecast
+	$(BIN)/python -m benchmarks.beyond
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo

@@ -1,6 +1,6 @@
 """Beyond the paper's table: below the base batch, other optimizers, and decays on the clock against constant ones.
 
-    python benchmarks/beyond.py [--seeds 5] [--tasks digits,bytes] [--json docs/reproduction/beyond.json]
+    python -m benchmarks.beyond [--seeds 5] [--tasks digits,bytes] [--json docs/reproduction/beyond.json]
 
 Two tasks, the digits and a small byte-level language model; the learning rate decays exponentially to 1 %. Every line
 is compared with scale 1 by a Welch test on the test loss: `-` is significantly worse, `+` significantly better
@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import forecast
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import anybatch
 from anybatch._demo import LAST_RATE, digits, gradients, network
+from benchmarks import forecast
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from torch.nn.functional import cross_entropy
 import anybatch
 from anybatch._demo import LAST_RATE, digits, gradients, network
 
+Losses = tuple[float, float, float]
+Row = tuple[str, int, Callable[[int], Losses]]
+
 
 def train(
     make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, *, base: int, total: int, scale: int, seed: int
-) -> tuple[float, float, float]:
+) -> Losses:
     """Steps, training loss and test loss of one run; the learning rate decays exponentially to 1 %."""
     x, y, x_test, y_test = digits()
     net = network(seed)
@@ -31,7 +34,7 @@ def train(
         return controller.steps, cross_entropy(net(x), y).item(), cross_entropy(net(x_test), y_test).item()
 
 
-def table(description: str | None, rows: Callable[[], Iterable[tuple[str, int, Callable[[int], tuple]]]]) -> None:
+def table(description: str | None, rows: Callable[[], Iterable[Row]]) -> None:
     """Print means over seeds: `rows()` yields a label, a scale and a function of the seed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=4)

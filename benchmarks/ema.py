@@ -1,6 +1,6 @@
 """What a step of a model average costs: a ratio to an in-place add of the same bytes, and host time.
 
-    python benchmarks/ema.py [--rounds 20] [--json ema.json]
+    python -m benchmarks.ema [--rounds 20] [--json ema.json]
 
 One thread. 160 tensors of 40,000 elements each (6.4 million: more than the caches hold), and for the host time 160 of
 4 elements, ten updates in a row. All kinds take turns, in random order, so that they see the same machine; the numbers
@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,11 +44,11 @@ def add(model: nn.Module) -> Update:
     return torch.no_grad()(lambda: torch._foreach_add_(averages, weights))
 
 
-def ours(model: nn.Module, **options) -> Update:
+def ours(model: nn.Module, **options: Any) -> Update:
     return anybatch.ModelEMA(model, options.pop("decay", DECAY), **options).update
 
 
-def averaged_model(model: nn.Module, **options) -> Update:
+def averaged_model(model: nn.Module, **options: Any) -> Update:
     average = AveragedModel(model, **options)
     average.update_parameters(model)  # its first update is a copy
     return lambda: average.update_parameters(model)
@@ -133,15 +134,16 @@ def main() -> None:
         large = measure(SIZES["large"], dtype, rounds=options.rounds, calls=1)
         tiny = measure(SIZES["tiny"], dtype, rounds=options.rounds, calls=10)
         for name in large:
-            row = {
+            row: dict[str, Any] = {
                 "kind": name,
                 "weights": str(dtype).removeprefix("torch."),
                 "ms": None,
                 "ratio": None,
                 "host_ms": None,
             }
-            if large[name] is not None:
-                row |= {"ms": large[name], "ratio": large[name] / large["add"], "host_ms": tiny[name]}
+            mine, least = large[name], large["add"]
+            if mine is not None and least is not None:  # the add is always there
+                row |= {"ms": mine, "ratio": mine / least, "host_ms": tiny[name]}
             rows.append(row)
     print(f"{'kind':30} {'weights':9} {'ms':>8} {'ratio':>6} {'host ms':>8}")
     for row in rows:

@@ -1,6 +1,6 @@
 """Forecasts from one small run against runs really made: the digits, and a small language model on python's own help.
 
-    python benchmarks/forecast.py [--seeds 2] [--tasks sgd,adam] [--json rows.json] [--plot forecast.png]
+    python -m benchmarks.forecast [--seeds 2] [--tasks sgd,adam] [--json rows.json] [--plot forecast.png]
 
 Each task is recorded once at S = 2 and once at S = 8; from each record alone the optimizer steps at S = 4 to 128 are
 forecast, and compared with the mean of the runs made there.
@@ -15,6 +15,7 @@ from functools import cache
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Task:
 
     label: str
     make: Callable[..., torch.optim.Optimizer]
-    decays: str
+    decays: Literal["clock", "constant"]
     base: int = 8
     total: int = 4000
     model: Callable[[int], nn.Module] = network
@@ -141,7 +142,7 @@ def train(task: Task, *, scale: int, seed: int, record: Path) -> int:
     return controller.steps
 
 
-def compare(name: str, *, seeds: int, folder: Path) -> dict:
+def compare(name: str, *, seeds: int, folder: Path) -> dict[str, Any]:
     """The steps of one task's runs, and their forecasts from each recorded scale."""
     task = TASKS[name]
     steps: dict[int, list[int]] = {}
@@ -182,7 +183,7 @@ def share(run: anybatch.Run, start: float, end: float) -> float:
     return sqnorm / (variance + sqnorm)
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     for recorded in RECORDED:
         rows = [row for row in result["rows"] if row["recorded"] == recorded]
         cells = " ".join(f"{row['forecast']:5.0f}/{row['real']:6.1f} {row['error']:+6.1%}" for row in rows)
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(compare(name, seeds=options.seeds, folder=folder))
             show(results[-1])
         if options.plot:
-            from anybatch._forecast_plot import plot
+            from anybatch._report import plot
 
             forecast = anybatch.forecast(folder / f"{name}-S8-seed0.jsonl", [1, 2, *SCALES, 256], per_device=1)
             real = {s: fmean(n) for s, n in results[-1]["steps"].items()}

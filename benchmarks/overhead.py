@@ -1,6 +1,6 @@
 """What a controller costs: time of a training step with and without it, as a ratio of interleaved medians.
 
-    python benchmarks/overhead.py [--rounds 60] [--json overhead.json]
+    python -m benchmarks.overhead [--rounds 60] [--json overhead.json]
 
 One thread a process. A step is `accumulation` backwards and one `optimizer.step()` of SGD with momentum; with two
 ranks, under DistributedDataParallel on gloo. The two loops take turns step by step, so that both see the same machine.
@@ -12,39 +12,42 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import anybatch
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "mlp 26k, batch 8": (lambda: mlp(64, 128, 128, 10), 8, 64),
     "mlp 8.8M, batch 32": (lambda: mlp(1024, 2048, 2048, 1024, 256), 32, 1024),
     "mlp 8.8M, batch 128": (lambda: mlp(1024, 2048, 2048, 1024, 256), 128, 1024),
     "60 layers of 64, batch 32": (lambda: mlp(*[64] * 61), 32, 64),
 }
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "AdaScale": {"rule": anybatch.AdaScale()},
     "AdaScale, lagged": {"rule": anybatch.AdaScale(), "lagged": True},
     "Linear, counting": {"rule": anybatch.Linear()},
 }
 
 
-def loop(model: nn.Module, x: torch.Tensor, accumulation: int, options: dict | None):
+def loop(model: nn.Module, x: torch.Tensor, accumulation: int, options: dict[str, Any] | None) -> Callable[[], float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     if options is not None:
         anybatch.attach(optimizer, model=model, base_batch=len(x), micro_batch=len(x), **options)
@@ -52,8 +55,8 @@ def loop(model: nn.Module, x: torch.Tensor, accumulation: int, options: dict | N
     def step() -> float:
         start = time.perf_counter()
         for i in range(accumulation):
-            local = isinstance(model, DistributedDataParallel) and i < accumulation - 1
-            with model.no_sync() if local else nullcontext():
+            last = i == accumulation - 1
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
                 (model(x).square().mean() / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,7 +65,7 @@ def loop(model: nn.Module, x: torch.Tensor, accumulation: int, options: dict | N
     return step
 
 
-def measure(rounds: int, ranks: int) -> list[dict]:
+def measure(rounds: int, ranks: int) -> list[dict[str, Any]]:
     rows = []
     for name, (make, batch, width) in MODELS.items():
         for accumulation in (1, 4):
@@ -73,7 +76,8 @@ def measure(rounds: int, ranks: int) -> list[dict]:
             for label, kind in {"bare": None, **KINDS}.items():
                 torch.manual_seed(0)
                 model = make()
-                model = DistributedDataParallel(model) if ranks > 1 else model
+                if ranks > 1:
+                    model = DistributedDataParallel(model)
                 steps[label] = loop(model, x, accumulation, kind)
             times: dict[str, list[float]] = {label: [] for label in steps}
             for _ in range(rounds):
@@ -108,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = measure(options.rounds, 1)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_rank, args=(options.rounds, folder), nprocs=2, start_method="spawn")
+        start_processes(_rank, args=(options.rounds, folder), nprocs=2, start_method="spawn")
         with open(os.path.join(folder, "rows.json")) as file:
             rows += json.load(file)
     print(f"{'model':28} {'ranks':>5} {'A':>2} {'kind':18} {'bare ms':>9} {'ratio':>6} {'host us':>8}")

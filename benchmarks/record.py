@@ -1,6 +1,6 @@
 """What a record costs: microseconds a step, with and without, from interleaved medians.
 
-    python benchmarks/record.py [--rounds 3000] [--json record.json]
+    python -m benchmarks.record [--rounds 3000] [--json record.json]
 
 One thread. A step is two backwards of a small model and one `optimizer.step()`, with AdaScale; the step is timed. The
 loops take turns in a new order each round, so that all see the same machine. Then the reading of what was written.
@@ -12,16 +12,20 @@ import random
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 import anybatch
 from anybatch import sinks
 
+Destination = Path | Callable[[dict[str, Any]], None] | None
 
-def loop(record):
+
+def loop(record: Destination) -> Callable[[], float]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -40,8 +44,8 @@ def loop(record):
     return step
 
 
-def destinations(folder: Path) -> dict:
-    made = {"none": None, "a file": folder / "run.jsonl", "a function": lambda _: None}
+def destinations(folder: Path) -> dict[str, Destination]:
+    made: dict[str, Destination] = {"none": None, "a file": folder / "run.jsonl", "a function": lambda _: None}
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -52,7 +56,7 @@ def destinations(folder: Path) -> dict:
     return made
 
 
-def reading(path: Path) -> dict:
+def reading(path: Path) -> dict[str, float]:
     """A record of many steps, read whole and line by line."""
     steps = anybatch.read_record(path).steps
     record = anybatch.RunRecord(path.with_name("long.jsonl"))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from task import Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
@@ -12,6 +11,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
 from anybatch._demo import BASE_BATCH, LAST_RATE, LEARNING_RATE, MOMENTUM, digits, network
+from recipes.training.task import Task
 
 
 class Digits(Task):

@@ -1,7 +1,7 @@
 """The experiments of the AdaScale paper, on any of its tasks.
 
-    python recipes/reproduce.py table2 --task digits
-    python recipes/reproduce.py fig5 --task cifar10 --data /data/cifar10
+    python -m recipes.reproduce table2 --task digits
+    python -m recipes.reproduce fig5 --task cifar10 --data /data/cifar10
 
     table2   metric, training loss and iterations of AdaScale, LSW and LSW+ at every scale
     fig1     what the rules make of a large scale: identity, linear and AdaScale against iterations
@@ -29,16 +29,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import figures
-import gains
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
-from task import DataError
-from train import TASKS
 
 import anybatch
 from anybatch._demo import significantly_below
+from recipes.paper import figures, gains
+from recipes.paper.runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
+from recipes.training.options import TASKS
+from recipes.training.task import DataError
 
 GRID = 13
 UNTOLD = ("what", "cache", "out", "jobs")  # arguments that do not decide the numbers
@@ -122,7 +121,7 @@ def fig3(lab: Lab) -> None:
     values = {}
     for scale in map(str, lab.given.scales):
         curve = mean_curve([found[r] for r in found if r.scale == scale], x="tau", y=lab.task.metric)
-        late = [abs(a - b) for tau, a, b in zip(*curve, base[1], strict=True) if tau >= lab.base.total / 4]
+        late = [abs(a - b) for tau, a, b in zip(*curve, base[1], strict=True) if tau >= lab.task.total / 4]
         values[scale] = {"tau": curve[0], "metric": curve[1], "largest_distance_after_a_quarter": max(late)}
         print(f"S = {scale:>4}: within {max(late):.2f} of scale 1 at equal tau, after the first quarter")
     records = {r.scale: lab.given.cache / r.key / "record.jsonl" for r in found if r.seed == 0}
@@ -165,7 +164,7 @@ def fig5(lab: Lab) -> None:
     found = lab.train(run for runs in methods.values() for run in runs)
     steps = fmean(found[run]["iterations"] for run in methods[f"AdaScale, S = {scale}"])
     # The large batch tuned by itself, with as many steps as AdaScale takes on average, around the rates it arrives at.
-    direct = at("identity", scale, total=ceil(steps), factor=lab.base.total / steps)
+    direct = at("identity", scale, total=ceil(steps), factor=lab.task.total / steps)
     methods[f"direct search, S = {scale}"] = direct
     found |= lab.train(direct)
     values: dict[str, Any] = {"rates": rates, "lasts": lasts, "metric": {}, "area": {}, "best": {}}
@@ -199,7 +198,8 @@ EXPERIMENTS = {"table2": table2, "decays": decays, "fig1": fig1, "fig2": fig2, "
 
 def _rows(lab: Lab, found: dict[Run, Summary]) -> list[dict[str, Any]]:
     """A row for each scale and rule, means over the seeds."""
-    metric, groups = lab.task.metric, {}
+    metric = lab.task.metric
+    groups: dict[tuple[str, str], list[Summary]] = {}
     for run, summary in found.items():
         groups.setdefault((run.scale, run.decays or run.rule), []).append(summary)
     base = [_metric(s, metric) for s in groups.get(("1", "adascale"), [])]
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _command(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """What was called, without the defaults."""
-    words = ["python", "recipes/reproduce.py", given.what]
+    words = ["python", "-m", "recipes.reproduce", given.what]
     for name, value in vars(given).items():
         if name not in UNTOLD and value != parser.get_default(name):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

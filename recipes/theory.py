@@ -1,6 +1,6 @@
 """The theorems of AdaScale, drawn with what they bound: E[F(w) - F*] measured over thousands of runs.
 
-    python recipes/theory.py [--runs 20000] [--out docs/figures/theory.png] [--json docs/figures/theory.json]
+    python -m recipes.theory [--runs 20000] [--out docs/figures/theory.png] [--json docs/figures/theory.json]
 
 For a constant learning rate eta, an alpha-PL and beta-smooth F, and base gradients of variance at most V (Johnson et
 al., ICML 2020, Theorems 1 to 3):
@@ -194,14 +194,14 @@ def figure(found: list[tuple[Problem, dict[str, dict[int, Curve]]]], out: Path) 
     fig, axes = plt.subplots(len(found), 3, figsize=(13, 4 * len(found)), layout="constrained")
     for (problem, curves), (left, middle, right) in zip(found, axes, strict=True):
         for axis, rule, title in ((left, "expected", "AdaScale"), (middle, "linear", "linear scaling")):
-            scales = [s for s in SCALES if rule == "linear" or s <= 1 / problem.gamma]
-            for i, scale in enumerate(scales):
-                curve, colour = curves[rule][scale], colours(0.9 * i / max(1, len(scales) - 1))
-                axis.plot(curve.tau, curve.excess, color=colour, lw=1.6, label=f"S = {scale}")
+            shown = [s for s in SCALES if rule == "linear" or s <= 1 / problem.gamma]
+            for i, scale in enumerate(shown):
+                curve, shade = curves[rule][scale], colours(0.9 * i / max(1, len(shown) - 1))
+                axis.plot(curve.tau, curve.excess, color=shade, lw=1.6, label=f"S = {scale}")
                 xi = problem.xi(scale) if rule == "linear" else 1.0
                 if xi < inf and (rule == "linear" or scale == 1):
                     bound = [problem.bound(tau, xi) for tau in curve.tau]
-                    axis.plot(curve.tau, bound, color=colour if rule == "linear" else "black", ls="--", lw=1)
+                    axis.plot(curve.tau, bound, color=shade if rule == "linear" else "black", ls="--", lw=1)
             axis.set(yscale="log", xlabel="τ, base iterations", title=f"{problem.name}: {title}")
             axis.set_ylim(problem.delta / 30, 30 * problem.bound(0))
             axis.set_xlim(0, HORIZON / problem.gamma)

@@ -1,8 +1,8 @@
 """Train one of the papers' tasks at any scale: one loop over anybatch's public functions.
 
-    python recipes/train.py digits --scale 32
-    python recipes/train.py cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
-    torchrun --nproc-per-node=8 recipes/train.py imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
+    python -m recipes.train digits --scale 32
+    python -m recipes.train cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
+    torchrun --nproc-per-node=8 -m recipes.train imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
         --precision bf16 --workers 12 --ema 0.9999
 
 The scale is the batch of a step in base batches: ranks * accumulation * micro-batch / base batch. `--scale` and
@@ -20,16 +20,16 @@ from math import floor, isfinite
 from pathlib import Path
 from typing import Any
 
-import parallel
 import torch
 import torch.distributed as dist
-from attempts import Attempts
-from options import PRECISIONS, TASKS, Options, parse, task_of
-from parallel import Place
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from task import DataError, Task
 
 import anybatch
+from recipes.training import parallel
+from recipes.training.attempts import Attempts
+from recipes.training.options import PRECISIONS, TASKS, Options, parse, task_of
+from recipes.training.parallel import Place
+from recipes.training.task import DataError, Task
 
 __all__ = ["TASKS", "Options", "Training", "main", "run"]
 

@@ -16,10 +16,13 @@ def test_links_and_pictures_exist(page):
         assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("docs/reproduction/*.json"))], ids=lambda page: page.name)
 def test_commands_that_are_named_exist(page):
-    for script in re.findall(r"python ((?:recipes|benchmarks)/[\w/]+\.py)", page.read_text()):
-        assert (ROOT / script).is_file(), f"{page.name} names {script}"
+    text = page.read_text()
+    assert not re.findall(r"(?:python|=\d+) (?:recipes|benchmarks)/", text), "a file of a package is no command"
+    for module in re.findall(r"-m ((?:recipes|benchmarks)(?:\.\w+)*)", text):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{page.name} names {module}"
 
 
 def test_the_reproduced_table_is_that_of_the_results():

@@ -1,24 +1,27 @@
 """BYOL, self-supervised learning from an EMA teacher, at any batch size.
 
-    python recipes/ema/byol.py [--out docs/figures]                      the digits, a small perceptron
-    python recipes/ema/byol.py --config full --data DIR --device cuda    ResNet-18 on an image folder
-    python recipes/ema/byol.py --config vit --data DIR --device cuda     a vision transformer on it, with AdamW
+    python -m recipes.ema.byol [--out docs/figures]                      the digits, a small perceptron
+    python -m recipes.ema.byol --config full --data DIR --device cuda    ResNet-18 on an image folder
+    python -m recipes.ema.byol --config vit --data DIR --device cuda     a vision transformer on it, with AdamW
 
 Of each image two views are made. The student predicts from one what its own EMA, the teacher, makes of the other. No
 label is used; what was learned is measured by a linear probe, a ridge regression from the features to the classes.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ema_plots import accuracy
-from ema_runs import Results, Study, main
-from ema_train import Batch, Config, Experiment
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, one_hot
 
 from anybatch._demo import digits
+from recipes.ema import runs
+from recipes.ema.distillation import GROUP, Byol, Distillation, probe
+from recipes.ema.images import Folder
+from recipes.ema.plots import accuracy
+from recipes.ema.runs import Results, Study
+from recipes.ema.train import Batch, Config
 
 # The full learning rates are starts for tuning at the base batch.
 CONFIGS = {
@@ -32,62 +35,7 @@ CONFIGS = {
         evaluations=20, points=20, scales=(1, 8, 16), seeds=1,
     ),
 }  # fmt: skip
-GROUP = 8
 PROGRESSIVE = ((1, 2, 4, 8), (4, 8, 16, 32))
-
-
-class GroupBatchNorm(nn.Module):
-    """BatchNorm over every `GROUP` consecutive examples, whatever the batch: the same function at every kappa.
-
-    BYOL without statistics of a batch collapses on the digits; with those of the whole batch the network would change
-    with the batch size.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[n GROUP, width]`."""
-        groups = x.view(-1, GROUP, x.shape[1])
-        variance, mean = torch.var_mean(groups, 1, keepdim=True, unbiased=False)
-        return ((groups - mean) * torch.rsqrt(variance + 1e-5)).view_as(x) * self.weight + self.bias
-
-
-class Byol(nn.Module):
-    """Encoder, projector and predictor; the teacher has no use for the last."""
-
-    def __init__(self, encoder: nn.Module, features: int, *, hidden: int, outputs: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = _head(features, hidden, outputs)
-        self.predictor = _head(outputs, hidden, outputs)
-
-    def project(self, x: Tensor) -> Tensor:
-        """What the teacher says."""
-        return self.projector(self.encoder(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the student predicts."""
-        return self.predictor(self.project(x))
-
-
-class Distillation(Experiment):
-    """What BYOL is, whatever the images; a batch of n has two views of n images."""
-
-    teaches = True
-
-    def targets(self, model: Byol, batch: Batch) -> Batch:
-        """The views, and the teacher's projections of them, each in the place of the other."""
-        first, second = batch
-        said = model.project(torch.cat([first, second]))
-        return first, second, said[len(first) :], said[: len(first)]
-
-    def loss(self, model: Byol, batch: Batch) -> Tensor:
-        """The mean of 2 - 2 cos(prediction, target), summed over both ways round."""
-        first, second, target, other = batch
-        predicted = model(torch.cat([first, second]))
-        return (2 - 2 * cosine_similarity(predicted, torch.cat([target, other]))).mean() * 2
 
 
 class Digits(Distillation):
@@ -100,7 +48,7 @@ class Digits(Distillation):
 
     noise, labelled = 0.7, 1000
 
-    def model(self) -> nn.Module:
+    def model(self) -> Byol:
         """64-128-16, heads 64 wide."""
         encoder = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
         return Byol(encoder, 16, hidden=64, outputs=32)
@@ -125,34 +73,16 @@ class Digits(Distillation):
         return x * brightness + self.noise * torch.randn(x.shape, generator=generator)
 
 
-def probe(features: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, ridge: float = 10.0) -> float:
-    """Test accuracy, in percent, of a ridge regression from standardised features to the classes."""
-    mean, std = features.mean(0), features.std(0) + 1e-3
-    known, unknown = (
-        torch.cat([(x - mean) / std, torch.ones(len(x), 1, device=x.device)], 1).double() for x in (features, test)
-    )
-    wanted = one_hot(labels, int(labels.max()) + 1).double()
-    penalty = ridge * torch.eye(known.shape[1], dtype=torch.float64, device=known.device)
-    weights = torch.linalg.solve(known.T @ known + penalty, known.T @ wanted)
-    return 100 * ((unknown @ weights).argmax(1) == test_labels).double().mean().item()
-
-
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Distillation:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    from ema_images import Folder
-
     return Folder(config, data=options.data, transformer=options.config == "vit", device=options.device)
 
 
 def draw(results: Results, path: Path) -> None:
     """The teacher's probe."""
     accuracy(results, path, what="linear probe of the teacher")
-
-
-def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), GroupBatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 STUDY = Study(
@@ -166,5 +96,11 @@ STUDY = Study(
     progressive=PROGRESSIVE,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    runs.main(STUDY, arguments)
+
+
 if __name__ == "__main__":
-    main(STUDY)
+    main()

@@ -1,7 +1,7 @@
 """The EMA scaling rule on the noisy parabola, where everything can be seen.
 
-    python recipes/ema/parabola.py [--out docs/figures]       eta 0.01, rho 0.99, 512 base steps, kappa to 32
-    python recipes/ema/parabola.py --config full              eta 1e-4, rho 0.9999, 51,200 base steps, kappa to 1024
+    python -m recipes.ema.parabola [--out docs/figures]       eta 0.01, rho 0.99, 512 base steps, kappa to 32
+    python -m recipes.ema.parabola --config full              eta 1e-4, rho 0.9999, 51,200 base steps, kappa to 1024
 
 Many independent runs of SGD on L(theta) = theta^2 / 2 from theta = 1, in float64. The gradient of a base batch is
 
@@ -25,14 +25,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from ema_plots import figure, kappas
 from torch import Tensor, nn
 
 import anybatch
+from recipes.ema.plots import figure, kappas
 
 ORDERS = ("before", "after")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def path(config: Config, kappa: int, *, order: str, rule: bool) -> tuple[Tensor,
     return torch.tensor(thetas, dtype=torch.float64), torch.tensor(zetas, dtype=torch.float64)
 
 
-def errors(config: Config) -> list[dict]:
+def errors(config: Config) -> list[Row]:
     """One row for each order and kappa above 1: the target model's error, and the EMA's with and without the rule."""
     rows = []
     for order in ORDERS:
@@ -146,7 +148,7 @@ def measured_term(config: Config, kappa: int, order: str) -> float:
     return abs(ends[1] - ends[0])
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows for a document."""
     head = "| the EMA sees the weights | kappa | target model | EMA, rule on | EMA, rule off | on / target | off / on |"
     lines = [head, "|---" * 7 + "|"]
@@ -159,7 +161,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(config: Config, rows: list[dict], path: Path) -> None:
+def draw(config: Config, rows: list[Row], path: Path) -> None:
     """Left: the errors against kappa. Right: the error term."""
     blue, orange, black = "#0072B2", "#D55E00", "black"
     scales = config.scales[1:]
@@ -200,9 +202,11 @@ def draw(config: Config, rows: list[dict], path: Path) -> None:
         left.set_ylabel("distance from κ = 1 at equal samples")
 
 
-def main(arguments: Sequence[str] | None = None) -> list[dict]:
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.ema.parabola", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", choices=list(CONFIGS), default="small")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the figure")
     parser.add_argument("--json", type=Path, help="the results file; in --out by default")

@@ -1,7 +1,7 @@
 """Pseudo-labelling with an EMA teacher at any batch size.
 
-    python recipes/ema/pseudo.py [--out docs/figures]                    the digits, 134 of 1347 labelled
-    python recipes/ema/pseudo.py --config full --data DIR --device cuda  speech with CTC
+    python -m recipes.ema.pseudo [--out docs/figures]                    the digits, 134 of 1347 labelled
+    python -m recipes.ema.pseudo --config full --data DIR --device cuda  speech with CTC
 
 The student learns from the labelled examples, and from unlabelled ones what its own EMA says of them before noise is
 added. A teacher whose memory is kappa times too long labels with weights of long ago: what is wrong is not an average
@@ -9,16 +9,19 @@ at the end but the training itself.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ema_plots import accuracy
-from ema_runs import Results, Study, main
-from ema_train import Batch, Config, Experiment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits
+from recipes.ema import runs
+from recipes.ema.plots import accuracy
+from recipes.ema.runs import Results, Study
+from recipes.ema.speech import Speech
+from recipes.ema.train import Batch, Config, Experiment
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1536, decay=0.98, rate=0.03),
@@ -30,7 +33,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-class Digits(Experiment):
+class Digits(Experiment[nn.Module]):
     """The demo's network on the digits; a batch of n has n labelled and 3 n unlabelled images.
 
     Args:
@@ -76,12 +79,10 @@ class Digits(Experiment):
         return x + self.noise * torch.randn(x.shape, generator=generator)
 
 
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    from ema_speech import Speech
-
     return Speech(config, data=options.data, device=options.device)
 
 
@@ -100,5 +101,11 @@ STUDY = Study(
     draw=draw,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    runs.main(STUDY, arguments)
+
+
 if __name__ == "__main__":
-    main(STUDY)
+    main()

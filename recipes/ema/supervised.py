@@ -1,25 +1,27 @@
 """Supervised training with a model EMA at any batch size.
 
-    python recipes/ema/supervised.py [--out docs/figures]                      the digits, plain SGD
-    python recipes/ema/supervised.py --config full --data DIR --device cuda    CIFAR-10, ResNet-18
+    python -m recipes.ema.supervised [--out docs/figures]                      the digits, plain SGD
+    python -m recipes.ema.supervised --config full --data DIR --device cuda    CIFAR-10, ResNet-18
 
 The EMA is only looked at here, it has no say in the training. What is compared is its test loss along the run, at eight
 equal points of tau, with that of the base batch: the same average of the same path has the same curve.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ema_plots import COLOURS, MARKERS, figure, kappas, label
-from ema_runs import Results, Study, main
-from ema_train import ARMS, Batch, Config, Experiment, Scale
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits, network
+from recipes.ema import runs
+from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
+from recipes.ema.runs import Results, Study
+from recipes.ema.train import ARMS, Batch, Config, Experiment, Scale
+from recipes.images import cifar10
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
@@ -34,7 +36,7 @@ TOLERANCE = 0.03
 TOP = 3000  # per cent; a diverged run is drawn here
 
 
-class Digits(Experiment):
+class Digits(Experiment[nn.Module]):
     """The demo's network and data."""
 
     def model(self) -> nn.Module:
@@ -59,16 +61,13 @@ class Digits(Experiment):
         return {"accuracy": right, "loss": cross_entropy(logits, y).item()}
 
 
-class Cifar10(Experiment):
-    """The recipe's data and network (recipes/cifar10.py), at a constant learning rate.
+class Cifar10(Experiment[nn.Module]):
+    """The recipe's data and network (recipes/images/cifar10.py), at a constant learning rate.
 
     The network's BatchNorm sees one micro-batch at a time, and its running statistics are the student's for both.
     """
 
     def __init__(self, config: Config, *, data: Path | None, tiny: bool = False, device: str = "cpu") -> None:
-        sys.path.append(str(Path(__file__).parents[1]))
-        import cifar10
-
         super().__init__(config, device=device)
         self.task = cifar10.Cifar10(data, tiny=tiny)
         self._order: torch.Generator | None = None
@@ -128,7 +127,7 @@ def points(results: Results) -> str:
     return "\n".join(lines)
 
 
-def make(config: Config, options: argparse.Namespace) -> Experiment:
+def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
     return Cifar10(config, data=options.data, device=options.device) if options.config == "full" else Digits(config)
 
@@ -181,5 +180,11 @@ STUDY = Study(
     few=4,
 )
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: every run, and the eight points."""
+    print(points(runs.main(STUDY, arguments)))
+
+
 if __name__ == "__main__":
-    print(points(main(STUDY)))
+    main()

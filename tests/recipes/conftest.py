@@ -1,20 +1,11 @@
-"""The recipes are scripts beside each other: their folder is on the path, as when one of them is run."""
-
-import sys
-from pathlib import Path
-
 import pytest
 
-for folder in (Path(__file__).parents[2] / "recipes", Path(__file__).parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+from recipes.images import made as made_images
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """The small made image data sets, written once: `made("cifar10")` is a folder."""
-    import made_images
-
     written = {}
 
     def folder(name):

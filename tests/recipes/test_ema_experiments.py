@@ -2,32 +2,23 @@
 
 import json
 import math
-import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
-import made_images
-import made_speech
 import pytest
 import torch
 
 import anybatch
-
-FOLDER = Path(__file__).parents[2] / "recipes" / "ema"
-if str(FOLDER) not in sys.path:
-    sys.path.insert(0, str(FOLDER))
-
-import byol
-import ema_nets
-import ema_runs
-import ema_train
-import parabola
-import pseudo
-import supervised
-from ema_images import Folder
-from ema_speech import Speech
-from ema_train import Config
+from recipes.ema import __main__ as ema
+from recipes.ema import byol, parabola, pseudo, supervised
+from recipes.ema import nets as ema_nets
+from recipes.ema import runs as ema_runs
+from recipes.ema import train as ema_train
+from recipes.ema.images import Folder
+from recipes.ema.speech import Speech
+from recipes.ema.train import Config
+from recipes.images import made as made_images
+from recipes.speech import made as made_speech
 
 # The parabola
 
@@ -77,6 +68,17 @@ def test_the_parabolas_results_are_kept(tmp_path, monkeypatch):
     assert (tmp_path / "ema_parabola.png").stat().st_size > 10_000
     monkeypatch.setattr(parabola, "errors", lambda config: pytest.fail("computed again"))
     assert parabola.main(["--out", str(tmp_path)]) == rows
+
+
+def test_an_experiment_is_called_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parabola.CONFIGS, "small", parabola.Config(total=16, runs=10, scales=(1, 2, 4)))
+    ema.main(["parabola", "--out", str(tmp_path)])
+    assert (tmp_path / "ema_parabola.json").exists()
+    with pytest.raises(SystemExit):
+        ema.main(["byol", "--help"])
+    assert "python -m recipes.ema.byol" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ema.main(["adascale"])
 
 
 # The digits, supervised

@@ -4,22 +4,21 @@ import pickle
 from itertools import islice
 from math import sqrt
 
-import cifar10
-import imagenet
-import made_images
 import numpy as np
 import pytest
-import resnet
 import torch
-from cifar10 import Cifar10
-from digits import Digits
 from hypothesis import given
 from hypothesis import strategies as st
-from imagenet import ImageNet
-from options import Options
 from PIL import Image
-from task import DataError
-from train import run
+
+from recipes.digits import Digits
+from recipes.images import cifar10, imagenet, resnet
+from recipes.images import made as made_images
+from recipes.images.cifar10 import Cifar10
+from recipes.images.imagenet import ImageNet
+from recipes.train import run
+from recipes.training.options import Options
+from recipes.training.task import DataError
 
 TASKS = {"digits": Digits, "cifar10": Cifar10, "imagenet": ImageNet}
 

@@ -4,13 +4,12 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import gains
 import pytest
-import reproduce
-import runs
 import torch
 
 import anybatch
+from recipes import reproduce
+from recipes.paper import gains, runs
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +126,8 @@ def test_the_file_tells_the_command_and_a_tiny_run_has_its_own(run, folders):
                     "--jobs", "1", "--cache", str(folders[0]), "--out", str(folders[1])])  # fmt: skip
     commands = {path.name: json.loads(path.read_text())["command"] for path in folders[1].glob("*fig1.json")}
     assert commands == {
-        "digits-fig1.json": "python recipes/reproduce.py fig1 --scale 8 --seeds 2 --total 80 --evaluations 4",
-        "digits-tiny-fig1.json": "python recipes/reproduce.py fig1 --tiny --scale 2 --seeds 1 --total 8",
+        "digits-fig1.json": "python -m recipes.reproduce fig1 --scale 8 --seeds 2 --total 80 --evaluations 4",
+        "digits-tiny-fig1.json": "python -m recipes.reproduce fig1 --tiny --scale 2 --seeds 1 --total 8",
     }
 
 
@@ -137,7 +136,7 @@ def test_the_command_has_no_defaults(words, shown, monkeypatch):
     seen = []
     monkeypatch.setitem(reproduce.EXPERIMENTS, "table2", lambda lab: seen.append(lab.given.command))
     reproduce.main(["table2", "--scales", words])
-    assert seen == ["python recipes/reproduce.py table2" + (f" --scales {shown}" if shown else "")]
+    assert seen == ["python -m recipes.reproduce table2" + (f" --scales {shown}" if shown else "")]
 
 
 def test_figures_1_3_and_4(run):

@@ -4,20 +4,20 @@ import math
 import wave
 from itertools import islice, product
 
-import librispeech
-import made_speech
 import pytest
-import speech
 import torch
-from buckets import Bucketed
 from hypothesis import given
 from hypothesis import strategies as st
-from options import Options
-from speech_model import BLANK, CHARACTERS, DeepSpeech2, edit_distance, frames, greedy, spectrogram, steps
-from task import DataError
-from train import run
 
 import anybatch
+from recipes.speech import librispeech
+from recipes.speech import made as made_speech
+from recipes.speech import task as speech
+from recipes.speech.model import BLANK, CHARACTERS, DeepSpeech2, edit_distance, frames, greedy, spectrogram, steps
+from recipes.train import run
+from recipes.training.buckets import Bucketed
+from recipes.training.options import Options
+from recipes.training.task import DataError
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from math import inf
 
 import pytest
-import theory
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import anybatch
+from recipes import theory
 
 RUNS = 4000
 QUADRATIC, SINE = theory.quadratic(), theory.sine()

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train_workers as workers
-from digits import Digits
 from distributed import launch
-from options import TASKS, Options
-from parallel import blocks, load
-from task import DataError
+from distributed import train_workers as workers
 from torch import nn
-from train import main, run
 
 import anybatch
+from recipes.digits import Digits
+from recipes.train import main, run
+from recipes.training.options import TASKS, Options
+from recipes.training.parallel import blocks, load
+from recipes.training.task import DataError
 
 TOTAL = 60
 ELASTIC = Options(scale="4,8@0.3,2@0.7", total=TOTAL, seed=3, ema=0.9, evaluations=4, save_every=7)
@@ -248,7 +248,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", torn)
-    import parallel
+    from recipes.training import parallel
 
     with pytest.raises(KeyboardInterrupt):
         parallel.save(tmp_path, {})

@@ -5,17 +5,17 @@ from itertools import islice, product
 
 import pytest
 import torch
-import transformer
-import wmt
-from buckets import Bucketed, cut, line
 from hypothesis import given
 from hypothesis import strategies as st
-from options import Options
-from task import DataError
-from train import run
-from transformer_model import BEGIN, END, LENGTH_PENALTY, PAD, Attention, TransformerModel, sinusoids, translate
 
 import anybatch
+from recipes.train import run
+from recipes.training.buckets import Bucketed, cut, line
+from recipes.training.options import Options
+from recipes.training.task import DataError
+from recipes.translation import task as transformer
+from recipes.translation import wmt
+from recipes.translation.model import BEGIN, END, LENGTH_PENALTY, PAD, Attention, TransformerModel, sinusoids, translate
 
 
 @pytest.fixture(scope="module")

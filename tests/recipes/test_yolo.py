@@ -6,20 +6,20 @@ from itertools import islice
 
 import pytest
 import torch
-import yolo_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options import Options
 from PIL import Image
-from task import DataError
 from torch import nn
-from train import run
-from voc import CLASSES, TrainSet, place, read_image, read_split
-from yolo import Yolo, detection_loss, make
-from yolo_boxes import detect, iou, make_grid, match, mean_average_precision, nms
-from yolo_model import STRIDES, YoloV3, anchors
 
 import anybatch
+from recipes.detection import model as yolo_model
+from recipes.detection.boxes import detect, iou, make_grid, match, mean_average_precision, nms
+from recipes.detection.model import STRIDES, YoloV3, anchors
+from recipes.detection.task import Yolo, detection_loss, make
+from recipes.detection.voc import CLASSES, TrainSet, place, read_image, read_split
+from recipes.train import run
+from recipes.training.options import Options
+from recipes.training.task import DataError
 
 
 @pytest.fixture(scope="module")

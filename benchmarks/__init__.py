@@ -1,0 +1,1 @@
+"""Measurements, each with its table: `python -m benchmarks.smoothing` and its neighbours."""

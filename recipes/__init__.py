@@ -1,0 +1,1 @@
+"""The papers' tasks and experiments over one visible training loop; README.md has the commands."""

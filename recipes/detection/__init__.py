@@ -1,0 +1,1 @@
+"""PASCAL VOC with YOLOv3."""

@@ -1,0 +1,105 @@
+"""BYOL's full configurations: two views of the images in an ImageNet folder, and ResNet-18 or a vision transformer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.ema.distillation import Byol, Distillation, probe
+from recipes.ema.nets import resnet18, vit
+from recipes.ema.train import Batch, Config
+from recipes.images.imagenet import MEAN, STD, Images, classes
+from recipes.images.resnet import standardised
+from recipes.training.task import DataError, Shuffled
+
+PROBED = 20_000  # labelled images of each part that the probe sees
+SIDE = 224
+
+
+class Views(Dataset[tuple[Tensor, Tensor]]):
+    """Two random crops, each flipped half of the time, of every image."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.images[i][0], self.images[i][0]
+
+
+class Folder(Distillation):
+    """BYOL on train/<class>/*.JPEG, probed on val/<class>/*.JPEG.
+
+    Args:
+        config: see `Config`.
+        data: the folder with `train` and `val`.
+        transformer: ViT-S/16 in place of ResNet-18.
+        tiny: small networks on images of 64x64, for a check of the whole path.
+        device: where the networks are.
+        workers: processes that load images.
+    """
+
+    def __init__(
+        self, config: Config, *, data: Path | None, transformer: bool, tiny: bool = False, device: str = "cpu",
+        workers: int = 8,
+    ) -> None:  # fmt: skip
+        super().__init__(config, device=device)
+        if data is None:
+            raise DataError(
+                "This configuration needs --data: the folder with train/<class>/*.JPEG and val/<class>/*.JPEG."
+            )
+        names, self.side = classes(data / "train"), 64 if tiny else SIDE
+        self.views = Views(Images(data / "train", names, side=self.side, training=True))
+        self.known = Images(data / "train", names, side=self.side, training=False)
+        self.unknown = Images(data / "val", names, side=self.side, training=False)
+        self.transformer, self.tiny, self.workers = transformer, tiny, workers
+        self._order: torch.Generator | None = None
+
+    def model(self) -> Byol:
+        """The encoder, with heads 4096 and 256 wide."""
+        small: dict[str, Any] = {}
+        if self.tiny:
+            small = {"side": 64, "width": 32, "depth": 2, "heads": 2} if self.transformer else {"width": 8, "blocks": 1}
+        encoder, features = vit(**small) if self.transformer else resnet18(**small)
+        return Byol(encoder, features, hidden=32 if self.tiny else 4096, outputs=16 if self.tiny else 256)
+
+    def batch(self, examples: int, generator: torch.Generator) -> Batch:
+        """Two views of the next images, with other colours each."""
+        chunk = max(1, self.config.base_batch // 4)
+        if self._order is not generator:  # another run
+            self._order = generator
+            order = Shuffled(self.views, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=0)
+            self._chunks = iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers))
+        parts = [next(self._chunks) for _ in range(examples // chunk)]
+        first, second = (torch.cat(views).to(self.device) for views in zip(*parts, strict=True))
+        return self._coloured(first, generator), self._coloured(second, generator)
+
+    def evaluate(self, model: Byol) -> dict[str, float]:
+        """The probe's accuracy, from at most `PROBED` images of each part."""
+        known, labels = self._features(model, self.known)
+        unknown, test_labels = self._features(model, self.unknown)
+        return {"accuracy": probe(known, labels, unknown, test_labels)}
+
+    def _features(self, model: Byol, images: Images) -> tuple[Tensor, Tensor]:
+        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:PROBED].tolist()
+        features, labels = [], []
+        for pixels, y in DataLoader(images, self.config.largest, sampler=rows, num_workers=self.workers):
+            readable = y >= 0
+            x = standardised(pixels[readable], mean=MEAN, std=STD).to(self.device)
+            features.append(model.encoder(x).float())
+            labels.append(y[readable].to(self.device))
+        return torch.cat(features), torch.cat(labels)
+
+    def _coloured(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Brightness and saturation up to 40 % up or down, grey one time in five; standardised."""
+        brightness, saturation = 0.6 + 0.8 * torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
+        saturation[torch.rand(len(pixels), generator=generator) < 0.2] = 0.0
+        x = pixels.float() / 255
+        grey = x.mean(1, keepdim=True)
+        x = ((grey + saturation.to(x.device) * (x - grey)) * brightness.to(x.device)).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+        return (x - mean) / std

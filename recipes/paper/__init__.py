@@ -1,0 +1,1 @@
+"""What the experiments of the AdaScale paper are made of; recipes/reproduce.py runs them."""

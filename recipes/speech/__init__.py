@@ -1,0 +1,1 @@
+"""LibriSpeech with Deep Speech 2."""

@@ -1,0 +1,176 @@
+"""What `train.py` is told: the task, the options, their command line, and what follows from them."""
+
+import argparse
+import importlib
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+import anybatch
+from recipes.training.parallel import Place
+from recipes.training.task import DataError, Task
+
+TASKS = {
+    "digits": "recipes.digits:Digits",
+    "cifar10": "recipes.images.cifar10:Cifar10",
+    "imagenet": "recipes.images.imagenet:ImageNet",
+    "speech": "recipes.speech.task:Speech",
+    "transformer": "recipes.translation.task:Transformer",
+    "yolo": "recipes.detection.task:Yolo",
+}
+Decays = Literal["clock", "constant"]
+RULES = ("adascale", "lsw", "lsw+", "linear", "sqrt", "identity")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a task is trained; `python -m recipes.train --help` says what each is."""
+
+    rule: str = "adascale"
+    decays: Decays | None = None
+    scale: str = "1"
+    micro_batch: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    total: int | None = None
+    lr: float | None = None
+    last_rate: float | None = None
+    ema: float | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    fsdp: bool = False
+    workers: int = 0
+    evaluations: int = 20
+    save_every: float | None = None
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise anybatch.InvalidValueError(f"--rule is one of {', '.join(RULES)}; got {self.rule!r}.")
+        if self.precision not in PRECISIONS:
+            raise anybatch.InvalidValueError(f"--precision is fp32, bf16 or fp16; got {self.precision!r}.")
+        if (self.rule == "lsw+") != (self.steps is not None):
+            raise anybatch.InvalidValueError("--steps belongs to --rule lsw+: the number of steps AdaScale took.")
+        for name in ("micro_batch", "steps", "total", "lr", "last_rate", "evaluations", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise anybatch.InvalidValueError(f"--{name.replace('_', '-')} must be positive, got {value}.")
+        self.scales  # noqa: B018  said now, not in the middle of the run
+
+    @property
+    def scales(self) -> list[tuple[float, float]]:
+        """`"32,64@0.25"` as pairs of a scale and the share of the run from which on it holds."""
+        try:
+            words = [word.partition("@") for word in str(self.scale).split(",")]
+            found = [(float(scale), float(share) if at else 0.0) for scale, at, share in words]
+        except ValueError:
+            found = []
+        shares = [share for _, share in found]
+        if not found or shares[0] != 0 or shares != sorted(set(shares)) or shares[-1] >= 1 or min(found)[0] <= 0:
+            raise anybatch.InvalidValueError(f"--scale is like 8, or like 32,64@0.25,128@0.5; got {self.scale!r}.")
+        return found
+
+    def scale_at(self, share: float) -> float:
+        """The scale in force after this share of the run."""
+        return [scale for scale, since in self.scales if share >= since - 1e-9][-1]
+
+    def rule_for_attach(self) -> anybatch.Rule:
+        """The rule by its name; the papers warm linear scaling up over 5.5 % of the run."""
+        rules: dict[str, anybatch.Rule] = {
+            "adascale": anybatch.AdaScale(),
+            "lsw": anybatch.Linear(warmup=0.055),
+            "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps),
+            "linear": anybatch.Linear(),
+            "sqrt": anybatch.SquareRoot(),
+            "identity": anybatch.Identity(),
+        }
+        rule = rules[self.rule]
+        return rule if self.decays is None else replace(rule, decays=self.decays)
+
+    def micro_batch_for(self, task: Task, *, ranks: int) -> int:
+        """The one that was given; else a base batch, or a rank's share of the smallest step."""
+        return self.micro_batch or max(1, round(min(1, min(self.scales)[0] / ranks) * task.base_batch))
+
+    def accumulation_for(self, scale: float, task: Task, *, ranks: int) -> int:
+        """How many micro-batches each rank takes in a step of `scale`.
+
+        Raises:
+            InvalidValueError: it is not whole.
+        """
+        micro_batch = self.micro_batch_for(task, ranks=ranks)
+        exact = scale * task.base_batch / (ranks * micro_batch)
+        if round(exact) < 1 or abs(exact - round(exact)) > 1e-9:
+            raise anybatch.InvalidValueError(
+                f"A step of scale {scale:g} is {scale * task.base_batch:g}, and {ranks} rank(s) with micro-batches of "
+                f"{micro_batch} take {ranks * micro_batch} at a time: {exact:g} times. Choose --micro-batch so that it "
+                "is a whole number."
+            )
+        return round(exact)
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        """What must be the same in a resumed run; the scale, the ranks and the machine may be others."""
+        names = ("rule", "decays", "steps", "seed", "lr", "last_rate", "ema", "precision")
+        mine = {name: value for name, value in asdict(self).items() if name in names}
+        return {"task": task.name, "tiny": task.tiny, "total": task.total, **mine}
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    """The command line: what chooses the task, and the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.train", description="Train one of the papers' tasks at any scale."
+    )
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    add("--data", type=Path, help="folder with the data set")
+    add("--tiny", action="store_true", help="a small model and a short run")
+    add("--make-data", action="store_true", help="write a small made data set to --data if nothing is there")
+    add("--rule", default="adascale", choices=RULES, help="how steps are scaled (default: adascale)")
+    add("--decays", choices=get_args(Decays), help="of betas and momentum (default: the optimizer's)")
+    add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
+    add("--micro-batch", type=int, help="what each rank sees in one backward, in the unit of the base batch")
+    add("--steps", type=int, help="for lsw+: how many steps the run is stretched to")
+    add("--seed", type=int, default=0, help="of the weights and the data (default: 0)")
+    add("--total", type=int, help="length of the run in base iterations, in place of the task's")
+    add("--lr", type=float, help="learning rate at the base batch, in place of the task's")
+    add("--last-rate", type=float, help="in place of the task's schedule: exponential decay to this share of the rate")
+    add("--ema", type=float, help="evaluate an average of the weights too; its decay per base iteration")
+    add("--precision", default="fp32", choices=PRECISIONS, help="autocast, and for fp16 a GradScaler (default: fp32)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--fsdp", action="store_true", help="shard with FSDP2 in place of DDP")
+    add("--workers", type=int, default=0, help="processes that load data on each rank (default: 0)")
+    add("--evaluations", type=int, default=20, help="at equal steps of tau (default: 20)")
+    add("--save-every", type=float, help="base iterations between two checkpoints (default: a twentieth of the run)")
+    add(
+        "--out",
+        type=Path,
+        help="folder of checkpoint, record and results; a run found there goes on (default: in runs/)",
+    )
+    given = parser.parse_args(arguments)
+    if given.out is None:
+        tiny, scale = "-tiny" if given.tiny else "", given.scale.replace(",", "-")
+        given.out = Path("runs") / f"{given.task}{tiny}-{given.rule}-S{scale}-seed{given.seed}"
+    options = Options(**{f.name: getattr(given, f.name) for f in fields(Options)})
+    return given, options
+
+
+def task_of(given: argparse.Namespace, place: Place) -> Task:
+    """The task that was chosen, with its data."""
+    source, name = TASKS[given.task].split(":")
+    try:
+        module: Any = importlib.import_module(source)
+    except ImportError as error:
+        raise DataError(f"{given.task} needs {error.name}: pip install 'anybatch[recipes]'") from None
+    if given.make_data and not hasattr(module, "make"):
+        warnings.warn(f"{given.task} has its data embedded: --make-data does nothing.", anybatch.AnybatchWarning, 2)
+    elif given.make_data:
+        if given.data is None:
+            raise DataError("--make-data needs --data, the folder to write to.")
+        if place.first and not (given.data.is_dir() and any(given.data.iterdir())):
+            module.make(given.data, size="tiny", seed=0)
+        place.wait()
+    task: Task = getattr(module, name)(given.data, tiny=given.tiny)
+    return task

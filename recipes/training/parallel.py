@@ -1,0 +1,174 @@
+"""The processes of a run, and its checkpoint: the same file whether one rank wrote it, DDP's or FSDP2's."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from recipes.training.task import DataError
+
+_NAME = "checkpoint.pt"
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, of how many, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def moved(self, batch: Any) -> Any:
+        """The tensors of `batch` on the device; lists, tuples and dictionaries keep their structure."""
+        if isinstance(batch, Tensor):
+            return batch.to(self.device, non_blocking=True)
+        if isinstance(batch, dict):
+            return {key: self.moved(value) for key, value in batch.items()}
+        if isinstance(batch, list | tuple):
+            return type(batch)(self.moved(value) for value in batch)
+        return batch
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """The sum of `numbers` over all ranks."""
+        if self.ranks > 1:
+            numbers = numbers.clone()
+            dist.all_reduce(numbers)
+        return numbers
+
+    def wait(self) -> None:
+        """For all other ranks to come here."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def here() -> Place:
+    """This process, in the process group if there is one."""
+    grouped = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    return Place(rank, ranks, device)
+
+
+@contextmanager
+def process_group() -> Iterator[Place]:
+    """Join the other ranks where torchrun started this process, and leave together with them."""
+    if "RANK" not in os.environ:
+        yield here()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    hours = timedelta(hours=2)  # under DDP the others wait while rank 0 evaluates
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=hours)
+    try:
+        yield here()
+        dist.barrier()  # a rank that failed does not come here: torchrun ends the others
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(net: nn.Module, *, place: Place, fsdp: bool, compiled: bool) -> nn.Module:
+    """`net` under DDP, or sharded in place with FSDP2, where there are several ranks."""
+    if fsdp:
+        for block in blocks(net):
+            fully_shard(block)
+        fully_shard(net)
+    if compiled:
+        net.compile()
+    return DistributedDataParallel(net) if place.ranks > 1 and not fsdp else net
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost members of lists and sequences that have parameters: what FSDP2 gathers one at a time."""
+    for child in module.children():
+        if not isinstance(module, _CONTAINERS) or isinstance(child, _CONTAINERS):
+            yield from blocks(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def without_reduction(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """DDP reduces once a step, in the last backward; FSDP2 in every one, so that nobody holds a whole gradient."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def model_state(net: nn.Module) -> dict[str, Any]:
+    """The whole model's weights on the CPU, on rank 0; to be called by every rank."""
+    state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # On the CPU they are the model's own tensors, which change.
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def optimizer_state(net: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The whole optimizer's state on the CPU, on rank 0; to be called by every rank."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(net, optimizer, options=options)
+
+
+def load_model(net: nn.Module, state: dict[str, Any]) -> None:
+    """Each rank takes its part."""
+    set_model_state_dict(net, state, options=StateDictOptions(full_state_dict=True))
+
+
+def load_optimizer(net: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Each rank takes its part."""
+    set_optimizer_state_dict(net, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint at once: a kill at any moment leaves the old one or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _NAME
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def load(folder: Path, *, same: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint, or `None` where there is none yet.
+
+    Raises:
+        DataError: it cannot be read, or is of a run whose options in `same` were others.
+    """
+    path = folder / _NAME
+    if not path.exists():
+        return None
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        options = saved["options"]
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is not a checkpoint of train.py: {error}") from None
+    for name, value in same.items():
+        if options.get(name) != value:
+            raise DataError(
+                f"{path} is of a run with {name}={options.get(name)!r}, not {value!r}: choose another --out, or remove "
+                "the folder to start anew."
+            )
+    return saved

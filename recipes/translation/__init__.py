@@ -1,0 +1,1 @@
+"""WMT with the Transformer."""

@@ -1,0 +1,156 @@
+"""Parallel text on disk: `train.en` and `train.de`, line by line, and `newstest2014.en` and `.de` (or WMT's own .sgm).
+
+The vocabulary is `vocabulary.<size>.model` of sentencepiece, one for both languages. Where it is not there, it is made
+from the training text, by byte-pair encoding and without chance, and kept.
+"""
+
+import html
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from recipes.training.task import DataError
+from recipes.translation.model import BEGIN, END, PAD, UNKNOWN
+
+LONGEST = 256  # tokens of a source or a target to train on; the few longer ones are left out, and counted
+
+
+class ParallelText(Dataset[tuple[Tensor, Tensor]]):
+    """Tokens of each source and target, each with END; `skipped` pairs were empty on a side or too long.
+
+    With `longest=None`, to test on, every pair stays.
+    """
+
+    def __init__(self, pairs: Iterator[tuple[str, str]], *, vocabulary: Any, longest: int | None = LONGEST) -> None:
+        self.skipped = 0
+        self.source, self.target = _Ragged(), _Ragged()
+        while some := list(islice(pairs, 10_000)):
+            tokens = (vocabulary.encode(list(texts), out_type=int) for texts in zip(*some, strict=True))
+            for source, target in zip(*tokens, strict=True):
+                if longest is None or (source and target and max(len(source), len(target)) < longest):
+                    self.source.append([*source, END])
+                    self.target.append([*target, END])
+                else:
+                    self.skipped += 1
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.source[index], self.target[index]
+
+
+class _Ragged:
+    """Sequences of different lengths in one array: millions of lists would not fit into memory."""
+
+    def __init__(self) -> None:
+        self.values, self.ends = array("i"), array("q", [0])
+
+    def append(self, values: list[int]) -> None:
+        self.values.extend(values)
+        self.ends.append(len(self.values))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(self.values[self.ends[index] : self.ends[index + 1]], dtype=torch.long)
+
+    def lengths(self) -> list[int]:
+        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def read_pairs(data: Path | None, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of `<name>.en` with those of `<name>.de`; `<name>` may be a test set in WMT's .sgm format."""
+    if data is None:
+        raise DataError("transformer needs a folder with train.en, train.de, newstest2014.en and newstest2014.de.")
+    paths = [_file(Path(data), name, language) for language in ("en", "de")]
+    count = 0
+    try:
+        for source, target in zip(*(_lines(path) for path in paths), strict=True):
+            count += 1
+            yield source, target
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{paths[0]} or {paths[1]}, after line {count}: not UTF-8: {error}") from error
+        raise DataError(f"{paths[0]} and {paths[1]}: one ends after {count} lines, the other goes on.") from error
+
+
+def _file(data: Path, name: str, language: str) -> Path:
+    plain = data / f"{name}.{language}"
+    found = [plain, *sorted(data.glob(f"{name}-*.{language}.sgm"))]
+    for path in found:
+        if path.is_file():
+            return path
+    raise DataError(f"{plain}: no such file (and no {name}-*.{language}.sgm).")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # Only "\n" ends a line: the texts have other characters in them that Python takes for line ends.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        if path.suffix != ".sgm":
+            yield from (line.strip() for line in file)
+            return
+        text = file.read()
+    yield from (html.unescape(part).strip() for part in re.findall(r"<seg[^>]*>(.*?)</seg>", text, re.DOTALL))
+
+
+def vocabulary_of(data: Path | None, *, size: int) -> Any:
+    """The sentencepiece model of this size, made if it is not there.
+
+    Raises:
+        DataError: it cannot be read, has another size or other special tokens, or the text is too small for it.
+    """
+    import sentencepiece
+
+    if data is None:
+        raise DataError("transformer needs a folder with train.en, train.de, newstest2014.en and newstest2014.de.")
+    path = Path(data) / f"vocabulary.{size}.model"
+    if not path.exists():
+        _make_vocabulary(Path(data), path, size=size)
+    try:
+        vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a sentencepiece model: {error}") from error
+    special = tuple(getattr(vocabulary, f"{name}_id")() for name in ("pad", "unk", "bos", "eos"))
+    if special != (PAD, UNKNOWN, BEGIN, END) or vocabulary.get_piece_size() != size:
+        raise DataError(
+            f"{path}: {vocabulary.get_piece_size()} pieces with pad, unk, bos, eos = {special}, but {size} are needed "
+            f"with {(PAD, UNKNOWN, BEGIN, END)}. Remove the file, and it is made anew."
+        )
+    return vocabulary
+
+
+def _make_vocabulary(data: Path, path: Path, *, size: int) -> None:
+    import sentencepiece
+
+    part = path.with_suffix(f".{os.getpid()}")  # several ranks may make the same file
+    try:
+        with part.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(text for pair in read_pairs(data, "train") for text in pair),
+                model_writer=file,
+                model_type="bpe",
+                vocab_size=size,
+                character_coverage=1.0,
+                pad_id=PAD,
+                unk_id=UNKNOWN,
+                bos_id=BEGIN,
+                eos_id=END,
+                minloglevel=2,
+            )
+        part.replace(path)
+    except RuntimeError as error:
+        raise DataError(f"{data / 'train.en'} and .de: no vocabulary of {size} pieces can be made: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: the vocabulary cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
