@@ -1,6 +1,6 @@
 """ImageNet with ResNet-50 v1: base batch 256, 451,000 base iterations (90 epochs), steps of 0.1 at 150k, 300k, 400k.
 
-The paper gives these, learning rate 0.1, momentum 0.9, weight decay 1e-4, and 76.5 % for scale 1. Training images are
+The paper gives these, learning rate 0.1, momentum 0.9, weight decay 1e-4, and 76.4 % for scale 1. Training images are
 crops of a random 8 to 100 % of the area, resized and flipped half of the time; test images are the centre of the image
 with its shorter side at 256 (He et al. 2016a, Goyal et al. 2017).
 """

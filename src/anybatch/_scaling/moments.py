@@ -88,7 +88,7 @@ def moments(mean_square: float, square_mean: float, *, sample: float, batch: flo
         Moments(variance=2.0, sqnorm=2.0)
 
     Source:
-        Johnson et al., AdaScale SGD, ICML 2020, Section 3.3; McCandlish et al. 2018, Appendix A.1.
+        Johnson et al., AdaScale SGD, ICML 2020, Section 3.4; McCandlish et al. 2018, Appendix A.1.
 
     Differs from the paper in:
         1. The samples need not be base batches, and the batch need not be a whole number of them.
@@ -126,7 +126,7 @@ def gain(variance: float, sqnorm: float, scale: float) -> float:
         1.3333333333333333
 
     Source:
-        Johnson et al., AdaScale SGD, ICML 2020, Equation 1. The same number is the ratio of the optimal learning rates
+        Johnson et al., AdaScale SGD, ICML 2020, Equation 3. The same number is the ratio of the optimal learning rates
         of McCandlish et al. 2018, Equation 2.6, at the two batch sizes; `r/S` is Pollux's statistical efficiency.
 
     Differs from the paper in:

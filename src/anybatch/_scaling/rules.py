@@ -77,7 +77,7 @@ class Identity(Rule):
         Scaling(lr_factor=1.0, iterations=1.0)
 
     Source:
-        Johnson et al., ICML 2020, Section 2.2 and Proposition 1.
+        Johnson et al., ICML 2020, Section 3.1 and Proposition 1.
     """
 
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
