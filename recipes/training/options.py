@@ -28,9 +28,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is trained; `python -m recipes.train --help` says what each is."""
+    """How a task is trained; `python -m recipes.train --help` says what each is. `rule` may be a rule itself."""
 
-    rule: str = "adascale"
+    rule: str | anybatch.Rule = "adascale"
     decays: Decays | None = None
     scale: str = "1"
     micro_batch: int | None = None
@@ -49,7 +49,7 @@ class Options:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if not isinstance(self.rule, anybatch.Rule) and self.rule not in RULES:
             raise anybatch.InvalidValueError(f"--rule is one of {', '.join(RULES)}; got {self.rule!r}.")
         if self.precision not in PRECISIONS:
             raise anybatch.InvalidValueError(f"--precision is fp32, bf16 or fp16; got {self.precision!r}.")
@@ -79,7 +79,9 @@ class Options:
         return [scale for scale, since in self.scales if share >= since - 1e-9][-1]
 
     def rule_for_attach(self) -> anybatch.Rule:
-        """The rule by its name; the papers warm linear scaling up over 5.5 % of the run."""
+        """The rule itself, or by its name; the papers warm linear scaling up over 5.5 % of the run."""
+        if isinstance(self.rule, anybatch.Rule):
+            return self.rule
         rules: dict[str, anybatch.Rule] = {
             "adascale": anybatch.AdaScale(),
             "lsw": anybatch.Linear(warmup=0.055),
@@ -113,9 +115,9 @@ class Options:
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What must be the same in a resumed run; the scale, the ranks and the machine may be others."""
-        names = ("rule", "decays", "steps", "seed", "lr", "last_rate", "ema", "precision")
+        names = ("decays", "steps", "seed", "lr", "last_rate", "ema", "precision")
         mine = {name: value for name, value in asdict(self).items() if name in names}
-        return {"task": task.name, "tiny": task.tiny, "total": task.total, **mine}
+        return {"task": task.name, "tiny": task.tiny, "total": task.total, "rule": str(self.rule), **mine}
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
