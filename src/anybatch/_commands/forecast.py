@@ -63,12 +63,12 @@ def _numbers(text: str) -> list[float]:
 
 
 def _draw(found: anybatch.Forecast, out: Path) -> None:
-    try:
-        from anybatch._report import plot
-    except ImportError as error:
-        raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
+    from anybatch._report import plot
+
     try:
         plot(found, out)
+    except ImportError as error:
+        raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
     except (OSError, ValueError) as error:  # no such folder; a kind of picture that matplotlib does not know
         raise failed(f"--out: cannot write {out}: {error}") from None
 
