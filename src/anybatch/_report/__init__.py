@@ -6,6 +6,7 @@ from anybatch._report.forecast import plot
 from anybatch._report.page import Block, Grid, Heading, Table, Text, page
 from anybatch._report.points import thin
 from anybatch._report.report import report
+from anybatch._report.words import duration
 
 __all__ = [
     "INK",
@@ -18,6 +19,7 @@ __all__ = [
     "Table",
     "Text",
     "colour",
+    "duration",
     "page",
     "picture",
     "plot",
