@@ -6,6 +6,7 @@ from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 
+import matplotlib  # noqa: F401  # where it is missing, that shows before the training and not after it
 import torch
 
 import anybatch
