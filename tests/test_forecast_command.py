@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -98,6 +100,19 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, argu
     assert result.exit_code == 2, result.output
     assert word in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_without_matplotlib_only_pictures_are_missing(tmp_path, monkeypatch):
+    written(tmp_path / "run.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(cli.app, ["forecast", str(tmp_path / "run.jsonl")]).exit_code == 0
+    for command in ("forecast", "report"):
+        result = run(cli.app, [command, str(tmp_path / "run.jsonl"), "--out", str(tmp_path / "out.png")])
+        assert result.exit_code == 2, result.output
+        assert len(result.output.strip().splitlines()) == 1
+        assert "anybatch[report]" in result.output
+    code = "import sys; import anybatch._report; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_torn_and_repeated_lines_change_nothing_but_the_note(tmp_path):

@@ -1,17 +1,20 @@
 """The page in a real browser, at desktop and phone width: readable in light and dark, and no scrolling sideways."""
 
+import json
 import re
 import shutil
 import subprocess
-from html import escape
+from html import escape, unescape
 
 import pytest
 
-from anybatch._report.report import report
-
+pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
+
 from PIL import Image
 from test_run_report import written
+
+from anybatch._report.report import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -68,21 +71,69 @@ def test_light_and_dark(page, tmp_path, width):
     assert dark < 40
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_no_scrolling_sideways(page, tmp_path, width):
-    """Measured from outside, with the page in a frame of this width and all its folds open."""
+def measured(page, tmp_path, width, code):
+    """What `code` finds in the page's document `d`, from outside, in a frame of this width with all folds open."""
     text = page.read_text().replace("<details>", "<details open>")
-    measure = (
-        "let d = this.contentDocument.documentElement; document.title = 'W ' + d.clientWidth + ' ' + d.scrollWidth"
-    )
+    measure = f"let d = this.contentDocument; document.title = 'W ' + JSON.stringify((() => {{{code}}})())"
     frame = (
-        f'<iframe style="width:{width}px;height:900px;border:0" onload="{measure}" srcdoc="{escape(text)}"></iframe>'
+        f'<iframe style="width:{width}px;height:4000px;border:0" onload="{escape(measure)}" '
+        f'srcdoc="{escape(text)}"></iframe>'
     )
     outer = tmp_path / "outer.html"
     outer.write_text(f"<!doctype html><title></title><body>{frame}")
-    found = re.search(r"<title>W (\d+) (\d+)", chromium(tmp_path, "--dump-dom", outer.as_uri()))
+    found = re.search(r"<title>W (.*?)</title>", chromium(tmp_path, "--dump-dom", outer.as_uri()), re.DOTALL)
     assert found is not None
-    assert [int(number) for number in found.groups()] == [width, width]
+    return json.loads(unescape(found[1]))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_scrolling_sideways(page, tmp_path, width):
+    code = "return [d.documentElement.clientWidth, d.documentElement.scrollWidth]"
+    assert measured(page, tmp_path, width, code) == [width, width]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_label_of_a_chart_is_cut_or_covers_another(page, tmp_path, width):
+    found = measured(
+        page,
+        tmp_path,
+        width,
+        """
+        let bad = [], count = 0;
+        for (const chart of d.querySelectorAll(".chart")) {
+          const texts = [...chart.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+          count += texts.length;
+          texts.forEach(([a, p], i) => {
+            if (p.left < 0 || p.right > d.documentElement.clientWidth || p.height < 9) bad.push([a, p.left, p.right]);
+            for (const [b, q] of texts.slice(i + 1))
+              if (p.left < q.right && q.left < p.right && p.top < q.bottom && q.top < p.bottom) bad.push([a, b]);
+          });
+        }
+        return [bad, count]
+        """,
+    )
+    assert found[0] == []
+    assert found[1] > 80
+
+
+def test_under_the_pointer_is_a_value(page, tmp_path):
+    found = measured(
+        page,
+        tmp_path,
+        1280,
+        """
+        const box = d.querySelector(".chart").getBoundingClientRect(), found = [];
+        for (let x = 0.2; x < 0.95; x += 0.05) {
+          const at = d.elementFromPoint(box.left + x * box.width, box.top + 0.4 * box.height);
+          const title = at.closest("g") && at.closest("g").querySelector("title");
+          if (title) found.push(title.textContent);
+        }
+        return found
+        """,
+    )
+    assert len(found) == 15
+    assert len(set(found)) >= 5
+    assert all(re.search(r"tau \(base iterations\) \d", text) for text in found)
 
 
 def test_the_policy_stops_scripts(page, tmp_path):

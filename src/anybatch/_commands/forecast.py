@@ -12,6 +12,7 @@ from rich.table import Table
 import anybatch
 from anybatch._commands.terminal import failed, words
 from anybatch._record import strict
+from anybatch._report import duration, plot
 
 
 def forecast(
@@ -64,11 +65,9 @@ def _numbers(text: str) -> list[float]:
 
 def _draw(found: anybatch.Forecast, out: Path) -> None:
     try:
-        from anybatch._report import plot
+        plot(found, out)
     except ImportError as error:
         raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
-    try:
-        plot(found, out)
     except (OSError, ValueError) as error:  # no such folder; a kind of picture that matplotlib does not know
         raise failed(f"--out: cannot write {out}: {error}") from None
 
@@ -84,7 +83,7 @@ def _table(found: anybatch.Forecast) -> Table:
     for s in found.scales:
         cells = [f"{s.scale:g}", f"{s.devices}", _with_band(s.iterations), f"{s.examples.value:,.0f}"]
         cells.append(f"{s.efficiency.value:.1%}")
-        cells += [_duration(s.seconds.value), _duration(3600 * s.device_hours.value)] if timed else []
+        cells += [duration(s.seconds.value), duration(3600 * s.device_hours.value)] if timed else []
         cells += [f"{s.cost.value:,.4g}"] if priced else []
         table.add_row(*cells)
     return table
@@ -101,10 +100,3 @@ def _sentence(found: anybatch.Forecast) -> str:
         f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "
         "device time is smallest; beyond, each doubling saves less than 29 % of the time."
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.3g} {name}"
-    return f"{seconds:.3g} s"

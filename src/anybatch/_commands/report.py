@@ -26,6 +26,8 @@ def report(
     _check(out)
     try:
         text = make_page(records)
+    except ImportError as error:
+        raise failed(f"The report needs {error.name}: pip install 'anybatch[report]'") from None
     except (anybatch.AnybatchError, OSError) as error:
         raise failed(str(error)) from None
     try:

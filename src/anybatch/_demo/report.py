@@ -1,4 +1,4 @@
-"""The demo's two figures and its page."""
+"""The demo's figures and its page."""
 
 import json
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 
+import matplotlib  # noqa: F401  # where it is missing, that shows before the training and not after it
 import torch
-from matplotlib import colormaps
-from matplotlib import figure as mpl
 
 import anybatch
 from anybatch._demo.digits import BASE_BATCH, Result
 from anybatch._demo.run import Curve, Plan, Row, curve, largest_distance, show
 from anybatch._record import strict
-from anybatch._report import Block, Figure, Heading, Table, Text, page
+from anybatch._report import INK, Block, Chart, Grid, Heading, Legend, Line, Table, Text, colour, page, picture, thin
 
 COLUMNS = ("scale", "rule", "test accuracy", "training loss", "iterations", "mean gain")
+_DASHED = (6.0, 3.5)
 NAMES = {"adascale": "AdaScale", "lsw": "LSW", "lsw+": "LSW+"}
 
 
@@ -57,7 +57,6 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
         "distances": distances(results),
     }
     (plan.out / "results.json").write_text(json.dumps(strict(data), allow_nan=False, indent=1, ensure_ascii=False))
-    against_tau = _against_tau(plan, results)
     blocks: list[Block] = [
         Text(
             "A small network learns scikit-learn's handwritten digits with momentum SGD. Its learning rate and "
@@ -73,15 +72,16 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
             note=True,
         ),
         Heading("Against tau, the curves fall on one another"),
-        Figure(against_tau, _distance_sentence(results)),
+        *_figure(_against_tau(plan, results), plan, plan.out / "against_tau.png"),
+        Text(_distance_sentence(results), note=True),
     ]
     if "adascale" in plan.rules:
-        figure = _against_steps(plan)
-        caption = (
+        words = (
             "One seed. Nobody wrote a warm-up: while the loss falls fastest all samples agree, and the gain falls to a "
             "few; then it grows with the noise, and the learning rate with it."
         )
-        blocks += [Heading("The warm-up appears by itself"), Figure(figure, caption)]
+        figure = _figure(_against_steps(plan), plan, plan.out / "against_steps.png")
+        blocks += [Heading("The warm-up appears by itself"), *figure, Text(words, note=True)]
     blocks.append(
         Text(
             f"anybatch {anybatch.__version__}, torch {torch.__version__}, {plan.ranks} rank(s), {seconds:.0f} s. "
@@ -105,44 +105,40 @@ def _distance_sentence(results: Sequence[Result]) -> str:
     )
 
 
-def _against_tau(plan: Plan, results: Sequence[Result]) -> Path:
-    figure = mpl.Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    colours = colormaps["viridis"]
-    for rule, style in (("adascale", "-"), ("lsw", "--")):
-        found = {name: c for name, c in curves(results, rule).items() if "→" not in name}
-        names = [str(s) for s in sorted(plan.scales)]
-        for name, c in found.items():
-            colour = colours(names.index(name) / max(1, len(names) - 0.5))
-            for ax, values in zip(axes, (c.accuracy, c.loss), strict=True):
-                ax.plot(c.tau, values, style, color=colour, lw=1.6, label=f"{NAMES[rule]} S={name}")
-    axes[0].set(xlabel="tau (base iterations)", ylabel="test accuracy (%)", ylim=(0, 100))
-    axes[1].set(xlabel="tau (base iterations)", ylabel="test loss", yscale="log")
-    for ax in axes:
-        ax.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return _save(figure, plan.out / "against_tau.png")
+def _against_tau(plan: Plan, results: Sequence[Result]) -> list[Chart]:
+    accuracy, loss = [], []
+    for rule, dash in (("adascale", ()), ("lsw", _DASHED)):
+        for name, c in curves(results, rule).items():
+            if "→" not in name:
+                style = _colours(plan)[int(name)], dash
+                accuracy.append(Line(list(zip(c.tau, c.accuracy, strict=True)), f"{NAMES[rule]} at {name}", *style))
+                loss.append(Line(list(zip(c.tau, c.loss, strict=True)), f"{NAMES[rule]} at {name}", *style))
+    across = "tau (base iterations)"
+    return [Chart("test accuracy (%)", across, accuracy), Chart("test loss", across, loss, log_y=True)]
 
 
-def _against_steps(plan: Plan) -> Path:
-    figure = mpl.Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    colours = colormaps["viridis"]
-    scales = sorted(plan.scales)
-    for i, scale in enumerate(scales):
+def _against_steps(plan: Plan) -> list[Chart]:
+    gain, rate = [], []
+    for scale, found in _colours(plan).items():
         steps = anybatch.read_record(plan.out / "records" / f"adascale-S{scale}-seed0.jsonl").steps
-        number = [step.step for step in steps]
-        colour = colours(i / max(1, len(scales) - 0.5))
-        for ax, values in zip(axes, ([s.gain for s in steps], [s.lr for s in steps]), strict=True):
-            ax.plot(number, values, color=colour, lw=1.4, label=f"S={scale}")
-    axes[0].set(xlabel="iteration", ylabel="gain", xscale="log", yscale="log")
-    axes[1].set(xlabel="iteration", ylabel="learning rate", xscale="log", yscale="log")
-    for ax in axes:
-        ax.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False)
-    return _save(figure, plan.out / "against_steps.png")
+        gain.append(Line(thin(((s.step, s.gain) for s in steps), log=True), f"AdaScale at {scale}", found))
+        rate.append(Line(thin(((s.step, s.lr) for s in steps), log=True), f"AdaScale at {scale}", found))
+    return [
+        Chart("gain", "iteration", gain, log_x=True, log_y=True),
+        Chart("learning rate", "iteration", rate, log_x=True, log_y=True),
+    ]
 
 
-def _save(figure: mpl.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=140)
-    return path
+def _figure(charts: Sequence[Chart], plan: Plan, path: Path) -> list[Block]:
+    """The charts for the page; as a picture they are written into the file `path`."""
+    entries = [(f"S = {scale}", found, ()) for scale, found in _colours(plan).items()]
+    dashed = any(line.dash for chart in charts for line in chart.lines)
+    rules = [("AdaScale", INK, ()), ("LSW", INK, _DASHED)] if dashed else []
+    legend = Legend([*entries, *rules])
+    picture(charts, legend, path)
+    return [legend, Grid(charts)]
+
+
+def _colours(plan: Plan) -> dict[int, str]:
+    scales = sorted(plan.scales)
+    return {scale: colour(i, len(scales)) for i, scale in enumerate(scales)}

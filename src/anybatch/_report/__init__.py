@@ -1,16 +1,28 @@
 """Pages and figures about recorded runs and forecasts."""
 
+from anybatch._report.chart import Chart, Legend, Line, picture
+from anybatch._report.figure import INK, colour
 from anybatch._report.forecast import plot
-from anybatch._report.page import Block, Figure, Heading, Table, Text, page
+from anybatch._report.page import Block, Grid, Heading, Table, Text, page
+from anybatch._report.points import thin
 from anybatch._report.report import report
+from anybatch._report.words import duration
 
 __all__ = [
+    "INK",
     "Block",
-    "Figure",
+    "Chart",
+    "Grid",
     "Heading",
+    "Legend",
+    "Line",
     "Table",
     "Text",
+    "colour",
+    "duration",
     "page",
+    "picture",
     "plot",
     "report",
+    "thin",
 ]

@@ -1,18 +1,26 @@
-"""A chart: lines over two axes as one SVG picture, in the colours of the page around it, light or dark."""
+"""Charts of a page: lines over two axes, what they mean, and what they come to under the pointer."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil, floor, log10
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from anybatch._report.page import inert
+from anybatch._report.figure import INK, blank, css, house, inline, numbers
+from anybatch._report.page import inert, visible
+from anybatch._report.points import Point, seen
+from anybatch._report.words import short_number
 
-_WIDTH, _HEIGHT = 440, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 432, 8, 230  # the frame
-_HUGE, _TINY = 1e100, 1e-100  # beyond these nothing is drawn: a span of such values would overflow
-_TICKS = 5
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH, _HEIGHT = 380, 236
 _AUTO_LOG = 30  # the ratio of the largest value to the smallest from which an axis is logarithmic
+_STRIPS = 32  # of the chart from left to right, each of which shows its values under the pointer
+_NAMED = 12  # lines whose values a strip shows
 
-Point = tuple[float, float]
+Dash = tuple[float, ...]  # lengths of dashes and gaps by turns; none: a whole line
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,16 @@ class Line:
     Args:
         points: pairs of x and y; where one is not finite, the line has a gap.
         name: shown where the pointer rests on it.
-        colour: as in CSS.
-        dash: SVG's dash array.
+        colour: as `#rrggbb`.
+        dash: how it is broken.
         dots: whether the points are drawn as dots in place of a line.
         band: for each x the low and the high end of a band behind the line.
     """
 
     points: Sequence[Point]
     name: str
-    colour: str = "currentColor"
-    dash: str = ""
+    colour: str = INK
+    dash: Dash = ()
     dots: bool = False
     band: Sequence[tuple[float, float, float]] = ()
 
@@ -57,114 +65,129 @@ class Chart:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to draw."""
-        return not any(_seen(x, log=self.log_x) and _seen(y) for line in self.lines for x, y in line.points)
+        return not self._settled().lines
 
     def html(self) -> str:
         """The figure; nothing where it is empty."""
-        if self.empty:
+        chart = self._settled()
+        if not chart.lines:
             return ""
-        points = [(x, y) for line in self.lines for x, y in _extent(line) if _seen(x, log=self.log_x) and _seen(y)]
-        ys = [y for _, y in points]
-        log_y = self.log_y or (min(ys) > 0 and max(ys) / min(ys) > _AUTO_LOG)
-        ys = [y for y in ys if _seen(y, log=log_y)]
-        if not ys:
+        with house():
+            figure, [axes] = blank(width=_WIDTH, height=_HEIGHT)
+            figure.subplots_adjust(left=0.12, right=0.985, top=0.97, bottom=0.18)
+            chart.draw(axes)
+            titles = {f"line{i}": _last(line, self.across) for i, line in enumerate(chart.lines)}
+            titles |= {f"strip{i}": words for i, words in enumerate(_strips(axes, chart))}
+            drawn = inline(figure, f"{self.title} against {self.across}", titles)
+        return f"<figure><figcaption>{inert(self.title)}</figcaption>{drawn}</figure>"
+
+    def draw(self, axes: "Axes") -> None:
+        """Draw on axes of matplotlib, within `house()`."""
+        chart = self._settled()
+        axes.set(xscale="log" if chart.log_x else "linear", yscale="log" if chart.log_y else "linear")
+        axes.set_xlabel(visible(self.across))
+        axes.margins(0.01, 0.04)
+        for i, line in enumerate(chart.lines):
+            _draw(axes, line, f"line{i}")
+        axes.autoscale_view()
+        axes.autoscale(enable=False)
+        numbers(axes.xaxis, log=chart.log_x)
+        numbers(axes.yaxis, log=chart.log_y)
+
+    def values(self, low: float, high: float) -> str:
+        """The lines' last values between two places, the highest first, as in the picture; nothing without any."""
+        found = []
+        for line in self.lines:
+            inside = [(x, y) for x, y in line.points if low <= x < high and seen(y)]
+            found += [(*inside[-1], line.name)] if inside else []
+        if not found:
             return ""
-        across = _Axis.of([x for x, _ in points], log=self.log_x, start=_LEFT, end=_RIGHT, margin=0.01)
-        up = _Axis.of(ys, log=log_y, start=_BOTTOM, end=_TOP, margin=0.04)
-        title = inert(self.title)
-        lines = "".join(_line(line, across, up) for line in self.lines)
-        return (
-            f"<figure><figcaption>{title}</figcaption>"
-            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title} against {inert(self.across)}" '
-            f'font-size="12" fill="none">{"".join(_frame(across, up, self.across))}{lines}</svg></figure>'
-        )
+        named = [f"{name}: {short_number(y)}" for _, y, name in sorted(found, key=lambda each: -each[1])[:_NAMED]]
+        more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+        ends = dict.fromkeys(short_number(end([x for x, _, _ in found])) for end in (min, max))
+        return "\n".join([f"{self.across} {' to '.join(ends)}", *named, *more])
+
+    def _settled(self) -> "Chart":
+        """The same chart with its scales decided, the points that cannot be drawn as nan, and no empty line."""
+        ys = [y for line in self.lines for x, y in _extent(line) if seen(x, log=self.log_x) and seen(y)]
+        log_y = self.log_y or (bool(ys) and min(ys) > 0 and max(ys) / min(ys) > _AUTO_LOG)
+        lines = []
+        for line in self.lines:
+            points = [(x, y if seen(y, log=log_y) else nan) for x, y in line.points if seen(x, log=self.log_x)]
+            band = [
+                (x, low, high)
+                for x, low, high in line.band
+                if seen(x, log=self.log_x) and seen(low, log=log_y) and seen(high, log=log_y)
+            ]
+            if any(seen(y) for _, y in points):
+                lines.append(replace(line, points=points, band=band))
+        return replace(self, lines=lines, log_y=log_y)
 
 
 @dataclass(frozen=True)
 class Legend:
     """What the lines of charts mean: their name, colour and dash each, and a word on what is left out."""
 
-    entries: Sequence[tuple[str, str, str]]
+    entries: Sequence[tuple[str, str, Dash]]
     more: str = ""
 
     def html(self) -> str:
         items = "".join(
-            f'<li><svg viewBox="0 0 26 11" aria-hidden="true"><path d="M0,6H26" stroke="{inert(colour)}" '
-            f'stroke-width="2.5" stroke-dasharray="{inert(dash)}"/></svg>{inert(name)}</li>'
+            f'<li><svg viewBox="0 0 26 11" aria-hidden="true"><path d="M0,6H26" stroke="{inert(css(colour))}" '
+            f'stroke-width="2.5" stroke-dasharray="{" ".join(map(str, dash))}"/></svg>{inert(name)}</li>'
             for name, colour, dash in self.entries
         )
         return f'<ul class="legend">{items}{f"<li>{inert(self.more)}</li>" if self.more else ""}</ul>'
 
 
-@dataclass(frozen=True)
-class _Axis:
-    low: float
-    high: float
-    log: bool
-    start: float
-    end: float
+def picture(charts: Sequence[Chart], legend: Legend, path: Path) -> Path:
+    """Write the charts side by side, with their legend, into a PNG, PDF or SVG file."""
+    from matplotlib.lines import Line2D
 
-    @classmethod
-    def of(cls, values: Sequence[float], *, log: bool, start: float, end: float, margin: float) -> "_Axis":
-        """An axis that shows all of the values."""
-        low, high = (log10(v) if log else v for v in (min(values), max(values)))
-        if high - low <= 1e-9 * max(abs(low), abs(high), 1.0 if log else _TINY):  # one value: give it room
-            room = 0.3 if log else 0.1 * abs(low) if abs(low) > _TINY else 1.0
-        else:
-            room = margin * (high - low)
-        return cls(low - room, high + room, log, start, end)
-
-    def at(self, value: float) -> float:
-        """Where a value lies."""
-        value = log10(value) if self.log else value
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """Round values to be written at the axis."""
-        if not self.log:
-            return _round(self.low, self.high)
-        decades = range(ceil(self.low), floor(self.high) + 1)
-        if len(decades) > 2:
-            return [10.0**e for e in decades[:: ceil(len(decades) / _TICKS)]]
-        fine = [m * 10.0**e for e in range(floor(self.low), ceil(self.high) + 1) for m in (1, 2, 5)]
-        fine = [v for v in fine if self.low <= log10(v) <= self.high]
-        return fine if len(fine) > 1 else [v for v in _round(10**self.low, 10**self.high) if v > 0]
+    with house():
+        figure, row = blank(len(charts), width=1.05 * _WIDTH * len(charts), height=1.3 * _HEIGHT, layout="constrained")
+        for axes, chart in zip(row, charts, strict=True):
+            chart.draw(axes)
+            axes.set_title(chart.title, loc="left")
+        handles = [Line2D([], [], color=c, ls=_style(dash), label=name) for name, c, dash in legend.entries]
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small")
+        figure.savefig(path, dpi=140)
+    return path
 
 
-def short_number(value: float) -> str:
-    """A number as an axis or a table has it: 12500 is 12.5k."""
-    size = abs(value)
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if max(unit, 1e4) <= size < 1e15:
-            return f"{value / unit:.4g}{letter}"
-    text = f"{value:.4g}"
-    mantissa, _, exponent = text.partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else text
+def _draw(axes: "Axes", line: Line, gid: str) -> None:
+    if line.band:
+        xs, low, high = zip(*line.band, strict=True)
+        axes.fill_between(xs, low, high, color=line.colour, alpha=0.16, lw=0, clip_on=False, zorder=1)
+    xs, ys = zip(*line.points, strict=True)
+    drawn = [False, *map(seen, ys), False]
+    alone = [i for i in range(len(ys)) if drawn[i + 1] and not drawn[i] and not drawn[i + 2]]
+    style = {"ls": "", "ms": 8} if line.dots else {"ls": _style(line.dash), "ms": 1.6, "markevery": alone}
+    axes.plot(xs, ys, color=line.colour, marker="o", mew=0, clip_on=False, gid=gid, **style)
 
 
-def thin(points: Iterable[Point], *, columns: int = 160, log: bool = False) -> list[Point]:
-    """At most two points for each column of pixels, the lowest and the highest; a gap stays one."""
-    given = [(x, y) for x, y in points if _seen(x, log=log)]
-    if len(given) <= 2 * columns:
-        return given
-    xs = [log10(x) if log else x for x, _ in given]
-    low, span = min(xs), max(xs) - min(xs)
-    bins: dict[int, list[Point]] = {}
-    for x, point in zip(xs, given, strict=True):
-        bins.setdefault(int((x - low) / span * columns) if span else 0, []).append(point)
-    kept: list[Point] = []
-    for key in sorted(bins):
-        seen = [point for point in bins[key] if _seen(point[1])]
-        if not seen:
-            kept.append(bins[key][0])
-            continue
-        ends = {min(seen, key=lambda p: p[1]), max(seen, key=lambda p: p[1])}
-        kept.extend(point for point in dict.fromkeys(seen) if point in ends)
-    return kept
+def _style(dash: Dash) -> str | tuple[int, Dash]:
+    return (0, dash) if dash else "-"
 
 
-def _seen(value: float, *, log: bool = False) -> bool:
-    return _TINY < value < _HUGE if log else -_HUGE < value < _HUGE
+def _last(line: Line, across: str) -> str:
+    x, y = next(point for point in reversed(line.points) if seen(point[1]))
+    return f"{line.name}\n{short_number(y)} at {across} {short_number(x)}"
+
+
+def _strips(axes: "Axes", chart: Chart) -> list[str]:
+    """Cut the axes into strips, each to the middle between its own points and the next; returns their values."""
+    from matplotlib.patches import Rectangle
+
+    to_data = axes.transAxes + axes.transData.inverted()
+    edges = [float(to_data.transform((i / _STRIPS, 0))[0]) for i in range(_STRIPS + 1)]
+    found = {i: words for i, (low, high) in enumerate(pairwise(edges)) if (words := chart.values(low, high))}
+    cuts = [0.0, *((a + b + 1) / 2 / _STRIPS for a, b in pairwise(found)), 1.0]
+    for i, (low, high) in enumerate(pairwise(cuts)):
+        strip = Rectangle((low, 0), high - low, 1, transform=axes.transAxes, fc="none", lw=0, zorder=1.5, clip_on=False)
+        strip.set_gid(f"strip{i}")
+        axes.add_artist(strip)
+    return list(found.values())
 
 
 def _extent(line: Line) -> Iterator[Point]:
@@ -172,64 +195,3 @@ def _extent(line: Line) -> Iterator[Point]:
     for x, low, high in line.band:
         yield x, low
         yield x, high
-
-
-def _round(low: float, high: float) -> list[float]:
-    least = (high - low) / _TICKS
-    power = 10.0 ** floor(log10(least))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= least)
-    return [k * step for k in range(ceil(low / step), floor(high / step) + 1)]
-
-
-def _frame(across: _Axis, up: _Axis, label: str) -> Iterator[str]:
-    for value in up.ticks():
-        y = up.at(value)
-        yield f'<path d="M{_LEFT},{y:.1f}H{_RIGHT}" stroke="var(--line)"/>'
-        yield _text(short_number(value), _LEFT - 6, y + 4, "end")
-    for value in across.ticks():
-        x = across.at(value)
-        yield f'<path d="M{x:.1f},{_BOTTOM}v4" stroke="var(--soft)"/>'
-        yield _text(short_number(value), x, _BOTTOM + 17, "middle")
-    yield f'<path d="M{_LEFT},{_BOTTOM}H{_RIGHT}" stroke="var(--soft)"/>'
-    yield _text(inert(label), (_LEFT + _RIGHT) / 2, _HEIGHT - 5, "middle")
-
-
-def _text(text: str, x: float, y: float, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var(--soft)">{text}</text>'
-
-
-def _line(line: Line, across: _Axis, up: _Axis) -> str:
-    pieces: list[list[str]] = [[]]
-    for x, y in line.points:
-        if _seen(x, log=across.log) and _seen(y, log=up.log):
-            pieces[-1].append(f"{across.at(x):.1f},{up.at(y):.1f}")
-        elif pieces[-1]:
-            pieces.append([])
-    pieces = [piece for piece in pieces if piece]
-    if not pieces:
-        return ""
-    if line.dots:
-        shape = "".join(
-            f'<circle cx="{x}" cy="{y}" r="4.5"/>' for x, y in (p.split(",") for piece in pieces for p in piece)
-        )
-        drawn = f'<g fill="{inert(line.colour)}">{shape}'
-    else:  # a piece of one point is a round cap of no length
-        path = "".join(f"M{'L'.join(piece)}" if len(piece) > 1 else f"M{piece[0]}h0" for piece in pieces)
-        drawn = (
-            f'<g stroke="{inert(line.colour)}" stroke-width="1.7" stroke-linejoin="round" stroke-linecap="round">'
-            f'<path d="{path}" stroke-dasharray="{inert(line.dash)}"/>'
-        )
-    return f"{_band(line, across, up)}{drawn}<title>{inert(line.name)}</title></g>"
-
-
-def _band(line: Line, across: _Axis, up: _Axis) -> str:
-    ends = [
-        (across.at(x), up.at(low), up.at(high))
-        for x, low, high in line.band
-        if _seen(x, log=across.log) and _seen(low, log=up.log) and _seen(high, log=up.log)
-    ]
-    if not ends:
-        return ""
-    around = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
-    path = "L".join(f"{x:.1f},{y:.1f}" for x, y in around)
-    return f'<path d="M{path}Z" fill="{inert(line.colour)}" fill-opacity=".16"/>'

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
-from anybatch._report.chart import Chart, Legend, Line, short_number
+from anybatch._report.chart import Chart, Dash, Legend, Line
 from anybatch._report.comparison import Comparison
+from anybatch._report.figure import INK, colour
 from anybatch._report.page import Block
 from anybatch._report.summary import QUANTITIES, Curve, Summary
+from anybatch._report.words import short_number
 
-# From the smallest scale to the largest. Each reads on white and on near-black (contrast of 3 or more on both), and
-# blue to amber holds for the colour-blind.
-_RAMP = ("#2f7fdb", "#7a6ae0", "#b356c4", "#d9508a", "#dd5f4a", "#c27a12")
-_DASHES = ("", "7 4", "1.5 4", "9 4 1.5 4")
+_DASHES: tuple[Dash, ...] = ((), (6, 3.5), (1.5, 3.5), (8, 3.5, 1.5, 3.5))
 _METRICS = 4
 _ENTRIES = 8
 
@@ -36,17 +35,19 @@ def legend(runs: Sequence[Summary]) -> Legend:
     scales = {run.scale: run for run in sorted(drawn, key=lambda run: run.scale) if isfinite(run.scale)}
     if len(scales) > 1:
         shown = _spread(list(scales.values()))
-        entries = [(f"S = {short_number(run.scale)}", styles[run.path][0], "") for run in shown]
+        entries: list[tuple[str, str, Dash]] = [
+            (f"S = {short_number(run.scale)}", styles[run.path][0], ()) for run in shown
+        ]
         more = f"{len(scales) - len(shown)} more scales between" if len(scales) > len(shown) else ""
     else:
         shown = _spread(drawn)
-        entries = [(run.name[:40], styles[run.path][0], "") for run in shown]
+        entries = [(run.name[:40], styles[run.path][0], ()) for run in shown]
         more = f"{len(drawn) - len(shown)} more runs" if len(drawn) > len(shown) else ""
     if not all(run.constant for run in drawn if run.iterations):
         more = "; ".join(filter(None, [more, "a scale that changed: by its median"]))
     rules = {styles[run.path][1]: run.rule[:24] for run in reversed(drawn)}
     if len(rules) > 1:
-        entries += [(rules[dash], "currentColor", dash) for dash in _DASHES if dash in rules]
+        entries += [(rules[dash], INK, dash) for dash in _DASHES if dash in rules]
     return Legend(entries, more)
 
 
@@ -65,11 +66,11 @@ def forecast_chart(comparison: Comparison) -> Chart:
             Line(
                 [(scale, value) for scale, (value, _, _) in ordered],
                 f"from S = {run.scales}",
-                _colour(scales.index(run.scale), len(scales)),
+                colour(scales.index(run.scale), len(scales)),
                 band=[(scale, low, high) for scale, (_, low, high) in ordered],
             )
         )
-    happened = Line(list(comparison.happened.items()), "what happened", "var(--ink)", dots=True)
+    happened = Line(list(comparison.happened.items()), "what happened", dots=True)
     return Chart("iterations of a run", "scale", [*lines, happened], log_x=True, log_y=True)
 
 
@@ -78,9 +79,9 @@ def _pair(runs: Sequence[Summary], title: str, curves: Sequence[Curve | None]) -
     against_tau, against_steps = [], []
     for run, found in zip(runs, curves, strict=True):
         if found is not None:
-            colour, dash = styles[run.path]
-            against_tau.append(Line(found.tau, run.name[:80], colour, dash))
-            against_steps.append(Line(found.step, run.name[:80], colour, dash))
+            style = styles[run.path]
+            against_tau.append(Line(found.tau, run.name[:80], *style))
+            against_steps.append(Line(found.step, run.name[:80], *style))
     pair = (
         Chart(title, "tau (base iterations)", against_tau),
         Chart(title, "iteration", against_steps, log_x=True),
@@ -88,29 +89,18 @@ def _pair(runs: Sequence[Summary], title: str, curves: Sequence[Curve | None]) -
     return [chart for chart in pair if not chart.empty]
 
 
-def _styles(runs: Sequence[Summary]) -> dict[Path, tuple[str, str]]:
+def _styles(runs: Sequence[Summary]) -> dict[Path, tuple[str, Dash]]:
     """Colour and dash of each run."""
     scales = sorted({run.scale for run in runs if isfinite(run.scale)})
     rules = [rule for rule, _ in Counter(run.rule for run in runs).most_common()]
     styles = {}
     for i, run in enumerate(runs):
         if len(scales) > 1:
-            place = scales.index(run.scale) if run.scale in scales else 0
-            colour = _colour(place, len(scales))
+            place, many = scales.index(run.scale) if run.scale in scales else 0, len(scales)
         else:
-            colour = _colour(i, len(runs))
-        styles[run.path] = colour, _DASHES[min(rules.index(run.rule), len(_DASHES) - 1)]
+            place, many = i, len(runs)
+        styles[run.path] = colour(place, many), _DASHES[min(rules.index(run.rule), len(_DASHES) - 1)]
     return styles
-
-
-def _colour(place: int, many: int) -> str:
-    """The colour of one of `many` places, along the ramp."""
-    x = place / max(1, many - 1) * (len(_RAMP) - 1)
-    i = min(int(x), len(_RAMP) - 2)
-    return "#" + "".join(
-        f"{round(int(_RAMP[i][k : k + 2], 16) * (1 - x + i) + int(_RAMP[i + 1][k : k + 2], 16) * (x - i)):02x}"
-        for k in (1, 3, 5)
-    )
 
 
 def _spread(runs: Sequence[Summary]) -> list[Summary]:

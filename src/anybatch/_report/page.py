@@ -1,25 +1,24 @@
 """A report: one self-contained HTML page; nothing from outside, no script, every word escaped."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Protocol
 from unicodedata import category
+
+LIGHT = {"paper": "#ffffff", "ink": "#1d2433", "line": "#dfe3ea", "soft": "#5d6778", "bad": "#b42318"}
+_DARK = {"paper": "#12161d", "ink": "#e4e8ef", "line": "#2c3440", "soft": "#9aa5b5", "bad": "#f97066"}
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --paper: #fff; --ink: #1d2433; --line: #dfe3ea; --soft: #5d6778; --bad: #b42318; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #12161d; --ink: #e4e8ef; --line: #2c3440; --soft: #9aa5b5; --bad: #f97066; }}
-}}
+:root {{ color-scheme: light dark; {light} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}
 * {{ box-sizing: border-box; }}
 html {{ background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%; }}
 body {{ font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; max-width: 70rem; margin: 0 auto;
@@ -40,8 +39,11 @@ td:first-child {{ max-width: 19rem; white-space: normal; min-width: 9rem; }}
 table.words td {{ white-space: normal; min-width: 7rem; max-width: 26rem; vertical-align: top; }}
 tr.marked td {{ color: var(--bad); }}
 figure {{ margin: 1rem 0; min-width: 0; }}
-img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; }}
 svg {{ display: block; width: 100%; height: auto; }}
+.chart {{ overflow: visible; font-family: inherit; font-variant-numeric: tabular-nums; stroke-linejoin: round; }}
+.chart .strip {{ pointer-events: all; }}
+.chart .strip:hover path {{ fill: var(--line) !important; }}
+.chart .line:hover path {{ stroke-width: 3px !important; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.25rem 2rem; }}
 .grid figure {{ margin: 0; }}
 .grid figcaption {{ color: var(--ink); font-weight: 600; }}
@@ -120,19 +122,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A PNG file with its caption, embedded in the page."""
-
-    path: Path
-    caption: str
-
-    def html(self) -> str:
-        picture = f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
-        caption = inert(self.caption)
-        return f'<figure><img alt="{caption}" src="{picture}"><figcaption>{caption}</figcaption></figure>'
-
-
-@dataclass(frozen=True)
 class Fold:
     """Blocks under a line that opens them."""
 
@@ -155,16 +144,22 @@ class Grid:
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The page as HTML."""
-    return _PAGE.format(title=inert(title), body=_join(blocks))
+    light, dark = (" ".join(f"--{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, _DARK))
+    return _PAGE.format(title=inert(title), body=_join(blocks), light=light, dark=dark)
 
 
 def inert(text: str) -> str:
-    """The text as HTML that shows it and does nothing: markup escaped, and what cannot be seen written as its code.
+    """The text as HTML that shows it and does nothing: markup escaped, and what cannot be seen written as its code."""
+    return escape(visible(text))
+
+
+def visible(text: str) -> str:
+    """The text with what cannot be seen written as its code.
 
     A control character, a lone surrogate or a mark that turns the direction of writing becomes its Python escape: names
     from files may hold all of these.
     """
-    return escape("".join(c if category(c)[0] != "C" else ascii(c)[1:-1] for c in text))
+    return "".join(c if category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def _cells(tag: str, cells: Sequence[str], *, left: int) -> str:

@@ -6,18 +6,18 @@ from math import isfinite
 from pathlib import Path
 
 import anybatch
-from anybatch._report.chart import Legend, short_number
+from anybatch._report.chart import Legend
 from anybatch._report.comparison import Comparison, compare
 from anybatch._report.figures import charts, forecast_chart, legend
 from anybatch._report.page import Block, Fold, Grid, Heading, Table, Text, page
 from anybatch._report.summary import Summary, summarise
+from anybatch._report.words import LONG, duration, short_number, shorten
 
 _METRICS = 3  # columns of results
 _TASKS = 6  # sections of curves
 _SIDE_BY_SIDE = 6  # runs whose configurations are compared in columns
 _VALUES = 6  # else the values of a setting that are written out
 _SETTINGS = 80  # rows of a table of settings
-_LONG = 64  # characters of a value that are shown
 
 
 def report(paths: Sequence[Path]) -> str:
@@ -38,11 +38,6 @@ def report(paths: Sequence[Path]) -> str:
     blocks += [*_forecasts(runs), *_settings(runs)]
     blocks.append(Text(f"Made by: anybatch report ({anybatch.__version__}).", note=True))
     return page(shorten(runs[0].name) if len(runs) == 1 else f"{len(runs)} training runs", blocks)
-
-
-def shorten(text: str, length: int = _LONG) -> str:
-    """A long text without its middle."""
-    return text if len(text) <= length else f"{text[: 2 * length // 3]}…{text[-length // 4 :]}"
 
 
 def _tasks(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
@@ -84,7 +79,7 @@ def _table(runs: Sequence[Summary]) -> Iterator[Block]:
             f"{run.iterations:,}",
             _or_dash(run.gain, f"{run.gain:.3g}"),
             _examples(run),
-            _duration(run.seconds),
+            duration(run.seconds),
             short_number(run.tau)
             + ("" if run.finished or not isfinite(run.total) else f" ({run.tau / run.total:.0%})"),
             f"{run.skipped:,}",
@@ -175,7 +170,7 @@ def _settings(runs: Sequence[Summary]) -> Iterator[Block]:
         yield from _rest(differing)
     same = [name for name in names if name not in differing]
     if same:
-        rows = [[shorten(name), shorten(runs[0].facts[name], 4 * _LONG)] for name in same[:_SETTINGS]]
+        rows = [[shorten(name), shorten(runs[0].facts[name], 4 * LONG)] for name in same[:_SETTINGS]]
         table = Table(["setting", "value"], rows, words=True)
         title = "The configuration" if len(runs) == 1 else f"What is the same in all of them: {len(same)} settings"
         yield Fold(title, [table, *_rest(same)])
@@ -204,13 +199,6 @@ def _examples(run: Summary) -> str:
     if isfinite(run.base_batch):
         return short_number(run.base_batches * run.base_batch)
     return f"{short_number(run.base_batches)} base batches"
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{short_number(seconds / unit) if seconds > 1e9 else f'{seconds / unit:.3g}'} {name}"
-    return _or_dash(seconds, f"{seconds:.3g} s")
 
 
 def _or_dash(value: float, text: str) -> str:

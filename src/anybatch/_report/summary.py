@@ -10,7 +10,8 @@ from typing import Any
 
 import anybatch
 from anybatch._record import positive
-from anybatch._report.chart import Point, short_number, thin
+from anybatch._report.points import Point, thin
+from anybatch._report.words import short_number
 
 QUANTITIES = ("gain", "learning rate", "noise scale")
 _DEEP = 4  # levels of a configuration that get a line of their own

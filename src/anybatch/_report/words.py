@@ -1,0 +1,29 @@
+"""Numbers, durations and long names as an axis or a table has them."""
+
+from math import isfinite
+
+LONG = 64  # characters of a value that are shown
+
+
+def short_number(value: float) -> str:
+    """A number as an axis or a table has it: 12500 is 12.5k."""
+    size = abs(value)
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if max(unit, 1e4) <= size < 1e15:
+            return f"{value / unit:.4g}{letter}"
+    text = f"{value:.4g}"
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else text
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the largest unit of which there are two; a dash where no time is known."""
+    if not isfinite(seconds):
+        return "–"
+    unit, name = next((u for u in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))
+    return f"{short_number(float(f'{seconds / unit:.3g}'))} {name}"
+
+
+def shorten(text: str, length: int = LONG) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= length else f"{text[: 2 * length // 3]}…{text[-length // 4 :]}"
