@@ -34,7 +34,8 @@ Train = Callable[["Task", float, anybatch.Rule, int, int, Path], "Result"]
 @dataclass(frozen=True)
 class Result:
     """One training: its curve of `tau`, `loss` and `metric` on held-out data, why it was given up, if it was,
-    and its seconds of a core."""
+    and its seconds of a core.
+    """
 
     steps: int
     diverged: str

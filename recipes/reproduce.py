@@ -36,7 +36,7 @@ import anybatch
 from anybatch._demo import significantly_below
 from recipes.paper import figures, gains
 from recipes.paper.runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
-from recipes.training.options import TASKS
+from recipes.training.options import TASKS, number_or_word
 from recipes.training.task import DataError
 
 GRID = 13
@@ -71,7 +71,9 @@ class Lab:
     def write(self, values: Any, draw: Callable[[Path], None] | None = None) -> None:
         """The numbers as JSON, and the figure beside them."""
         self.given.out.mkdir(parents=True, exist_ok=True)
-        name = self.given.out / f"{self.base.task}{'-tiny' if self.base.tiny else ''}-{self.given.what}"
+        name = (
+            self.given.out / f"{self.base.task}{'-tiny' if self.base.tiny else ''}-{self.given.name or self.given.what}"
+        )
         content = {
             "command": self.given.command,
             "task": self.base.task,
@@ -201,7 +203,8 @@ def _rows(lab: Lab, found: dict[Run, Summary]) -> list[dict[str, Any]]:
     metric = lab.task.metric
     groups: dict[tuple[str, str], list[Summary]] = {}
     for run, summary in found.items():
-        groups.setdefault((run.scale, run.decays or run.rule), []).append(summary)
+        compared = str(run.decays) if lab.given.what == "decays" and run.scale != "1" else run.rule
+        groups.setdefault((run.scale, compared), []).append(summary)
     base = [_metric(s, metric) for s in groups.get(("1", "adascale"), [])]
     order = {rule: i for i, rule in enumerate(("adascale", "constant", "clock", "identity", "linear", "lsw", "lsw+"))}
     rows = []
@@ -261,6 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, help="for fig1 and fig5 (16) and fig2 (32)")
     parser.add_argument("--seeds", type=int, help="default: 5; fig5 1")
     parser.add_argument("--total", type=int, help="base iterations, in place of the task's")
+    parser.add_argument("--decays", type=number_or_word, help="as in recipes.train; the paper's: constant")
+    parser.add_argument("--estimator", help="likewise; the paper's: paper")
+    parser.add_argument("--smoothing", type=number_or_word, help="likewise; the paper's: paper")
+    parser.add_argument("--name", help="of the files, in place of the experiment's")
     parser.add_argument("--batches", type=int, default=1000, help="for fig2: base batches of the offline gain")
     parser.add_argument("--evaluations", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
@@ -270,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     given.command = _command(given, parser)
     given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
     given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
-    base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations)
+    base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations,
+               decays=given.decays, estimator=given.estimator, smoothing=given.smoothing)  # fmt: skip
     try:
         EXPERIMENTS[given.what](Lab(base, given))
     except (DataError, anybatch.AnybatchError, ImportError) as error:

@@ -103,6 +103,7 @@ class Training:
             total=task.total,
             base_batch=task.base_batch,
             micro_batch=self.micro_batch,
+            examples=None if options.estimator == "paper" else task.examples,  # the paper's has no such correction
             grad_scaler=self.scaler if self.scaler.is_enabled() else None,
             record=self.record,
         )

@@ -17,7 +17,7 @@ import torch
 
 import anybatch
 from recipes.train import run
-from recipes.training.options import TASKS, Decays, Options
+from recipes.training.options import TASKS, Options
 from recipes.training.task import Task
 
 Summary = dict[str, Any]
@@ -39,7 +39,9 @@ class Run:
     lr: float | None = None
     last_rate: float | None = None
     steps: int | None = None
-    decays: Decays | None = None
+    decays: str | float | None = None
+    estimator: str | None = None
+    smoothing: str | float | None = None
 
     @property
     def key(self) -> str:
@@ -111,6 +113,8 @@ def _train(one: Run, cache: Path) -> Summary:
     options = Options(
         rule=one.rule,
         decays=one.decays,
+        estimator=one.estimator,
+        smoothing=one.smoothing,
         scale=one.scale,
         seed=one.seed,
         total=task.total,

@@ -27,6 +27,7 @@ class Speech(Task):
 
     name = "speech"
     metric = "word accuracy"
+    examples = None  # batches are of utterances of one length
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)

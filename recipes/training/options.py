@@ -5,7 +5,7 @@ import importlib
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -21,7 +21,6 @@ TASKS = {
     "transformer": "recipes.translation.task:Transformer",
     "yolo": "recipes.detection.task:Yolo",
 }
-Decays = Literal["clock", "constant"]
 RULES = ("adascale", "lsw", "lsw+", "linear", "sqrt", "identity")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,7 +30,9 @@ class Options:
     """How a task is trained; `python -m recipes.train --help` says what each is. `rule` may be a rule itself."""
 
     rule: str | anybatch.Rule = "adascale"
-    decays: Decays | None = None
+    decays: str | float | None = None
+    estimator: str | None = None
+    smoothing: str | float | None = None
     scale: str = "1"
     micro_batch: int | None = None
     steps: int | None = None
@@ -82,16 +83,18 @@ class Options:
         """The rule itself, or by its name; the papers warm linear scaling up over 5.5 % of the run."""
         if isinstance(self.rule, anybatch.Rule):
             return self.rule
+        given = {"decays": self.decays, "estimator": self.estimator, "smoothing": self.smoothing}
+        arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if self.rule == "adascale":
+            return anybatch.AdaScale(**arguments)
         rules: dict[str, anybatch.Rule] = {
-            "adascale": anybatch.AdaScale(),
             "lsw": anybatch.Linear(warmup=0.055),
             "lsw+": anybatch.Linear(warmup=0.055, steps=self.steps),
             "linear": anybatch.Linear(),
             "sqrt": anybatch.SquareRoot(),
             "identity": anybatch.Identity(),
         }
-        rule = rules[self.rule]
-        return rule if self.decays is None else replace(rule, decays=self.decays)
+        return replace(rules[self.rule], **{name: arguments[name] for name in ("decays",) if name in arguments})
 
     def micro_batch_for(self, task: Task, *, ranks: int) -> int:
         """The one that was given; else a base batch, or a rank's share of the smallest step."""
@@ -115,7 +118,7 @@ class Options:
 
     def identity(self, task: Task) -> dict[str, Any]:
         """What must be the same in a resumed run; the scale, the ranks and the machine may be others."""
-        names = ("decays", "steps", "seed", "lr", "last_rate", "ema", "precision")
+        names = ("decays", "estimator", "smoothing", "steps", "seed", "lr", "last_rate", "ema", "precision")
         mine = {name: value for name, value in asdict(self).items() if name in names}
         return {"task": task.name, "tiny": task.tiny, "total": task.total, "rule": str(self.rule), **mine}
 
@@ -131,7 +134,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--tiny", action="store_true", help="a small model and a short run")
     add("--make-data", action="store_true", help="write a small made data set to --data if nothing is there")
     add("--rule", default="adascale", choices=RULES, help="how steps are scaled (default: adascale)")
-    add("--decays", choices=get_args(Decays), help="of betas and momentum (default: the optimizer's)")
+    add("--decays", type=number_or_word, help="of betas and momentum: auto, clock, constant or a number from 0 to 1")
+    add("--estimator", choices=("unbiased", "paper", "ratio"), help="how AdaScale's gain is estimated")
+    add("--smoothing", type=number_or_word, help="memory of AdaScale's averages: paper, or a number from 0 to 1")
     add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
     add("--micro-batch", type=int, help="what each rank sees in one backward, in the unit of the base batch")
     add("--steps", type=int, help="for lsw+: how many steps the run is stretched to")
@@ -157,6 +162,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
         given.out = Path("runs") / f"{given.task}{tiny}-{given.rule}-S{scale}-seed{given.seed}"
     options = Options(**{f.name: getattr(given, f.name) for f in fields(Options)})
     return given, options
+
+
+def number_or_word(text: str) -> float | str:
+    """A number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def task_of(given: argparse.Namespace, place: Place) -> Task:

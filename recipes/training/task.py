@@ -60,6 +60,11 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """The metric, by the name in `metric`, and the test loss as `"loss"`; the model is in eval mode."""
 
+    @property
+    def examples(self) -> int | None:
+        """Size of an epoch in the unit of `base_batch`; `None` where `batches` does not go once through the data."""
+        return len(self.train_set)  # type: ignore[arg-type]  # a Dataset need not have a length, these have
+
     def collate(self, examples: list[Any]) -> Any:
         """Examples of `train_set` as one batch: tensors, or a list, tuple or dictionary of them."""
         return torch.utils.data.default_collate(examples)

@@ -38,6 +38,7 @@ class Transformer(Task):
 
     name = "transformer"
     metric = "BLEU"
+    examples = None  # the base batch is in tokens, and batches are of sentences of one length
 
     def __init__(
         self,
