@@ -13,7 +13,7 @@ from torch import nn
 import anybatch
 from recipes.digits import Digits
 from recipes.train import main, run
-from recipes.training.options import TASKS, Options
+from recipes.training.options import TASKS, Options, parse
 from recipes.training.parallel import blocks, load
 from recipes.training.task import DataError
 
@@ -74,6 +74,23 @@ def test_a_micro_batch_is_the_nearest_whole_number():
 def test_every_rule_is_told_of_the_decays(rule):
     options = Options(rule=rule, decays="constant", steps=9 if rule == "lsw+" else None)
     assert options.rule_for_attach().decays == "constant"
+
+
+def test_the_papers_own_algorithm_by_options():
+    given, options = parse(
+        ["digits", "--estimator", "paper", "--smoothing", "paper", "--decays", "0.5", "--out", "unused"]
+    )
+    assert options.rule_for_attach() == anybatch.AdaScale(estimator="paper", smoothing="paper", decays=0.5)
+    assert given.decays == 0.5
+
+
+def test_a_size_of_the_data_is_told_where_an_epoch_goes_once_through_it(tmp_path):
+    """The digits' 1347 images are 168 base batches; the paper's estimator has no correction for that."""
+    for estimator, examples in ((None, 1347), ("paper", None)):
+        options = Options(scale="4", total=20, evaluations=1, estimator=estimator, out=tmp_path / str(estimator))
+        run(Digits(), options)
+        header = anybatch.read_record(tmp_path / str(estimator) / "record.jsonl").config
+        assert header["examples"] == examples
 
 
 @pytest.mark.parametrize(
