@@ -254,10 +254,10 @@ TASKS = {
     ),
     "yolo-tiny": Task("momentum", 3e-3, 400, "mAP", recipe("yolo"), 8, (8, 32), _FEWER, {1: 28, 8: 55, 32: 110}, False),
     "speech-tiny": Task(
-        "momentum", 3e-3, 300, "word accuracy", recipe("speech"), 10, (8, 32), _FEW, {1: 10, 8: 40, 32: 70}, False
+        "momentum", 3e-3, 300, "word accuracy", recipe("speech"), 10, (8, 32), _FEW, {1: 19, 8: 32, 32: 68}, False
     ),
     "transformer-tiny": Task(
-        "momentum", 0.2, 500, "BLEU", recipe("transformer", beam=1), 10, (8, 32), _FEW, {1: 20, 8: 27, 32: 60}, False
+        "momentum", 0.2, 500, "BLEU", recipe("transformer", beam=1), 10, (8, 32), _FEW, {1: 15, 8: 25, 32: 75}, False
     ),
     "transformer-tiny-adamw": Task(
         "adam",
@@ -268,7 +268,7 @@ TASKS = {
         10,
         (8, 32),
         {8: ("today", "adam")},
-        {1: 20, 8: 27, 32: 60},
+        {1: 15, 8: 25, 32: 75},
         False,
     ),
 }
