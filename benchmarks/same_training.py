@@ -98,17 +98,25 @@ def train_all(runs: Iterable[Run], place: Place) -> None:
     place.cache.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(run.task for run in missing):
         prepare(name, place.data)
-    with ProcessPoolExecutor(min(place.jobs, len(missing)), get_context("spawn"), _one_thread) as pool:
+    for number, (run, result) in enumerate(_trained(missing, place), 1):
+        print(
+            f"{number}/{len(missing)} {run.task} S={run.scale} {run.candidate or 'scale 1'} lr {run.lr:g} "
+            f"seed {run.seed}: {result.steps} steps, {result.diverged or format(_loss(result), '.4f')}, "
+            f"{result.seconds:.1f} s",
+            flush=True,
+        )
+
+
+def _trained(runs: Sequence[Run], place: Place) -> Iterator[tuple[Run, Result]]:
+    """In the order in which they are done; one job trains in this process."""
+    if place.jobs == 1:
+        yield from ((run, train(run, place)) for run in runs)
+        return
+    with ProcessPoolExecutor(min(place.jobs, len(runs)), get_context("spawn"), _one_thread) as pool:
         try:
-            futures = {pool.submit(train, run, place): run for run in missing}
-            for number, future in enumerate(as_completed(futures), 1):
-                run, result = futures[future], future.result()
-                print(
-                    f"{number}/{len(missing)} {run.task} S={run.scale} {run.candidate or 'scale 1'} lr {run.lr:g} "
-                    f"seed {run.seed}: {result.steps} steps, {result.diverged or format(_loss(result), '.4f')}, "
-                    f"{result.seconds:.0f} s",
-                    flush=True,
-                )
+            futures = {pool.submit(train, run, place): run for run in runs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:  # what one run is wrong in is said now, not after all others
             pool.shutdown(cancel_futures=True)
 

@@ -55,9 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Score:
-    """What a candidate comes to over the cells that all candidates of its family have.
+    """What a candidate comes to over cells, each a task at a scale.
 
     Args:
+        common: whether over the cells that all candidates of its family have; else over all of its own.
         worse, better: cells with a significantly worse, or better, loss than scale 1's; `metric_` the same.
         share: geometric mean of the steps over scale 1's.
         loss: geometric mean of the loss over scale 1's.
@@ -67,6 +68,7 @@ class Score:
 
     family: str
     candidate: str
+    common: bool
     cells: int
     worse: int
     better: int
@@ -158,22 +160,29 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def scores(rows: Sequence[Row]) -> list[Score]:
-    """Each candidate over the cells that all candidates of its family have."""
+    """Each candidate over the cells that all candidates of its family have, and over all of its own."""
     found = []
-    for family in dict.fromkeys(r.family for r in rows):
-        mine = [r for r in rows if r.family == family and r.scale > 1]
-        labels = list(dict.fromkeys(r.candidate for r in mine))
-        of = {label: {(r.task, r.scale): r for r in mine if r.candidate == label} for label in labels}
-        common = [cell for cell in dict.fromkeys((r.task, r.scale) for r in mine) if all(cell in of[x] for x in labels)]
-        found += [_score(family, label, [of[label][cell] for cell in common]) for label in labels if common]
+    for common in (True, False):
+        for family in dict.fromkeys(r.family for r in rows):
+            mine = [r for r in rows if r.family == family and r.scale > 1]
+            of = {
+                label: [r for r in mine if r.candidate == label] for label in dict.fromkeys(r.candidate for r in mine)
+            }
+            cells = (
+                set.intersection(*({(r.task, r.scale) for r in several} for several in of.values())) if of else set()
+            )
+            for label, several in of.items():
+                chosen = [r for r in several if not common or (r.task, r.scale) in cells]
+                found += [_score(family, label, common, chosen)] if chosen else []
     return found
 
 
-def _score(family: str, candidate: str, rows: Sequence[Row]) -> Score:
+def _score(family: str, candidate: str, common: bool, rows: Sequence[Row]) -> Score:
     distances = [r.distance for r in rows if isfinite(r.distance)]
     return Score(
         family,
         candidate,
+        common,
         len(rows),
         sum(r.loss_mark == "-" for r in rows),
         sum(r.loss_mark == "+" for r in rows),
@@ -188,7 +197,12 @@ def _score(family: str, candidate: str, rows: Sequence[Row]) -> Score:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The scores, and a table for each task."""
-    parts = [_scores_table(scores(rows))] if len(rows) > 1 else []
+    found = scores(rows)
+    parts = [
+        f"### {title}\n\n" + _scores_table([s for s in found if s.common == common])
+        for common, title in ((True, "Where all rules of a family were trained"), (False, "All that was trained"))
+        if found
+    ]
     return "\n".join([*parts, *(_task_table([r for r in rows if r.task == t]) for t in dict.fromkeys(_tasks(rows)))])
 
 
