@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import anybatch
-from anybatch._controller.judge import Judge
+from anybatch._controller.judge import Judge, Known
 from anybatch._scaling.batch import BatchSize
 from anybatch._scaling.moments import Averages
 
@@ -221,7 +221,7 @@ def test_a_gain_factor_never_takes_a_gain_above_the_scale():
             exponent=lambda _: 1.0,
             gain_factor=1.0,
         )
-        assert judge.decide(averages, count=4, inverse_sizes=4.0).gain == pytest.approx(expected)
+        assert judge.decide(Known(averages), count=4, inverse_sizes=4.0).gain == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper", "ratio"])

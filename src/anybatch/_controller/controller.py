@@ -17,6 +17,7 @@ from anybatch._errors import UsageError
 from anybatch._gradients import (
     Companion,
     Gather,
+    Metric,
     Reduction,
     engine_of,
     trained_parameters,
@@ -32,6 +33,7 @@ from anybatch._scaling import (
     attached,
     check_positive,
     family_of,
+    second_moment_of,
 )
 
 
@@ -70,7 +72,11 @@ class Controller(Readings, Companion):
         engine = engine_of(model, trained, process_group)
         counted = adascale is not None or batch.counts
         foreseen = not lagged and grad_scaler is None
-        super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen)
+        metric, self._tally = None, Tally(clock=clock, batch=batch)
+        if adascale is not None and adascale.metric == "adam":
+            entry, tally = second_moment_of(optimizer, family), self._tally
+            metric = Metric(optimizer, entry=entry, steps=lambda: tally.steps, part=engine.part)
+        super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen, weighed=metric is not None)
         self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
         self._gather: Gather | None = None
         if counted:
@@ -81,9 +87,9 @@ class Controller(Readings, Companion):
                 reduced=engine.reduced,
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=adascale is not None and adascale.consecutive,
+                metric=metric,
             )
             self._gather.micro_batch = batch.micro_batch or 1.0
-        self._tally = Tally(clock=clock, batch=batch)
         config = run_config(
             optimizer,
             rule=rule,

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import nan
 
 from anybatch._errors import AnybatchWarning
@@ -14,6 +15,23 @@ _NO_STEP = Scaling(1.0, 0.0)
 
 
 @dataclass(frozen=True)
+class Known:
+    """What the steps so far have shown; a value, as its averages are.
+
+    Args:
+        averages: of the Euclidean moments.
+        metric: of the same in Adam's metric, since it was last measured without a gap; empty where it was not.
+    """
+
+    averages: Averages = field(default_factory=Averages)
+    metric: Averages = field(default_factory=Averages)
+
+    def moved(self, iterations: float) -> "Known":
+        """The same after the clock has moved by `iterations`."""
+        return Known(self.averages.moved(iterations), self.metric.moved(iterations))
+
+
+@dataclass(frozen=True)
 class Step:
     """What is known of a step before it happens.
 
@@ -21,7 +39,7 @@ class Step:
         scale: S.
         count: N; 0 where nothing was counted.
         raw: the moments that this step alone shows; nan where it shows none.
-        averages: the averages, this step included.
+        known: the averages, this step included.
         gain: r; nan for a rule that does not measure.
         scaling: what the rule says.
         skipped: whether the step does not count, because its gradient is not finite or there is none.
@@ -30,7 +48,7 @@ class Step:
     scale: float
     count: int
     raw: Moments
-    averages: Averages
+    known: Known
     gain: float
     scaling: Scaling
     skipped: bool = False
@@ -66,50 +84,55 @@ class Judge:
         self.gain_factor = gain_factor if given is None else given
         self._warned = False
 
-    def nothing(self, averages: Averages) -> Step:
+    def nothing(self, known: Known) -> Step:
         """A step without any gradient."""
-        return Step(nan, 0, _UNKNOWN, averages, nan, _NO_STEP, skipped=True)
+        return Step(nan, 0, _UNKNOWN, known, nan, _NO_STEP, skipped=True)
 
-    def step(self, averages: Averages, seen: Observation | None) -> Step:
+    def step(self, known: Known, seen: Observation | None) -> Step:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
         if seen is None:
-            return self.decide(averages, count=0, inverse_sizes=0.0)
-        raw, folded = self.fold(averages, seen)
+            return self.decide(known, count=0, inverse_sizes=0.0)
+        raw, folded = self.fold(known, seen)
         prior = self._adascale is not None and self._adascale.estimator == "paper"  # its gain is of the steps before
-        known = averages if prior else folded
-        step = self.decide(known, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
-        step = replace(step, averages=folded)
+        step = self.decide(known if prior else folded, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        step = replace(step, known=folded)
         if raw is not None and not raw.finite:
             return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
         return step
 
-    def fold(self, averages: Averages, seen: Observation) -> tuple[Moments | None, Averages]:
-        """The moments that `seen` alone shows, and the averages with them, if they are finite."""
+    def fold(self, known: Known, seen: Observation) -> tuple[Moments | None, Known]:
+        """The Euclidean moments that `seen` alone shows, and the averages with all that it shows, if that is finite."""
         if self._adascale is None or seen.count == 0:
-            return None, averages
+            return None, known
         scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
-        raw = self._raw(seen, scale=scale, sample=sample, known=averages.samples > 0)
+        raw = self._raw(seen, scale=scale, sample=sample, known=known.averages.samples > 0)
         if raw is None or not raw.finite:
-            return raw, averages
-        return raw, averages.updated(
-            raw,
+            return raw, known
+        updated = partial(
+            Averages.updated,
             scale=scale,
             smoothing=self._adascale.smoothing,
             estimator=self._adascale.estimator,
             total=self._clock.total,
         )
+        metric = Averages()
+        if seen.weighed is not None:
+            metric = updated(known.metric, _moments_of(seen.weighed, sample=sample, batch=scale))
+        return raw, Known(updated(known.averages, raw), metric)
 
-    def decide(self, averages: Averages, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
-        """The step of `count` micro-batches, from `averages`; 0 where the scale is a number and nothing was counted."""
+    def decide(self, known: Known, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
+        """The step of `count` micro-batches, from `known`; 0 where the scale is a number and nothing was counted."""
         if count == 0 and self._batch.counts:
-            return self.nothing(averages)
+            return self.nothing(known)
         scale, _ = self._batch.of_step(count or 1, inverse_sizes)
         gain = nan
         if self._adascale is not None:
+            weighed = self._adascale.metric == "adam" and known.metric.samples > 0
+            averages = known.metric if weighed else known.averages
             gain = averages.gain(scale, estimator=self._adascale.estimator)
             gain = max(gain, min(self.gain_factor * gain, scale))
         scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
-        return Step(scale, count, raw or _UNKNOWN, averages, gain, scaling)
+        return Step(scale, count, raw or _UNKNOWN, known, gain, scaling)
 
     def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:
         """This step's own moments; `None` where it shows no variance."""

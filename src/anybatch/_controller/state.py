@@ -5,8 +5,10 @@ from math import isfinite
 from typing import Any
 
 from anybatch._errors import StateError
+from anybatch._scaling import Averages
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # 2: the averages in Adam's metric
+_NEW_IN_2 = {f"metric_{name}": value for name, value in vars(Averages()).items()}
 
 
 def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dict[str, float]:
@@ -23,6 +25,8 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         raise StateError(
             f"The state has version {values['version']:g}, this anybatch reads up to {STATE_VERSION}: upgrade anybatch."
         )
+    if values.get("version") == 1:
+        values = {**_NEW_IN_2, **values}
     if set(values) != set(mine):
         raise StateError(f"Not a controller's state: {sorted(set(values) ^ set(mine))} are missing or unknown.")
     if not all(isfinite(value) for value in values.values()):

@@ -101,7 +101,7 @@ class Stepper:
     def land(self) -> None:
         """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
         if self._flight is not None:
-            self._landed, self._tally.averages = self._judge.fold(self._tally.averages, self._flight.land())
+            self._landed, self._tally.known = self._judge.fold(self._tally.known, self._flight.land())
             self._flight = None
 
     def forget(self) -> None:
@@ -157,18 +157,18 @@ class Stepper:
     def _observe(self, share: Share | None) -> Step:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
         if self._gather is None:
-            return self._judge.step(self._tally.averages, None)
+            return self._judge.step(self._tally.known, None)
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
-            return self._judge.nothing(self._tally.averages)
+            return self._judge.nothing(self._tally.known)
         flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=share)
         if not self._lagged:
-            return self._judge.step(self._tally.averages, flight.land())
+            return self._judge.step(self._tally.known, flight.land())
         self.land()
         raw, self._landed = self._landed, None
         self._flight = flight
         count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
-        return self._judge.decide(self._tally.averages, count=count, inverse_sizes=inverse_sizes, raw=raw)
+        return self._judge.decide(self._tally.known, count=count, inverse_sizes=inverse_sizes, raw=raw)
 
     # ---- after ----
 

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from math import isnan, nan
 
-from anybatch._controller.judge import Step
+from anybatch._controller.judge import Known, Step
 from anybatch._gradients import Ranks
 from anybatch._record import StepRecord
 from anybatch._scaling import Averages, BatchSize, Clock, Rule
@@ -16,11 +17,16 @@ class Tally:
     def __init__(self, *, clock: Clock, batch: BatchSize) -> None:
         self.clock = clock
         self.batch = batch
-        self.averages = Averages()
+        self.known = Known()
         self.steps = 0
         self.skipped = 0
         self.last: Step | None = None
         self._time = time.perf_counter()
+
+    @property
+    def averages(self) -> Averages:
+        """Of the Euclidean moments."""
+        return self.known.averages
 
     def add(self, step: Step, *, skipped: bool) -> None:
         """Count a step that was taken, or that was skipped and leaves everything as it was."""
@@ -29,7 +35,7 @@ class Tally:
             return
         self.steps += 1
         self.last = step
-        self.averages = step.averages.moved(step.scaling.iterations)
+        self.known = step.known.moved(step.scaling.iterations)
         self.clock.advance(step.scaling.iterations)
 
     def lap(self) -> float:
@@ -51,20 +57,15 @@ class Tally:
             "tau": self.clock.tau,
             "steps": self.steps,
             "skipped": self.skipped,
-            "variance": self.averages.variance,
-            "sqnorm": self.averages.sqnorm,
-            "weight": self.averages.weight,
-            "samples": self.averages.samples,
-            "iterations": self.averages.iterations,
+            **vars(self.known.averages),
+            **{f"metric_{name}": value for name, value in vars(self.known.metric).items()},
         }
 
     def adopt(self, values: Mapping[str, float]) -> None:
         """Go on from another tally's `numbers()`."""
         self.clock.tau = values["tau"]
         self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
-        self.averages = Averages(
-            values["variance"], values["sqnorm"], values["weight"], int(values["samples"]), values["iterations"]
-        )
+        self.known = Known(_averages_of(values, ""), _averages_of(values, "metric_"))
         self.last = None
 
     @property
@@ -74,7 +75,7 @@ class Tally:
 
     def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
         """What the record says of the step just added."""
-        now = self.averages.moments
+        now, metric = self.known.averages.moments, self.known.metric.moments
         return StepRecord(
             step=self.steps,
             tau=self.clock.tau,
@@ -91,6 +92,8 @@ class Tally:
             noise_scale=self.noise_scale,
             seconds=self.lap(),
             skipped=skipped,
+            metric_variance=_clipped(metric.variance),
+            metric_sqnorm=_clipped(metric.sqnorm),
         )
 
 
@@ -174,6 +177,11 @@ class Readings:
     def noise_scale(self) -> float:
         """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
         return self._tally.noise_scale
+
+
+def _averages_of(values: Mapping[str, float], prefix: str) -> Averages:
+    found = {each.name: values[prefix + each.name] for each in fields(Averages)}
+    return Averages(**{**found, "samples": int(found["samples"])})  # type: ignore[arg-type]
 
 
 def _clipped(value: float) -> float:

@@ -3,6 +3,7 @@
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
+from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import SquaredNorms
 from anybatch._gradients.parameters import check_no_backward, is_phantom, trainable, trained_parameters
 from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, launch
@@ -12,6 +13,7 @@ __all__ = [
     "Engine",
     "Flight",
     "Gather",
+    "Metric",
     "Observation",
     "Ranks",
     "Reduction",

@@ -19,6 +19,8 @@ class Engine:
         ranks: whose gradients are averaged.
         leaves: for the trained parameters, the tensors on which gradients arrive.
         reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
+        part: for a trained parameter, the rows of its gradient on a leaf for which this rank holds the optimizer's
+            state; `None` for all. Raises where that is no range of rows.
         check: raises before a step that this engine would take in a way that cannot be measured; is told whether the
             controller takes part in a `Join`.
         ddp: the DistributedDataParallel module, if that is the engine.
@@ -28,6 +30,7 @@ class Engine:
     leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     reduced: Callable[[], bool] | None
     check: Callable[[bool], None]
+    part: Callable[[Tensor], slice | None] = lambda _: None
     ddp: DistributedDataParallel | None = None
 
 
@@ -39,7 +42,7 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
         UsageError: several ranks, but nothing that averages their gradients.
     """
     if any(hasattr(p, "device_mesh") for p in parameters):
-        from anybatch._gradients.fsdp import sharded_ranks, unsharded_leaves
+        from anybatch._gradients.fsdp import rows_of, sharded_ranks, unsharded_leaves
 
         ranks = sharded_ranks(parameters, process_group)
         return Engine(
@@ -47,6 +50,7 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
             leaves=lambda new: unsharded_leaves(model, new),
             reduced=None if ranks.group is None else lambda: True,
             check=lambda _: None,
+            part=rows_of,
         )
     if dist.is_available() and dist.is_initialized():
         from anybatch._gradients.fsdp import refuse_fsdp1

@@ -71,6 +71,29 @@ def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None)
     return Ranks(group, mesh.size(), replicas)
 
 
+def rows_of(parameter: Tensor) -> slice | None:
+    """The rows of the unsharded `parameter` that this rank's shard holds; `None` for all.
+
+    Raises:
+        UnsupportedError: it is sharded along another dimension than its first.
+    """
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh, first, rows = parameter.device_mesh, 0, None
+    for dim, (size, placement) in enumerate(zip(mesh.shape, parameter.placements, strict=True)):
+        if placement.is_replicate() or size == 1:
+            continue
+        if rows is not None or not placement.is_shard(dim=0):
+            raise UnsupportedError(
+                "A trained parameter is not sharded along its first dimension, so AdaScale(metric='adam') cannot tell "
+                "which part of Adam's state this rank holds: use metric='euclidean', or fully_shard without "
+                "shard_placement_fn."
+            )
+        first = mesh.get_local_rank(dim) * -(-parameter.shape[0] // size)  # as torch.chunk: all but the last are equal
+        rows = slice(first, first + parameter.to_local().shape[0])
+    return rows
+
+
 def refuse_fsdp1(model: nn.Module) -> None:
     """FSDP1 flattens parameters of many layers into one and has been superseded."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

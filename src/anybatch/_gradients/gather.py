@@ -29,9 +29,11 @@ from torch.autograd.function import BackwardCFunction
 
 from anybatch._errors import InvalidValueError, UsageError
 from anybatch._gradients.consecutive import Consecutive
+from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
 from anybatch._gradients.slots import Slots, total_of
-from anybatch._gradients.window import Pair, Window
+from anybatch._gradients.weighing import Weighing
+from anybatch._gradients.window import Pair, Weighed, Window
 from anybatch._gradients.witness import Witness, local_of
 
 # DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
@@ -50,6 +52,7 @@ class Gather:
             rank.
         loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
+        metric: Adam's, where norms are taken in it too.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Gather:
         reduced: Callable[[], bool] | None = None,
         loss_scale: Callable[[], Tensor | None] = lambda: None,
         consecutive: bool = False,
+        metric: Metric | None = None,
     ) -> None:
         self.micro_batch = 1.0
         self._measure = measure
@@ -68,6 +72,7 @@ class Gather:
         self._reduced = reduced
         self._loss_scale = loss_scale
         self._consecutive = Consecutive() if consecutive else None
+        self._weighing = None if metric is None else Weighing(metric)
         self._paused = False
         self._parameters: list[Tensor] = []
         self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
@@ -88,7 +93,10 @@ class Gather:
         backward may have come before the hooks, is counted and not measured.
         """
         new = [p for p in parameters if p.requires_grad and id(p) not in self._known]
-        for p, leaf in zip(new, self._leaves_of(new) if new else (), strict=True):
+        leaves = self._leaves_of(new) if new else ()
+        if new and self._weighing is not None:
+            self._weighing.follow(new, leaves)
+        for p, leaf in zip(new, leaves, strict=True):
             index = len(self._parameters)
             self._parameters.append(p)
             self._known.add(id(p))
@@ -142,22 +150,30 @@ class Gather:
                 squares = [sample_squared_norm(sample) for sample in samples]
                 self._observed_square = torch.stack(squares).sum() / n**2
                 self._grad_square = total_squared_norm(self._grads())
+            if self._weighing is not None:
+                self._weighing.open()
+                self._weighing.samples(samples)
+                self._weighing.grads()
             self._remember(single=n == 1)
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step."""
         backwards = self.pending
         measured = self._measure and not self._unmeasured and backwards > 0
+        weighed = None if self._weighing is None else Weighed()
         if not measured:
-            return Window(backwards, self._inverse_sizes, None, None, None)
+            return Window(backwards, self._inverse_sizes, None, None, None, weighed)
         samples, grad, pair = self._samples_square(), self._grad_square, self._pair
         if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
+        if self._weighing is not None:
+            weighed = self._weighing.squares(self._fires)
         if self._scale is not None:
             unit = self._scale.to(samples.device, torch.float64).square()
             samples, grad = samples / unit, None if grad is None else grad / unit
             pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
-        return Window(backwards, self._inverse_sizes, samples, grad, pair)
+            weighed = None if weighed is None else weighed.over(unit)
+        return Window(backwards, self._inverse_sizes, samples, grad, pair, weighed)
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
@@ -184,6 +200,8 @@ class Gather:
         self._accumulated = False
         self._observed_square = None
         self._grad_square = None
+        if self._weighing is not None:
+            self._weighing.clear()
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._witness.open()
@@ -209,6 +227,8 @@ class Gather:
                 if row >= len(gather._slots):
                     gather._slots.append(Slots(gather._leaves))
                 norm_into(gather._slots[row].views[index], grad)
+                if gather._weighing is not None:
+                    gather._weighing.sample(row, index, grad)
 
         return hook
 
@@ -232,6 +252,8 @@ class Gather:
         if not self._tasks and self._witness.cleared(self.pending):
             self._open()
         self._witness.see(parameter, pending=self.pending)
+        if self._weighing is not None and self.pending == 0:
+            self._weighing.open()
         self._tasks.add(task)
         self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
 
@@ -260,6 +282,8 @@ class Gather:
         alone = self._reduced is None and self.pending == 1
         if not alone and (self._reduced is None or self._reduced()):
             self._grad_square = total_squared_norm(self._grads())
+            if self._weighing is not None:
+                self._weighing.grads()
         self._remember(single=alone)
 
     def _grads(self) -> list[Tensor]:

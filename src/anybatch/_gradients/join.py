@@ -26,14 +26,18 @@ class Companion(Joinable):
         ranks: whose gradients are averaged.
         counted: whether steps have a reduction of ours.
         foreseen: whether a rank that is done can know which steps the others take.
+        weighed: whether the reduction has the norms in Adam's metric too.
     """
 
-    def __init__(self, ddp: DistributedDataParallel | None, *, ranks: Ranks, counted: bool, foreseen: bool) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel | None, *, ranks: Ranks, counted: bool, foreseen: bool, weighed: bool
+    ) -> None:
         super().__init__()
         self._ddp = ddp
         self._ranks = ranks
         self._counted = counted
         self._foreseen = foreseen
+        self._weighed = weighed
 
     @abstractmethod
     def state_dict(self) -> dict[str, float | int]:
@@ -66,7 +70,9 @@ class Companion(Joinable):
                 "ranks. Train without Join, on inputs of equal length, or stop() what follows before Join."
             )
         return _ShadowHook(
-            self._ddp, shadow=lambda: shadow(self._ranks) if self._counted else None, adopt=self._adopt_from_last
+            self._ddp,
+            shadow=lambda: shadow(self._ranks, weighed=self._weighed) if self._counted else None,
+            adopt=self._adopt_from_last,
         )
 
     @property

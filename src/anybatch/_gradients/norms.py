@@ -40,7 +40,7 @@ def norm_into(out: Tensor, tensor: Tensor) -> None:
 
     One dispatched operation for a small tensor, two to four for a large one; no memory of the tensor's size.
     """
-    tensor = _real(tensor)
+    tensor = real_of(tensor)
     if tensor.numel() >= _SMALL:
         tensor = _row_norms(tensor)
     torch.linalg.vector_norm(tensor, dtype=torch.float64, out=out)
@@ -51,7 +51,7 @@ def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     small: dict[torch.device, list[Tensor]] = {}
     norms: list[Tensor] = []
     for each in tensors:
-        tensor = _real(each)
+        tensor = real_of(each)
         if tensor.numel() < _SMALL:
             small.setdefault(tensor.device, []).append(tensor)
         else:
@@ -70,7 +70,7 @@ def sample_squared_norm(samples: Tensor) -> Tensor:
     return rows.double().square().sum()
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real_of(tensor: Tensor) -> Tensor:
     """A strided, real tensor with the same entries and no graph; the tensor itself where it is one already."""
     if tensor.requires_grad:
         tensor = tensor.detach()

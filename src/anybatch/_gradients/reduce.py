@@ -7,6 +7,7 @@ by A), so a micro-batch's own gradient is A times the observed one; or it is the
 """
 
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import Literal
 
 import torch
@@ -51,12 +52,14 @@ class Observation:
         inverse_sizes: sum over them of one over their size.
         norms: squared norms of the step's samples; `None` where the step was not measured or is a single sample.
         pair: squared norms of this step's gradient and the one before, for a single sample; else `None`.
+        weighed: `norms` in Adam's metric; `None` where it was not asked for or some weight was not known on some rank.
     """
 
     count: int
     inverse_sizes: float
     norms: SquaredNorms | None
     pair: SquaredNorms | None
+    weighed: SquaredNorms | None = None
 
 
 @dataclass
@@ -67,8 +70,8 @@ class Flight:
         window: this rank's window.
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
-        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks; empty where one
-            rank has only counted.
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks, and in Adam's metric two more;
+            empty where one rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
         work: the reduction under way, or `None`.
@@ -101,10 +104,10 @@ def launch(
 ) -> Flight:
     """Begin to sum the windows of the ranks.
 
-    With several ranks that is one all-reduce of five float64 numbers. `||.grad||^2` is summed with the rest, over the
-    shards or divided by the number of replicas, so that every rank computes with the same bits. Landing costs the one
-    device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step later
-    waits for nothing.
+    With several ranks that is one all-reduce of five float64 numbers, seven with Adam's metric. `||.grad||^2` is
+    summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
+    same bits. Landing costs the one device-to-host copy of a step; with `ahead=True` the copy runs beside the
+    computation, and landing a step later waits for nothing.
 
     Raises:
         UsageError: DDP or FSDP2 never averaged the gradients of this step.
@@ -123,14 +126,22 @@ def launch(
         return Flight(window, ranks, reduction, torch.empty(0))
     zero = torch.zeros((), dtype=torch.float64, device=device)
     norms = [zero if n is None else n for n in (window.samples_square, window.grad_square)]
+    weighed = [] if window.weighed is None else [window.weighed.samples_square, window.weighed.grad_square]
+    # Not known on one rank is not known in the sum, on every rank alike: nan.
+    tail = [torch.full_like(zero, nan) if n is None else n.to(device) for n in weighed]
     if ranks.group is None:
         pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
-        flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair]))
+        flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair, *tail]))
     else:
         backwards = window.backwards
         counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64)
-        packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True)])
+        packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True), *(n[None] for n in tail)])
         packed[1] /= ranks.replicas
+        if tail:
+            # Each rank has weighed its own shard of its own micro-batches. Micro-batches are exchangeable, so the same
+            # shard of the other ranks' is expected to be as long.
+            packed[5] *= ranks.size / ranks.replicas
+            packed[6] /= ranks.replicas
         work = dist.all_reduce(packed, group=ranks.group, async_op=True)
         flight = Flight(window, ranks, reduction, packed, share, work)
     if ahead and device.type == "cuda":  # pragma: no cover
@@ -149,22 +160,24 @@ def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
     flight.copied.record()
 
 
-def shadow(ranks: Ranks) -> None:
+def shadow(ranks: Ranks, *, weighed: bool) -> None:
     """Take part in `launch` on the other ranks with nothing to add."""
     if ranks.group is not None:
-        dist.all_reduce(torch.zeros(5, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group)
+        numbers = torch.zeros(7 if weighed else 5, dtype=torch.float64, device=_device_of(ranks.group))
+        dist.all_reduce(numbers, group=ranks.group)
 
 
 def _observation(numbers: list[float], flight: Flight) -> Observation:
     window, ranks, reduction = flight.window, flight.ranks, flight.reduction
     backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
+    share = 1.0
     if ranks.group is not None:
         count, inverse_sizes = round(numbers[2]), numbers[4]
         active = ranks.size
         if flight.share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
             active = round(numbers[2] ** 2 / numbers[3]) if numbers[3] else 1
             mean = ranks.size / active if flight.share == "all" else 1.0
-            numbers[1] *= ranks.replicas / active * mean**2
+            share = ranks.replicas / active * mean**2
         if active * numbers[3] != numbers[2] ** 2:
             raise UsageError(
                 f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all "
@@ -173,15 +186,21 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
             )
     if window.samples_square is None:
         return Observation(count, inverse_sizes, None, None)
-    samples, grad = numbers[0], numbers[1]
-    if reduction == "mean":
-        samples *= backwards**2
-    else:
-        grad /= backwards**2
-    if count > 1:
-        return Observation(count, inverse_sizes, SquaredNorms(samples / count, grad, count), None)
-    two = SquaredNorms(numbers[2], numbers[3], 2) if len(numbers) == 4 else None
-    return Observation(count, inverse_sizes, None, two)
+    if count == 1:
+        two = None if window.pair is None else SquaredNorms(numbers[2], numbers[3], 2)
+        return Observation(count, inverse_sizes, None, two)
+
+    def norms(samples: float, grad: float) -> SquaredNorms:
+        if reduction == "mean":
+            samples *= backwards**2
+        else:
+            grad /= backwards**2
+        return SquaredNorms(samples / count, grad * share, count)
+
+    weighed = None if window.weighed is None else norms(*numbers[-2:])
+    if weighed is not None and not (isfinite(weighed.mean_square) and isfinite(weighed.square_mean)):
+        weighed = None
+    return Observation(count, inverse_sizes, norms(*numbers[:2]), None, weighed)
 
 
 def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> Ranks:

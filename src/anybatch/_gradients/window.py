@@ -14,6 +14,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """The window's two norms once more, in Adam's metric; `None` where its weights were not known."""
+
+    samples_square: Tensor | None = None
+    grad_square: Tensor | None = None
+
+    def over(self, unit: Tensor) -> "Weighed":
+        """Both divided by `unit`."""
+        if self.samples_square is None or self.grad_square is None:
+            return self
+        return Weighed(self.samples_square / unit, self.grad_square / unit)
+
+
+@dataclass(frozen=True)
 class Window:
     """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
 
@@ -23,6 +37,7 @@ class Window:
         samples_square: sum over the micro-batches of the squared norms of their gradients.
         grad_square: squared norm of `.grad`.
         pair: with one backward in a window, this gradient and the one before.
+        weighed: the norms in Adam's metric; `None` where nobody asks for them.
     """
 
     backwards: int
@@ -30,3 +45,4 @@ class Window:
     samples_square: Tensor | None
     grad_square: Tensor | None
     pair: Pair | None
+    weighed: Weighed | None = None

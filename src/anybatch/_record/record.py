@@ -42,6 +42,8 @@ class StepRecord:
         noise_scale: B_simple in examples, or in base batches where no base batch was given.
         seconds: wall time since the previous step.
         skipped: whether the step was not counted, because of a non-finite gradient.
+        metric_variance: the averaged sigma^2 in Adam's metric; nan where it was not measured, as in older records.
+        metric_sqnorm: the averaged mu^2, likewise.
     """
 
     step: int
@@ -59,6 +61,8 @@ class StepRecord:
     noise_scale: float
     seconds: float
     skipped: bool = False
+    metric_variance: float = nan
+    metric_sqnorm: float = nan
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,7 @@ def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
         line = json.loads(text)
         kind = line["kind"]
         if kind == "step":
+            line = {**_NEW_FIELDS, **line}
             return StepRecord(**{name: convert(line[name]) for name, convert in _STEP_FIELDS.items()})
         if kind == "metric":
             values = {name: _number(value) for name, value in line["values"].items()}
@@ -234,4 +239,5 @@ def _number(value: Any) -> float:
 
 
 _CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: index, bool: bool}
+_NEW_FIELDS = dict.fromkeys(("metric_variance", "metric_sqnorm"))  # which older records do not have
 _STEP_FIELDS = {f.name: _CONVERT[f.type] for f in fields(StepRecord)}

@@ -2,7 +2,7 @@
 
 from anybatch._scaling.batch import BatchSize, check_positive, split
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.families import Family, attached, family_of, local_of, row_of
+from anybatch._scaling.families import Family, attached, family_of, local_of, row_of, second_moment_of
 from anybatch._scaling.hyperparameters import Hyperparameters
 from anybatch._scaling.moments import EPSILON, Averages, Estimator, Moments, Smoothing, gain, moments, thetas
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
@@ -33,6 +33,7 @@ __all__ = [
     "moments",
     "position_of",
     "row_of",
+    "second_moment_of",
     "split",
     "thetas",
 ]

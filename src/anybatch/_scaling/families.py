@@ -33,6 +33,8 @@ class Family:
         decoupled: whether the weight decay is decoupled although the group has no entry that says so.
         eps: power of the batch by which the size of what eps is added to falls.
         source: the paper of the exponent; empty where it was worked out here.
+        second_moment: the state entry whose root a gradient is divided by, coordinate by coordinate, debiased by
+            1 - beta2 ** step; empty where there is none. `AdaScale(metric="adam")` weighs by it.
         least: beta2 on the clock must stay above it.
         off_clock: why the decays cannot be on the clock; empty where they can.
         warning: what a user should know at `attach`.
@@ -48,13 +50,15 @@ class Family:
     decoupled: bool = False
     eps: float = 0.0
     source: str = ""
+    second_moment: str = ""
     least: float = 0.0
     off_clock: str = ""
     warning: str = ""
 
 
 _SDE = "Malladi et al. 2022"
-_ADAM = Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, source=_SDE)
+_SQUARES = "exp_avg_sq"
+_ADAM = Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, source=_SDE, second_moment=_SQUARES)
 
 # Every class of torch.optim: its row, or why it is refused. The exponent is what makes constant gradients under noise
 # go equally far per base iteration at any batch (tests/test_optimizers.py): 1 where the step is proportional to the
@@ -65,9 +69,11 @@ _TABLE: dict[str, Family | str] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
     # momentum_decay multiplies the step count; the running product of its factors is forgotten within a few steps.
-    "NAdam": Family(0.5, "clock", ("betas",), rates=("momentum_decay",), state={"step": 1}, eps=0.5),
+    "NAdam": Family(
+        0.5, "clock", ("betas",), rates=("momentum_decay",), state={"step": 1}, eps=0.5, second_moment=_SQUARES
+    ),
     # Its average has the length 2 / (1 - beta2) - 1; it never divides by one of 5 or less.
-    "RAdam": Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, least=2 / 3),
+    "RAdam": Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, least=2 / 3, second_moment=_SQUARES),
     "RMSprop": Family(0.5, "clock", ("alpha",), momentum="sum", eps=0.5, source=_SDE),
     # The maximum of n noisy gradients grows with n: only with n counted in steps does it fall as one gradient's size.
     "Adamax": Family(
@@ -137,6 +143,31 @@ def family_of(optimizer: Optimizer, *, exponent: float | None) -> Family:
         f"{known}). State it: rule=anybatch.AdaScale(exponent=1) if its step is proportional to the gradient, "
         "exponent=0.5 if the gradient is divided by its own running size."
     )
+
+
+def second_moment_of(optimizer: Optimizer, family: Family) -> str:
+    """The state entry by which Adam's metric weighs.
+
+    Raises:
+        UnsupportedError: the class has none, or keeps each parameter's on one rank.
+    """
+    local = local_of(optimizer)
+    if local is not optimizer:
+        raise UnsupportedError(
+            "AdaScale(metric='adam') needs Adam's second moments of every parameter on every rank, and a "
+            "ZeroRedundancyOptimizer keeps each on one: use metric='euclidean', or FSDP2."
+        )
+    if not family.second_moment:
+        known = ", ".join(sorted(cls.__name__ for cls, row in _CLASSES.items() if _weighs(row)))
+        raise UnsupportedError(
+            f"AdaScale(metric='adam') weighs gradients by Adam's second moments, and {type(local).__name__} keeps no "
+            f"such ones: use metric='euclidean', or one of {known}."
+        )
+    return family.second_moment
+
+
+def _weighs(row: Family | str) -> bool:
+    return isinstance(row, Family) and bool(row.second_moment)
 
 
 def local_of(optimizer: Optimizer) -> Optimizer:

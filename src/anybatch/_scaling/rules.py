@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from typing import Literal
 
 from anybatch._errors import InvalidValueError
 from anybatch._scaling.batch import check_positive
@@ -188,10 +189,21 @@ class AdaScale(Rule):
             the two samples. Costs one copy of the gradient. The change of the expected gradient between two steps
             counts as noise, so the gain is biased upwards where the learning rate is high. The previous gradient is
             not part of the state: the first step after a resume has no new sample.
+        metric: in which squared norms the two moments of the gain are.
+            `"euclidean"`: every coordinate counts alike, as in the paper.
+            `"adam"`: each coordinate counts as Adam counts it, by its second moment v before the step, debiased:
+
+                ||g||^2 = sum_i g_i^2 / (sqrt(v_i / (1 - beta2 ** step)) + eps)
+
+            For Adam, AdamW, NAdam and RAdam. The first 10 steps, and those in which some parameter has no v that old,
+            have the Euclidean gain. Costs a second, weighed read of the gradients and of v for each micro-batch, and
+            memory for one parameter at a time. The record has both moments, `noise_scale` and forecasts are Euclidean.
+            Where many rows seldom get a gradient, as embeddings of rare words, their v is next to nothing, so they
+            weigh most and take the gain towards S: keep to `"euclidean"` there.
         decays: as for every `Rule`.
 
     Raises:
-        InvalidValueError: a value out of range.
+        InvalidValueError: a value out of range, or `metric="adam"` with `consecutive`.
 
     Example:
         >>> anybatch.AdaScale()(scale=16, gain=9.0, clock=anybatch.Clock(), exponent=0.5)
@@ -199,7 +211,8 @@ class AdaScale(Rule):
 
     Source:
         Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2 and Section 3.4; the square root for Adam and the
-        consecutive estimator: Qiao et al., Pollux, OSDI 2021, Section 3.1.
+        consecutive estimator: Qiao et al., Pollux, OSDI 2021, Section 3.1. Pollux also measures the noise of Adam's
+        preconditioned gradient g / sqrt(v); `metric="adam"` is the square root of that preconditioner, derived here.
 
     Differs from the paper in:
         1. The default estimator clips after averaging and starts without a first gain of 1.
@@ -207,6 +220,7 @@ class AdaScale(Rule):
         3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
         4. S may be fractional or below 1, change at any step, and differ from the number of samples.
         5. Optimizers other than SGD, with their decays on the clock.
+        6. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
     """
 
     estimator: Estimator = "unbiased"
@@ -214,6 +228,7 @@ class AdaScale(Rule):
     exponent: float | None = None
     consecutive: bool = False
     gain_factor: float | None = None
+    metric: Literal["euclidean", "adam"] = "euclidean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +241,13 @@ class AdaScale(Rule):
             raise InvalidValueError(f"gain_factor must be finite and at least 1, got {self.gain_factor!r}.")
         if self.exponent is not None and not (isfinite(self.exponent) and self.exponent >= 0):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
+        if self.metric not in ("euclidean", "adam"):
+            raise InvalidValueError(f'metric must be "euclidean" or "adam", got {self.metric!r}.')
+        if self.metric == "adam" and self.consecutive:
+            raise InvalidValueError(
+                'consecutive=True compares gradients of two steps, between which the weights of metric="adam" change: '
+                "use one of them."
+            )
 
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
         power = exponent if self.exponent is None else self.exponent
