@@ -8,7 +8,7 @@ from math import nan
 
 from anybatch._errors import AnybatchWarning
 from anybatch._gradients import Observation, SquaredNorms
-from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, moments
+from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, moments
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)
@@ -117,7 +117,8 @@ class Judge:
         )
         metric = Averages()
         if seen.weighed is not None:
-            metric = updated(known.metric, _moments_of(seen.weighed, sample=sample, batch=scale))
+            raw_metric = self._with_replacement(_moments_of(seen.weighed, sample=sample, batch=scale))
+            metric = updated(known.metric, raw_metric)
         return raw, Known(updated(known.averages, raw), metric)
 
     def decide(self, known: Known, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
@@ -131,6 +132,8 @@ class Judge:
             averages = known.metric if weighed else known.averages
             gain = averages.gain(scale, estimator=self._adascale.estimator)
             gain = max(gain, min(self.gain_factor * gain, scale))
+            if self._adascale.estimator == "unbiased":  # the paper starts with r_0 = 1
+                gain = careful(gain, known.averages.samples)
         scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
         return Step(scale, count, raw or _UNKNOWN, known, gain, scaling)
 
@@ -138,8 +141,7 @@ class Judge:
         """This step's own moments; `None` where it shows no variance."""
         if seen.norms is not None:
             raw = _moments_of(seen.norms, sample=sample, batch=scale)
-            population = self._batch.population
-            return raw if population is None else raw.with_replacement(population)
+            return self._with_replacement(raw)
         if seen.pair is not None:
             return _moments_of(seen.pair, sample=sample, batch=2 * sample)
         consecutive = self._adascale is not None and self._adascale.consecutive
@@ -154,6 +156,10 @@ class Judge:
                 stacklevel=2,
             )
         return None
+
+    def _with_replacement(self, raw: Moments) -> Moments:
+        population = self._batch.population
+        return raw if population is None else raw.with_replacement(population)
 
 
 def _moments_of(norms: SquaredNorms, *, sample: float, batch: float) -> Moments:

@@ -174,7 +174,8 @@ class AdaScale(Rule):
 
     Args:
         estimator: how the two moments become a gain.
-            `"unbiased"`: raw moments are averaged, debiased, and clipped only when read.
+            `"unbiased"`: raw moments are averaged, debiased, and clipped only when read; the first gains, which rest
+            on n samples alone, are drawn towards 1: `r ** (n / (n + 1))`.
             `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0); the gain is that of the
             averages over the steps before, the first is 1; a plain mean before the exponential one. Biased low when the
             noise is high: at S=8 and variance/sqnorm = 1000 it gives 7.69 where 7.94 is right.
@@ -215,7 +216,8 @@ class AdaScale(Rule):
         preconditioned gradient g / sqrt(v); `metric="adam"` is the square root of that preconditioner, derived here.
 
     Differs from the paper in:
-        1. The default estimator clips after averaging and starts without a first gain of 1.
+        1. The default estimator clips after averaging, and comes to the full gain step by step instead of after a
+           first gain of 1.
         2. The default averages have a horizon on the clock where that is shorter than the paper's in iterations.
         3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
         4. S may be fractional or below 1, change at any step, and differ from the number of samples.
