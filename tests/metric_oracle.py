@@ -32,9 +32,11 @@ class Means:
         return [sum(w * s[i] for w, s in zip(weights, self.samples)) / sum(weights) for i in (0, 1)]
 
 
-def gain_of(variance, sqnorm, scale):
+def gain_of(variance, sqnorm, scale, samples):
+    """The gain after so many Euclidean samples: the first ones are drawn towards 1."""
     variance, sqnorm = max(variance, 0), max(sqnorm, 0)
-    return (variance + sqnorm) / (variance / scale + sqnorm)
+    gain = (variance + sqnorm) / (variance / scale + sqnorm)
+    return gain ** (1 - math.sqrt(0.5) ** (samples + 1)) if gain > 1 else gain
 
 
 def moments_of(grads, weight, sample):
@@ -73,7 +75,7 @@ def plain_loop(*, steps, counts, amsgrad=False, sample=1.0, total=100.0, repeat=
             weight = [1 / ((x / (1 - BETAS[1] ** tau)).sqrt() + EPS) for x in second]
             metric.add(*moments_of(grads, weight, sample), scale)
             means = metric
-        r = gain_of(*means.read(), scale)
+        r = gain_of(*means.read(), scale, t + 1)
         mean = [sum(g[k] for g in grads) / len(grads) for k in range(len(w))]
         lr, betas = LR * r**0.5, [beta**r for beta in BETAS]
         tau += r

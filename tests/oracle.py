@@ -1,5 +1,8 @@
 """Algorithm 2 of the paper as a plain loop over float64 gradients: no hooks, no library, nothing vectorised.
 
+With the two defaults that the paper has not: the first gains, of n samples, go half of the way to the full
+one and then half of the rest every two steps, and the momentum remembers no more than 1 % of the run, but goes for that no further than `MOMENTUM ** sqrt(gain)`.
+
 A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`,
 one micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
 """
@@ -84,8 +87,17 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
         else:
             v, q = max(v / total_weight, 0), max(q / total_weight, 0)
             gain = (v + q) / (v / scale + q)
+            gain = gain ** (1 - math.sqrt(0.5) ** (len(samples) + 1)) if gain > 1 else gain
         lr = cosine(math.floor(tau))
-        buffers = mean if buffers is None else [MOMENTUM * b + g for b, g in zip(buffers, mean)]
+        momentum = MOMENTUM
+        if gain > 1 and gain / (1 - MOMENTUM) > 0.01 * TOTAL:
+            momentum = max(1 - gain / (0.01 * TOTAL), MOMENTUM ** math.sqrt(gain))
+        entering = (1 - momentum) / (1 - MOMENTUM)
+        buffers = (
+            [entering * g for g in mean]
+            if buffers is None
+            else [momentum * b + entering * g for b, g in zip(buffers, mean)]
+        )
         weights = [w - gain * lr * b for w, b in zip(weights, buffers)]
         tau += gain
         if now is not None:  # it is folded in a step later, when the clock has moved by this step's gain

@@ -50,7 +50,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
             gain = scale.clamp(max=1).expand(shape)
         gain = torch.maximum(gain, torch.minimum(rule.gain_factor * gain, scale))
         if rule.estimator == "unbiased":  # `careful`
-            gain = torch.where(gain > 1, gain ** ((steps + 1) / (steps + 2)), gain)
+            gain = torch.where(gain > 1, gain ** (1 - 2 ** (-(steps + 2) / 2)), gain)
         starting = samples < _FIRST or (not by_clock and samples * (1 - of_step) < 1)
         together = torch.where(torch.as_tensor(starting), 1.0, (total / _STRIDE / gain).floor().clamp(min=1))
         end = (tau + together * gain >= total) & found.isnan()

@@ -175,7 +175,7 @@ class AdaScale(Rule):
     Args:
         estimator: how the two moments become a gain.
             `"unbiased"`: raw moments are averaged, debiased, and clipped only when read; the first gains, which rest
-            on n samples alone, are drawn towards 1: `r ** (n / (n + 1))`.
+            on n samples alone, are drawn towards 1: `r ** (1 - 2 ** -((n + 1) / 2))`.
             `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0); the gain is that of the
             averages over the steps before, the first is 1; a plain mean before the exponential one. Biased low when the
             noise is high: at S=8 and variance/sqnorm = 1000 it gives 7.69 where 7.94 is right.
