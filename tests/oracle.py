@@ -1,7 +1,8 @@
 """Algorithm 2 of the paper as a plain loop over float64 gradients: no hooks, no library, nothing vectorised.
 
-With the two defaults that the paper has not: the first gains, of n samples, go half of the way to the full
-one and then half of the rest every two steps, and the momentum remembers no more than 1 % of the run, but goes for that no further than `MOMENTUM ** sqrt(gain)`.
+With the two defaults that the paper has not: the first gains, of n samples, go half of the way to the full one and then
+half of the rest every two steps; and the momentum remembers no more than 1 % of the run, but goes for that no further
+than `MOMENTUM ** sqrt(gain)`.
 
 A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`,
 one micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.

@@ -8,10 +8,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import anybatch
 
 CLASSES = {
-    "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, None),
+    "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, "auto"),
     "SGD on the clock": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, "clock"),
-    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}, None),
-    "Adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.01}, None),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}, "auto"),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.01}, "auto"),
 }
 
 
