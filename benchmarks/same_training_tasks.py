@@ -117,9 +117,8 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "momentum": {
         "constant": {"decays": "constant"},
         "0.33": {"decays": 0.33},
-        "0.5": {"decays": 0.5},
         "clock": {"decays": "clock"},
-        "auto": {"decays": "auto"},
+        "auto": {"decays": "auto"},  # on runs as short as these a power of 1/2, at every scale
     },
     "adam": {
         "today": {"gain_factor": 1.0},
@@ -232,7 +231,6 @@ _DIGITS = beyond.Task(network, forecast.pictures, lambda: digits()[2:], base=16,
 _SGD_DIGITS = replace(_DIGITS, base=8)
 _IMAGES = replace(_DIGITS, model=ConvNet)
 _BYTES = beyond.TASKS["bytes"]
-# On runs of 1000 base iterations and less, automatic is 0.5 at any gain: 1 % of them is no longer than 1 / (1 - .9).
 _FEW = {8: ("constant", "auto"), 32: ("constant", "clock", "auto")}
 _FEWER = {8: ("constant", "auto"), 32: ("constant", "auto")}
 

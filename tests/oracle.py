@@ -1,8 +1,8 @@
 """Algorithm 2 of the paper as a plain loop over float64 gradients: no hooks, no library, nothing vectorised.
 
 With the two defaults that the paper has not: the first gains, of n samples, go half of the way to the full one and then
-half of the rest every two steps; and the momentum remembers no more than 1 % of the run, but goes for that no further
-than `MOMENTUM ** sqrt(gain)`.
+half of the rest every two steps; and the momentum is `MOMENTUM ** sqrt(gain)` where a constant one could remember more
+than 2 % of the run.
 
 A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradients come from `torch.autograd.grad`,
 one micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
@@ -91,8 +91,8 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
             gain = gain ** (1 - math.sqrt(0.5) ** (len(samples) + 1)) if gain > 1 else gain
         lr = cosine(math.floor(tau))
         momentum = MOMENTUM
-        if gain > 1 and gain / (1 - MOMENTUM) > 0.01 * TOTAL:
-            momentum = max(1 - gain / (0.01 * TOTAL), MOMENTUM ** math.sqrt(gain))
+        if scale / (1 - MOMENTUM) > 0.02 * TOTAL:
+            momentum = MOMENTUM ** math.sqrt(gain)
         entering = (1 - momentum) / (1 - MOMENTUM)
         buffers = (
             [entering * g for g in mean]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._scaling.momentum import momentum_at, rms_exponent
+from anybatch._scaling.momentum import automatic, momentum_at, rms_exponent
 
 K = (1.0, 6.0, 2.5, 11.0, 3.0, 7.0)
 
@@ -69,25 +69,35 @@ def steps_of(decays):
 
 
 @pytest.mark.parametrize(
-    ("task", "momentum", "mean_gain", "total"),
+    ("task", "momentum", "scale", "total"),
     [
-        ("cifar10", 0.9, 27.7, 39_100), ("imagenet", 0.9, 61.9, 451_000), ("speech", 0.9, 19.8, 84_800),
-        ("transformer", 0.99, 72.4, 1_550_000), ("yolo", 0.9, 50.9, 207_000),
+        ("cifar10", 0.9, 64, 39_100), ("imagenet", 0.9, 128, 451_000), ("speech", 0.9, 32, 84_800),
+        ("transformer", 0.99, 128, 1_550_000), ("yolo", 0.9, 128, 207_000),
     ],
 )  # fmt: skip
-def test_automatic_is_constant_in_the_papers_runs(task, momentum, mean_gain, total):
-    assert momentum_at(momentum, mean_gain, decays="auto", total=total) == momentum
+def test_automatic_is_constant_in_the_papers_runs(task, momentum, scale, total):
+    assert automatic(momentum, scale=scale, total=total) == 0
 
 
-def test_automatic_remembers_a_hundredth_of_the_run_and_stops_half_of_the_way():
-    def auto(r, total):
-        return momentum_at(0.9, r, decays="auto", total=total)
+def test_automatic_goes_half_of_the_way_where_a_constant_one_would_remember_more_than_a_fiftieth_of_the_run():
+    assert automatic(0.9, scale=8, total=4001) == 0  # 80 base iterations of 4001
+    assert automatic(0.9, scale=8, total=3999) == 0.5
+    assert automatic(0.9, scale=0.5, total=100) == 0
+    assert automatic(0.9, scale=128, total=None) == 0
 
-    assert auto(3.9, 4000) == 0.9  # remembers 39 base iterations of 4000
-    assert auto(8, 4000) == pytest.approx(0.8)  # 8 / (1 - 0.8) = 40
-    assert auto(30, 4000) == pytest.approx(0.9 ** math.sqrt(30))
-    assert auto(0.5, 40) == auto(0.5, 4000) == 0.9  # below the base batch it remembers less than at scale 1
-    assert auto(30, None) == 0.9
+
+@pytest.mark.parametrize(("total", "power"), [(10_000, 0.0), (100, 0.5)])
+def test_automatic_by_the_length_of_the_run(total, power):
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    controller = anybatch.attach(optimizer, model=nn.ParameterList([p]), total=total, scale="count")
+    inside = []
+    optimizer.register_step_pre_hook(lambda o, *_: inside.append(o.param_groups[0]["momentum"]))
+    for sample in ([1.0, 0.0], [0.0, 1.0]):
+        (p @ torch.tensor(sample, dtype=torch.float64) / 2).backward()
+    optimizer.step()
+    assert controller.gain == pytest.approx(2**0.5)
+    assert inside == [pytest.approx(0.9 ** (controller.gain**power))]
 
 
 @pytest.mark.parametrize("decays", ["constant", "clock", 0.5])
@@ -95,7 +105,7 @@ def test_automatic_remembers_a_hundredth_of_the_run_and_stops_half_of_the_way():
 def test_the_bound_of_stability(decays, near):
     """On a curvature h the recursion is stable while h * lr < 2 (1 + m') (1 - m) / (r (1 - m'))."""
     r, m = 16.0, 0.9
-    now = momentum_at(m, r, decays=decays, total=None)
+    now = momentum_at(m, r, decays=decays)
     lr = near * 2 * (1 + now) * (1 - m) / (r * (1 - now))
     p = nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = torch.optim.SGD([p], lr=lr, momentum=m)

@@ -151,7 +151,9 @@ class Stepper:
         if step.skipped:
             return
         held = ExitStack()
-        held.enter_context(self._values.scaled(lr_factor=step.scaling.lr_factor, iterations=step.scaling.iterations))
+        held.enter_context(
+            self._values.scaled(lr_factor=step.scaling.lr_factor, iterations=step.scaling.iterations, scale=step.scale)
+        )
         self._restore_values = held.close
 
     def _observe(self, share: Share | None) -> Step:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
 from anybatch._scaling.families import Family, local_of
-from anybatch._scaling.momentum import Decays, clock_power, momentum_at, rms_exponent
+from anybatch._scaling.momentum import Decays, automatic, clock_power, momentum_at, rms_exponent
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Hyperparameters:
         return rms_exponent(iterations, float(self.optimizer.param_groups[0]["momentum"]))
 
     @contextmanager
-    def scaled(self, *, lr_factor: float, iterations: float) -> Iterator[None]:
-        """Hold the values of a step of `iterations` base iterations, then put the base values back.
+    def scaled(self, *, lr_factor: float, iterations: float, scale: float = 1.0) -> Iterator[None]:
+        """Hold the values of a step of `iterations` base iterations at `scale`, then put the base values back.
 
         The learning rate is multiplied by `lr_factor`. With decays on the clock and k = `iterations`, or `iterations **
         decays`:
@@ -81,7 +81,7 @@ class Hyperparameters:
         groups = list(self.optimizer.param_groups)
         if (local := local_of(self.optimizer)) is not self.optimizer:
             groups += local.param_groups  # a closure runs after these were synchronised with the outer ones
-        momenta = [self._momentum(group, iterations) for group in groups]
+        momenta = [self._momentum(group, iterations, scale) for group in groups]
         changes = [self._values(group, lr_factor, k, m) for group, m in zip(groups, momenta, strict=True)]
         if not any(changes):
             yield  # nothing changes, bit for bit
@@ -89,8 +89,8 @@ class Hyperparameters:
         # All are read before any is written: groups may share one tensor.
         saved = [{name: _copy(group[name]) for name in values} for group, values in zip(groups, changes, strict=True)]
         for group in local.param_groups:
-            self._prepare_momentum(group, self._momentum(group, iterations))
-        for entries, divisor in self._state_entries(k, iterations):
+            self._prepare_momentum(group, self._momentum(group, iterations, scale))
+        for entries, divisor in self._state_entries(k, iterations, scale):
             torch._foreach_div_(entries, divisor)  # not times 1 / k: rounding that would be one-sided for a constant k
         try:
             for group, values in zip(groups, changes, strict=True):
@@ -99,21 +99,22 @@ class Hyperparameters:
         finally:
             for group, values in zip(groups, saved, strict=True):
                 _assign(group, values)
-            for entries, divisor in self._state_entries(k, iterations):
+            for entries, divisor in self._state_entries(k, iterations, scale):
                 torch._foreach_mul_(entries, divisor)
 
     def _power(self, iterations: float) -> float:
         """Base iterations by which the averages of the class move: betas, alpha, step counts."""
         return clock_power(self.family.decays if self.decays == "auto" else self.decays, iterations)
 
-    def _momentum(self, group: dict[str, Any], iterations: float) -> float:
+    def _momentum(self, group: dict[str, Any], iterations: float, scale: float) -> float:
         """The group's momentum in this step."""
         momentum: float = group.get("momentum", 0.0)
         if not momentum or not self.family.momentum:
             return momentum
         if self.family.momentum == "mean":
             return float(momentum ** self._power(iterations))
-        return momentum_at(momentum, iterations, decays=self.decays, total=self.total)
+        decays = automatic(momentum, scale=scale, total=self.total) if self.decays == "auto" else self.decays
+        return momentum_at(momentum, iterations, decays=decays)
 
     def _values(self, group: dict[str, Any], lr_factor: float, k: float, momentum: float) -> dict[str, Any]:
         family = self.family
@@ -157,7 +158,7 @@ class Hyperparameters:
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
-    def _state_entries(self, k: float, iterations: float) -> Iterator[tuple[list[Tensor], float]]:
+    def _state_entries(self, k: float, iterations: float, scale: float) -> Iterator[tuple[list[Tensor], float]]:
         """State that is kept in another unit than this step's, with what divides it."""
         local = local_of(self.optimizer)
         for name, power in self.family.state.items() if k != 1 else ():
@@ -165,7 +166,7 @@ class Hyperparameters:
             if entries:
                 yield entries, k**power
         for group in local.param_groups if self.family.momentum == "sum" else ():
-            momentum = self._momentum(group, iterations)
+            momentum = self._momentum(group, iterations, scale)
             if not group["momentum"] or momentum == group["momentum"] or _damps(group):
                 continue
             states = [local.state[p] for p in group["params"] if p in local.state]

@@ -37,11 +37,9 @@ class Rule(ABC):
             `"constant"`: they stay as they are, memories of as many steps.
             A number a in [0, 1]: `decay ** (r ** a)`, between the two.
             `"auto"`: the clock for averages (Adam's betas, RMSprop's alpha) and for a momentum that is normalised
-            after (Muon). A momentum that is a sum (SGD's, RMSprop's) stays constant while it remembers less than 1 %
-            of the run, as in all of the AdaScale paper's runs; where it would remember more, AdaScale shortens it to
-            1 %, but goes no further than a = 1/2:
-
-                m' = 1 - r / (0.01 * total), within [m ** sqrt(r), m]
+            after (Muon). A momentum m that is a sum (SGD's, RMSprop's) is constant where `S / (1 - m)` base iterations,
+            what it can come to remember, are at most 2 % of `total`, as in all of the AdaScale paper's runs; in a
+            shorter run, under AdaScale, it is half of the way to the clock, a = 1/2.
     """
 
     decays: Decays = "auto"
