@@ -80,7 +80,7 @@ def test_automatic_is_constant_in_the_papers_runs(task, momentum, scale, total):
 
 
 def test_automatic_goes_half_of_the_way_where_a_constant_one_would_remember_more_than_a_fiftieth_of_the_run():
-    assert automatic(0.9, scale=8, total=4001) == 0  # 80 base iterations of 4001
+    assert automatic(0.9, scale=8, total=4000) == 0  # 80 base iterations of 4000, whatever 1 - 0.9 is in binary
     assert automatic(0.9, scale=8, total=3999) == 0.5
     assert automatic(0.9, scale=0.5, total=100) == 0
     assert automatic(0.9, scale=128, total=None) == 0

@@ -118,7 +118,7 @@ def forecast(
         >>> run = anybatch.Run({"total": 100, "base_batch": 32}, [step(i + 1) for i in range(75)], 0)
         >>> found = anybatch.forecast(run, [1, 8])
         >>> [(s.scale, s.iterations.value, round(s.efficiency.value, 2)) for s in found.scales]
-        [(1.0, 100.0, 1.0), (8.0, 57.0, 0.22)]
+        [(1.0, 100.0, 1.0), (8.0, 58.0, 0.22)]
 
     Source:
         Johnson et al., AdaScale SGD, ICML 2020 (the gain); McCandlish et al. 2018, Section 2 (steps against examples:

@@ -31,7 +31,9 @@ def automatic(momentum: float, *, scale: float, total: float | None) -> float:
     So in a long run a momentum is constant, as in the paper, and in a short one half of the way to the clock. Below the
     base batch, where a step remembers less than at scale 1, it is constant.
     """
-    return 0.5 if total is not None and scale > 1 and scale / (1 - momentum) > MEMORY * total else 0.0
+    if total is None or scale <= 1:
+        return 0.0
+    return 0.5 if scale > (1 + 1e-9) * MEMORY * total * (1 - momentum) else 0.0  # 8 is not above .02 * 4000 * (1 - .9)
 
 
 def momentum_at(momentum: float, iterations: float, *, decays: Decays) -> float:
