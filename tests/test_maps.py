@@ -78,7 +78,18 @@ def test_other_classes():
     adamax = anybatch.scale_hyperparameters("adamax", 4)
     assert adamax["betas"].after == adamax["betas"].before
     assert "maximum" in adamax["betas"].why
-    assert after("muon", 4, lr=1e-2, weight_decay=0.1)["weight_decay"] == pytest.approx(0.2, rel=2e-3)
+    assert after("adafactor", 4, lr=1e-2, weight_decay=0.1)["weight_decay"] == pytest.approx(0.2, rel=2e-3)
+
+
+def test_muon_follows_its_averaged_directions():
+    """By hand: (1 + m) / (1 - m) is 39 at .95 and 3 at .5; at .95 ** 4 = .8145 it is 9.782, and sqrt(4 * 39 / 9.782)
+    is 3.993, nearly linear; at 0 it is the square root."""
+    long, short, none = (after("muon", 4, lr=1e-2, momentum=m, weight_decay=0.1) for m in (0.95, 0.5, 0.0))
+    assert long["lr"] == pytest.approx(3.993e-2, rel=1e-3)
+    assert long["momentum"] == pytest.approx(0.8145, rel=1e-4)
+    assert long["weight_decay"] == pytest.approx(0.1 * 4 / 3.993, rel=2e-3)
+    assert short["lr"] == pytest.approx(1e-2 * (4 * 3 / (1.0625 / 0.9375)) ** 0.5)
+    assert none["lr"] == pytest.approx(2e-2)
 
 
 # ---- laws ----

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._scaling.momentum import automatic, momentum_at, rms_exponent
+from anybatch._scaling.momentum import automatic, averaged_exponent, momentum_at
 
 K = (1.0, 6.0, 2.5, 11.0, 3.0, 7.0)
 
@@ -124,26 +124,33 @@ def test_the_bound_of_stability(decays, near):
 
 @pytest.mark.parametrize("m", [0.0, 0.5, 0.95, 0.99])
 @pytest.mark.parametrize("r", [2, 8, 100])
-def test_rms_exponent_against_the_sum_over_all_pairs(m, r):
-    square = sum(m ** abs(i - j) for i in range(r) for j in range(r))
-    assert r ** rms_exponent(r, m) == pytest.approx(math.sqrt(square), rel=1e-9)
-    assert 0.5 <= rms_exponent(1 / r, m) <= 1
+def test_averaged_exponent_against_the_sum_over_all_pairs(m, r):
+    """Many base iterations in steps of one and in steps of r go equally far: the sums of all pairs' correlations."""
+
+    def far(memory, steps):
+        return math.sqrt(sum((steps - abs(d)) * memory ** abs(d) for d in range(1 - steps, steps)))
+
+    n = 100_000 if m == 0.99 else 20_000
+    assert r ** averaged_exponent(r, m) == pytest.approx(far(m, n) / far(m**r, n // r), rel=0.01)
+    assert 0.5 <= averaged_exponent(1 / r, m) <= 1
+    assert averaged_exponent(r, m) == pytest.approx(averaged_exponent(1 / r, m**r))  # there and back
 
 
-@pytest.mark.parametrize(("momentum", "exponent"), [(0.0, 0.5), (0.99, 1.0)])
-def test_law_signs_of_averaged_noise_go_as_far_at_any_batch(momentum, exponent):
-    """Directions that are averages of noise, as Muon's and a sign's are: how far r base steps go, against one of r."""
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_law_signs_of_averaged_noise_go_as_far_at_any_batch(momentum):
+    """Directions that are averages of noise, as Muon's and a sign's are, in steps of 1 and of 8 base iterations."""
     torch.manual_seed(0)
 
-    def spread(r, power):
+    def spread(r, factor):
         b, w = torch.zeros(20_000), torch.zeros(20_000)
         kept = momentum**r
-        for t in range(int((200 + 512) / r)):
+        for t in range(int((400 + 1024) / r)):
             b = kept * b + (1 - kept) * torch.randn(20_000) / r**0.5
-            if t * r >= 200:  # the memory is full
-                w = w + r**power * b.sign()
+            if t * r >= 400:  # the memory is full
+                w = w + factor * b.sign()
         return float(w.square().mean().sqrt())
 
-    assert spread(8, rms_exponent(8, momentum)) == pytest.approx(spread(1, 0), rel=0.1)
-    other = 1.5 - exponent  # the other law is far off
-    assert abs(math.log(spread(8, other) / spread(1, 0))) > 0.7
+    base = spread(1, 1)
+    assert spread(8, 8 ** averaged_exponent(8, momentum)) == pytest.approx(base, rel=0.1)
+    far_off = spread(8, 8 if momentum == 0 else 8**0.5)  # linear without momentum, the square root with it
+    assert abs(math.log(far_off / base)) > 0.7

@@ -188,8 +188,8 @@ def test_every_configuration_of_torchs_database_at_scale_one_is_bitwise_the_bare
 
 
 def far(r, m):
-    """How far r steps go whose directions are averages of noise; the sum over all pairs for a whole r."""
-    return (r * (1 + m) / (1 - m) - 2 * m * (1 - m**r) / (1 - m) ** 2) ** 0.5
+    """How much further a step of r base iterations goes whose direction is an average of noise with memory m ** r."""
+    return (r * (1 + m) / (1 - m) * (1 - m**r) / (1 + m**r)) ** 0.5
 
 
 EXPECTED = {  # entries of the group as functions of the gain r; all others stay

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
-from anybatch._scaling import Family, check_positive, row_of
+from anybatch._scaling import Family, averaged_exponent, check_positive, row_of
 
 BetasRule = Literal["power", "sde"]
 Value = float | tuple[float, ...]
@@ -34,6 +34,7 @@ _LR = {
     0.5: "square root: the step is divided by the noise",
     0.0: "unchanged: it divides by a sum over steps, which grows more slowly",
 }
+_AVERAGED = "as far as kappa directions of averaged noise go: linear, or less"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def scale_hyperparameters(
         model EMA               decay -> decay ** kappa
         BatchNorm               momentum -> 1 - (1 - momentum) ** kappa
 
-    with the weight decay as it is where it is part of the gradient, and SGD's momentum as it is. Under `attach` nothing
+    with the weight decay as it is where it is part of the gradient, and SGD's momentum as it is; Muon's rate follows its
+    momentum (docs/hyperparameters.md). Under `attach` nothing
     of this is needed: a controller does it step by step.
 
     Args:
@@ -180,18 +182,33 @@ def map_group(group: dict[str, Any], family: Family, kappa: float, betas_rule: B
     for name, value in values.items():
         if value == 0:
             continue
-        after, why, source = _map_value(name, value, float(group["lr"]), family, decoupled, kappa, betas_rule)
+        rate, lr_factor = float(group["lr"]), kappa ** lr_exponent(group, family, kappa)
+        after, why, source = _map_value(name, value, rate, lr_factor, family, decoupled, kappa, betas_rule)
         _check(all(isfinite(v) for v in flat(after)), f"{name} at {kappa:g} times the batch must be finite", after)
         changes[name] = Change(value, value if kappa == 1 else after, why, source)
     return changes
 
 
+def lr_exponent(group: dict[str, Any], family: Family, kappa: float) -> float:
+    """The power of `kappa` that multiplies the learning rate of `group`."""
+    return averaged_exponent(kappa, float(group["momentum"])) if family.momentum == "mean" else family.exponent
+
+
 def _map_value(
-    name: str, value: Any, lr: float, family: Family, decoupled: bool, kappa: float, betas_rule: BetasRule
+    name: str,
+    value: Any,
+    lr: float,
+    lr_factor: float,
+    family: Family,
+    decoupled: bool,
+    kappa: float,
+    betas_rule: BetasRule,
 ) -> tuple[Value, str, str]:
     source = family.source or _DERIVED
     if name == "lr":
-        return value * kappa**family.exponent, _LR[family.exponent], source
+        return value * lr_factor, _AVERAGED if family.momentum == "mean" else _LR[family.exponent], source
+    if name == "momentum" and family.momentum == "mean":
+        return value**kappa, _BETAS["power"], _DERIVED
     if name == "eps" and family.eps:
         power = "sqrt(kappa)" if family.eps == 0.5 else "kappa"
         return value / kappa**family.eps, f"eps / {power}: as what it is added to", source
@@ -199,7 +216,7 @@ def _map_value(
         return value * kappa, "times kappa: it multiplies the step count", _DERIVED
     if name == "weight_decay" and decoupled:
         why = _DECOUPLED[betas_rule]
-        return _decoupled(value, lr, kappa**family.exponent, kappa, betas_rule), why, _DERIVED
+        return _decoupled(value, lr, lr_factor, kappa, betas_rule), why, _DERIVED
     if name in family.names and family.decays == "clock":
         after = _decays(flat(value), kappa, betas_rule, least=family.least)
         why, source = _BETAS[betas_rule], source if betas_rule == "sde" else _DERIVED

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from anybatch._errors import UsageError
-from anybatch._maps.maps import BetasRule, Change, Value, flat, map_family, map_group
+from anybatch._maps.maps import BetasRule, Change, Value, flat, lr_exponent, map_family, map_group
 from anybatch._scaling import Family, attached, check_positive, local_of
 
 
@@ -46,10 +46,12 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
         Goyal et al. 2017; Malladi et al. 2022; otherwise as for `scale_hyperparameters`.
     """
     kappa = check_positive("kappa", kappa)
+    family = map_family(optimizer)
+    factors = [kappa ** lr_exponent(group, family, kappa) for group in optimizer.param_groups]
     changes = rescale(optimizer, [kappa] * len(optimizer.param_groups), betas_rule=betas_rule)
-    for group in optimizer.param_groups:
+    for group, factor in zip(optimizer.param_groups, factors, strict=True):
         if "initial_lr" in group:
-            group["initial_lr"] = group["initial_lr"] * kappa ** map_family(optimizer).exponent
+            group["initial_lr"] = group["initial_lr"] * factor
     return changes
 
 

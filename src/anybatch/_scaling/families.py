@@ -87,7 +87,7 @@ _TABLE: dict[str, Family | str] = {
     # iterations the sum is r^2 times itself, which keeps it right while r changes.
     "Adagrad": Family(0.0, "clock", rates=("lr_decay",), state={"step": 1, "sum": 2}, eps=1.0),
     # Orthogonalised, so its length says nothing of the gradient's, as with a sign: 1/2 without momentum, more with it,
-    # as it is normalised after (`momentum.rms_exponent`). lr multiplies its weight decay.
+    # as it is normalised after (`momentum.averaged_exponent`). lr multiplies its weight decay.
     "Muon": Family(0.5, "clock", momentum="mean", decoupled=True),
     # min(lr, 1/sqrt(step)): with the count on the clock the second one, too, is multiplied by sqrt(r).
     "Adafactor": Family(

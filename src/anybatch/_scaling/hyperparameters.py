@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
 from anybatch._scaling.families import Family, local_of
-from anybatch._scaling.momentum import Decays, automatic, clock_power, momentum_at, rms_exponent
+from anybatch._scaling.momentum import Decays, automatic, averaged_exponent, clock_power, momentum_at
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Hyperparameters:
         """Power of `iterations` that multiplies the learning rate."""
         if self.family.momentum != "mean" or self._power(iterations) == 1:
             return self.family.exponent
-        return rms_exponent(iterations, float(self.optimizer.param_groups[0]["momentum"]))
+        return averaged_exponent(iterations, float(self.optimizer.param_groups[0]["momentum"]))
 
     @contextmanager
     def scaled(self, *, lr_factor: float, iterations: float, scale: float = 1.0) -> Iterator[None]:

@@ -12,7 +12,8 @@ puts nearly all of `r * lr / (1 - m)` into one step, and that is what stability 
 On the clock that is up to `r * (1 + m) / (1 - m)` times closer than at scale 1 (19 r at m = 0.9), constant r times.
 
 Muon normalises what its buffer holds, so the buffer's length does not matter, and its direction does: with `m ** r` it
-is as noisy as at scale 1. A step must then go as far as r steps of scale 1 do, `rms_exponent`.
+is as noisy as at scale 1. Steps must then go as far as those of scale 1 in the same base iterations:
+`averaged_exponent`.
 """
 
 from math import log
@@ -53,19 +54,22 @@ def clock_power(decays: Decays, iterations: float) -> float:
     return _power(iterations, decays)
 
 
-def rms_exponent(iterations: float, momentum: float) -> float:
-    """The power of r that is the distance of r steps of scale 1, in steps, where each direction is an average of noise.
+def averaged_exponent(iterations: float, momentum: float) -> float:
+    """The power of r that multiplies the rate of a step along an average of noise with memory `m ** r`.
 
-        f^2 = r * (1 + m) / (1 - m) - 2 * m * (1 - m ** r) / (1 - m) ** 2          r ** exponent = f
+        f^2 = r * psi(m) / psi(m ** r)          psi(m) = (1 + m) / (1 - m)          r ** exponent = f
 
-    The directions of averages of noise with memory m are correlated by `m ** distance`; f^2 is the sum of all pairs. So
-    f is r while `r * (1 - m)` is small, and a multiple of sqrt(r) beyond; at m = 0 it is sqrt(r).
+    Steps of length lr along averages with memory m are correlated by `m ** distance`, so n of them go
+    `sqrt(n * psi(m)) * lr` far. With f as many base iterations go equally far in steps of r. It is r while `r * (1 - m)`
+    is small, a multiple of sqrt(r) beyond, and sqrt(r) at m = 0; and r1, then r2 is r1 * r2.
     """
     if iterations == 1 or momentum == 0:
         return 0.5
-    r, m = iterations, momentum
-    square = r * (1 + m) / (1 - m) - 2 * m * (1 - m**r) / (1 - m) ** 2
-    return min(max(log(square) / (2 * log(r)), 0.5), 1.0) if square > 0 else 1.0
+
+    def psi(m: float) -> float:
+        return (1 + m) / (1 - m)
+
+    return log(iterations * psi(momentum) / psi(_power(momentum, iterations))) / (2 * log(iterations))
 
 
 def _power(base: float, exponent: float) -> float:
