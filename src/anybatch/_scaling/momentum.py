@@ -60,8 +60,8 @@ def averaged_exponent(iterations: float, momentum: float) -> float:
         f^2 = r * psi(m) / psi(m ** r)          psi(m) = (1 + m) / (1 - m)          r ** exponent = f
 
     Steps of length lr along averages with memory m are correlated by `m ** distance`, so n of them go
-    `sqrt(n * psi(m)) * lr` far. With f as many base iterations go equally far in steps of r. It is r while `r * (1 - m)`
-    is small, a multiple of sqrt(r) beyond, and sqrt(r) at m = 0; and r1, then r2 is r1 * r2.
+    `sqrt(n * psi(m)) * lr` far. With f as many base iterations go equally far in steps of r. It is r while
+    `r * (1 - m)` is small, a multiple of sqrt(r) beyond, and sqrt(r) at m = 0; and r1, then r2 is r1 * r2.
     """
     if iterations == 1 or momentum == 0:
         return 0.5
