@@ -71,7 +71,7 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
             "quarter and at half of the run.",
             note=True,
         ),
-        Heading("Against tau, the curves fall on one another"),
+        Heading("Against tau, the curves come together"),
         *_figure(_against_tau(plan, results), plan, plan.out / "against_tau.png"),
         Text(_distance_sentence(results), note=True),
     ]

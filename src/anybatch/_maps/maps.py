@@ -72,8 +72,8 @@ def scale_hyperparameters(
         model EMA               decay -> decay ** kappa
         BatchNorm               momentum -> 1 - (1 - momentum) ** kappa
 
-    with the weight decay as it is where it is part of the gradient, and SGD's momentum as it is; Muon's rate follows its
-    momentum (docs/hyperparameters.md). Under `attach` nothing of this is needed: a controller does it step by step.
+    with the weight decay as it is where it is part of the gradient, and SGD's momentum as it is; Muon's rate follows
+    its momentum (docs/hyperparameters.md). Under `attach` nothing of this is needed: a controller does it step by step.
 
     Args:
         optimizer: the name of a class of torch.optim, in any case: "sgd", "adam", "adamw", "rmsprop", ...
