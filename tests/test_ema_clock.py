@@ -1,6 +1,7 @@
 """The memory of ModelEMA: half-lives, warm-up, several decays and rare updates against plain float64 loops."""
 
 import io
+import math
 
 import oracle
 import pytest
@@ -249,3 +250,40 @@ def test_resuming_between_two_moves_is_exact(resume_at):
         assert all(map(torch.equal, averages(whole, key), averages(resumed, key)))
     numbers = ("tau", "pending", "waiting", "version", "decay")
     assert [whole.state_dict()[n] for n in numbers] == [resumed.state_dict()[n] for n in numbers]
+
+
+# ---- a decay that changes ----
+
+
+def test_a_schedule_in_steps_of_any_length_is_the_product_of_its_base_iterations():
+    """The plain loop takes a thousandth of a base iteration at a time."""
+    rho = anybatch.cosine_decay(0.9, total=40.0)
+    model = torch.nn.Linear(3, 2).double()
+    ema = anybatch.ModelEMA(model, rho)
+    average, tau = [p.detach().clone() for p in model.parameters()], 0.0
+    for k in (1.0, 7.5, 0.3, 20.0, 11.2, 5.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ema.update(k)
+        kept = math.exp(sum(math.log(rho(tau + (i + 0.5) / 1000)) / 1000 for i in range(round(1000 * k))))
+        average = [kept * a + (1 - kept) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+        tau += k
+        with ema.applied():
+            for p, a in zip(model.parameters(), average, strict=True):
+                torch.testing.assert_close(p.detach(), a, rtol=1e-5, atol=1e-6)  # Simpson over half a period
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: anybatch.cosine_decay(0.0, total=10),
+        lambda: anybatch.cosine_decay(0.9, total=0),
+        lambda: anybatch.cosine_decay(0.9, total=10, end=1.1),
+        lambda: anybatch.ModelEMA(torch.nn.Linear(1, 1), anybatch.cosine_decay(0.9, total=10), warmup=True),
+        lambda: anybatch.ModelEMA(torch.nn.Linear(1, 1), lambda tau: 1.5).update(1),
+    ],
+)
+def test_schedules_out_of_range(make):
+    with pytest.raises(anybatch.InvalidValueError):
+        make()

@@ -1,7 +1,7 @@
 """anybatch: tune once, train at any batch size."""
 
 from anybatch._controller import BatchController, Controller, Seesaw, attach
-from anybatch._ema import ModelEMA, ema_state_from, half_life
+from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
 from anybatch._errors import (
     AnybatchError,
     AnybatchWarning,
@@ -58,6 +58,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attach",
+    "cosine_decay",
     "ema_state_from",
     "forecast",
     "gain",

@@ -1,11 +1,12 @@
 """The model average."""
 
-from anybatch._ema.decay import half_life
+from anybatch._ema.decay import cosine_decay, half_life
 from anybatch._ema.importers import ema_state_from
 from anybatch._ema.model_ema import ModelEMA
 
 __all__ = [
     "ModelEMA",
+    "cosine_decay",
     "ema_state_from",
     "half_life",
 ]

@@ -1,11 +1,13 @@
 """How much of a model average a stretch of the clock replaces."""
 
-from math import ceil, expm1, isfinite, log, log1p
+from collections.abc import Callable
+from math import ceil, cos, expm1, isfinite, log, log1p, pi
 
 from anybatch._errors import InvalidValueError
 
 # The ramp (1 + t) / (_RAMP + 1 + t) of TensorFlow's moving averages, which timm, diffusers and torch_ema have too.
 _RAMP = 9
+_PANELS = 4  # of Simpson's rule over one step: a schedule bends little within one
 
 
 def half_life(span: float, *, base_batch: float | None = None) -> float:
@@ -36,6 +38,67 @@ def half_life(span: float, *, base_batch: float | None = None) -> float:
     if decay >= 1:
         raise InvalidValueError(f"A half-life of {span!r} is too long: its decay rounds to 1, an average that stays.")
     return decay
+
+
+def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[float], float]:
+    """The decay that rises along a cosine, as BYOL's and DINO's teachers have it; a function of the clock.
+
+        rho(tau) = end - (end - start) * (1 + cos(pi * tau / total)) / 2
+
+    Args:
+        start: the decay per base iteration at tau = 0, in (0, 1].
+        total: base iterations until `end`, positive; from there on it stays.
+        end: the decay at the end, in (0, 1]; at 1 the average stands still.
+
+    Returns:
+        The function, for `ModelEMA(model, cosine_decay(...), clock=controller.clock)`.
+
+    Raises:
+        InvalidValueError: a value out of range.
+
+    Example:
+        >>> rho = anybatch.cosine_decay(0.996, total=1000)
+        >>> rho(0), round(rho(500), 6), rho(1000), rho(2000)
+        (0.996, 0.998, 1.0, 1.0)
+
+    Source:
+        Grill et al., Bootstrap Your Own Latent, NeurIPS 2020, Section 3.2.
+
+    Differs from the paper in:
+        1. Its argument is the clock, base iterations, in place of steps: the same schedule at any batch size.
+    """
+    for name, value in (("start", start), ("end", end)):
+        if not 0 < value <= 1:
+            raise InvalidValueError(f"{name} is a decay in (0, 1], got {value!r}.")
+    if not (isfinite(total) and total > 0):
+        raise InvalidValueError(f"total must be positive and finite, got {total!r}.")
+
+    def decay(tau: float) -> float:
+        return end - (end - start) * (1 + cos(pi * min(max(tau / total, 0.0), 1.0))) / 2
+
+    return decay
+
+
+def scheduled_weight(decay: Callable[[float], float], *, iterations: float, tau: float) -> float:
+    """The weight of the newest weights after `iterations` more base iterations from `tau` on, of a decay that changes.
+
+        1 - exp(integral of log(rho) from tau to tau + k)
+
+    by Simpson's rule: a step of k base iterations is k steps of one.
+
+    Raises:
+        InvalidValueError: the schedule left (0, 1].
+    """
+    if iterations == 0:
+        return 0.0
+    logs = []
+    for i in range(2 * _PANELS + 1):
+        rho = float(decay(tau + iterations * i / (2 * _PANELS)))
+        if not 0 < rho <= 1:
+            raise InvalidValueError(f"A decay is in (0, 1], got {rho!r} at tau = {tau:g}.")
+        logs.append(log(rho))
+    mean = (logs[0] + logs[-1] + 4 * sum(logs[1:-1:2]) + 2 * sum(logs[2:-1:2])) / (6 * _PANELS)
+    return -expm1(iterations * mean)
 
 
 def new_weight(decay: float, *, iterations: float, tau: float, warmup: bool) -> float:

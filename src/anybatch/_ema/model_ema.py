@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch._ema.decay import new_weight
+from anybatch._ema.decay import new_weight, scheduled_weight
 from anybatch._ema.lerp import Lerp
 from anybatch._ema.offload import Offload
 from anybatch._ema.state import averages_keys, checked_state, numbers
@@ -33,7 +33,8 @@ class ModelEMA:
     Args:
         model: the module whose parameters are averaged; make the average after compiling, wrapping or sharding it.
         decay: rho, the factor per base iteration, in [0, 1), as tuned at the base batch; `half_life(...)` gives it from
-            a half-life. Several, as a sequence, are averaged in one pass.
+            a half-life. Several, as a sequence, are averaged in one pass. A function of tau, such as
+            `cosine_decay(...)`, is a decay in (0, 1] that changes along the clock.
         clock: `controller.clock`; `None` to call `update` yourself. A clock keeps this object, and so the model, until
             `stop()`.
         include: which floating or complex parameters, by name; all by default.
@@ -74,7 +75,7 @@ class ModelEMA:
     def __init__(
         self,
         model: nn.Module,
-        decay: float | Sequence[float],
+        decay: float | Sequence[float] | Callable[[float], float],
         *,
         clock: Clock | None = None,
         include: Callable[[str], bool] = lambda _: True,
@@ -84,8 +85,12 @@ class ModelEMA:
         average_statistics: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
-        self._decays = tuple(float(d) for d in (decay if isinstance(decay, Sequence) else (decay,)))
-        self.decay = decay if isinstance(decay, Sequence) else self._decays[0]
+        self._schedule = decay if callable(decay) else None
+        given = (0.0,) if callable(decay) else decay if isinstance(decay, Sequence) else (decay,)
+        self._decays = tuple(float(d) for d in given)
+        self.decay = decay if isinstance(decay, Sequence) or callable(decay) else self._decays[0]
+        if warmup and self._schedule is not None:
+            raise InvalidValueError("A decay that is a function of tau is its own warm-up: leave out warmup=True.")
         if not all(isfinite(d) and 0 <= d < 1 for d in self._decays):
             raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {decay!r}.")
         if not self._decays or len(set(self._decays)) < len(self._decays):
@@ -134,7 +139,7 @@ class ModelEMA:
         moved, waiting = self._pending + self._counted(iterations, batch_size), self._waiting + 1
         if waiting >= self._update_every:
             lerp = self._prepared()
-            lerp([new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays])
+            lerp(self._weights(moved))
             self.tau += moved
             moved, waiting = 0.0, 0
         self._pending, self._waiting = moved, waiting
@@ -229,6 +234,12 @@ class ModelEMA:
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
         self.tau, self._pending, self._waiting = float(state["tau"]), float(state["pending"]), int(state["waiting"])
+
+    def _weights(self, moved: float) -> list[float]:
+        """How much each average takes of the newest weights, after `moved` base iterations."""
+        if self._schedule is not None:
+            return [scheduled_weight(self._schedule, iterations=moved, tau=self.tau)]
+        return [new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays]
 
     def _index(self, decay: float | None) -> int:
         if decay is None and len(self._decays) == 1:
