@@ -121,12 +121,12 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "auto": {"decays": "auto"},  # on runs as short as these a power of 1/2, at every scale
     },
     "adam": {
-        "today": {"gain_factor": 1.0},
-        "today * 1.4": {"gain_factor": 1.4},
+        "euclidean": {"noise_factor": 1.0},
+        "noise * 1.5": {"noise_factor": 1.5},
+        "noise * 2": {"noise_factor": 2.0},
         "adam": {"metric": "adam"},
-        "adam * 1.2": {"metric": "adam", "gain_factor": 1.2},
     },
-    "muon": {"today": {"decays": "constant"}, "clock": {"decays": "clock"}},
+    "muon": {"constant": {"decays": "constant"}, "clock": {"decays": "clock"}},
 }
 OPTIMIZERS = {"momentum": _momentum, "adam": _adamw, "muon": _muon}
 
@@ -266,7 +266,7 @@ TASKS = {
         recipe("transformer", beam=1, optimizer="adamw"),
         10,
         (8, 32),
-        {8: ("today", "today * 1.4", "adam"), 32: ("today", "today * 1.4", "adam")},
+        {8: ("euclidean", "noise * 1.5", "adam"), 32: ("euclidean", "noise * 1.5", "adam")},
         {1: 15, 8: 25, 32: 75},
         False,
     ),

@@ -213,17 +213,16 @@ def test_paper_estimator_is_of_the_steps_before_and_starts_at_one():
         controller.detach()
 
 
-def test_a_gain_factor_never_takes_a_gain_above_the_scale():
-    for raw, expected in (((1.0, 1.0), 1.4 * 1.6), ((1.0, 0.0), 4), ((0.0, 1.0), 1.4)):
-        averages = Averages(*raw, 1.0, 10**6)
-        judge = Judge(
-            rule=anybatch.AdaScale(gain_factor=1.4),
-            batch=BatchSize(None, None, 4),
-            clock=anybatch.Clock(),
-            exponent=lambda _: 1.0,
-            gain_factor=1.0,
-        )
-        assert judge.decide(Known(averages), count=4, inverse_sizes=4.0).gain == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(("raw", "expected"), [((1.0, 1.0), 2.5 / 1.375), ((1.0, 0.0), 4), ((0.0, 1.0), 1)])
+def test_a_noise_factor_keeps_the_laws_of_the_gain(raw, expected):
+    """S = 4 and 1.5 times the noise: with both moments 1 (1.5 + 1) / (1.5 / 4 + 1); all noise is S still, none is 1."""
+    known = Averages(*raw, 1.0, 10**6)
+    for rule, factor in ((anybatch.AdaScale(noise_factor=1.5), 1.0), (anybatch.AdaScale(), 1.5)):
+        batch, clock = BatchSize(None, None, 4), anybatch.Clock()
+        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=lambda _: 1.0, noise_factor=factor)
+        assert judge.decide(Known(known), count=4, inverse_sizes=4.0).gain == pytest.approx(expected, rel=1e-5)
+    paper = anybatch.AdaScale(estimator="paper")
+    assert Judge(rule=paper, batch=batch, clock=clock, exponent=lambda _: 1.0, noise_factor=1.5).noise_factor == 1
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper", "ratio"])

@@ -72,7 +72,8 @@ def test_the_metric_alters_the_gain_from_the_eleventh_step_on():
     gains = []
     for metric in ("adam", "euclidean"):
         model, optimizer = adam()
-        gains.append(train(model, optimizer, attach(optimizer, model, metric=metric)[0], READY + 3))
+        controller, _ = attach(optimizer, model, metric=metric, rule={"noise_factor": 1.0})
+        gains.append(train(model, optimizer, controller, READY + 3))
     assert gains[0][:READY] == gains[1][:READY]
     assert gains[0][READY] != pytest.approx(gains[1][READY], rel=1e-3)
 

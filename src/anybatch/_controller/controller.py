@@ -66,7 +66,7 @@ class Controller(Readings, Companion):
         # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
         total = None if adascale is None else clock.total
         values = Hyperparameters(optimizer, family, rule.decays, total)
-        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values.exponent, gain_factor=family.gain_factor)
+        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values.exponent, noise_factor=family.noise_factor)
         trained = trained_parameters(optimizer, model=model)
         self._size = sum(p.numel() for p in trained)
         engine = engine_of(model, trained, process_group)
@@ -93,7 +93,7 @@ class Controller(Readings, Companion):
         config = run_config(
             optimizer,
             rule=rule,
-            gain_factor=judge.gain_factor,
+            noise_factor=judge.noise_factor,
             total=clock.total,
             batch=batch,
             ranks=self._ranks.size,

@@ -12,6 +12,7 @@ from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rul
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)
+_MEASURED = ("unbiased", "euclidean")  # with these an optimizer's own noise factor was found
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Judge:
         batch: how the scale of a step is known.
         clock: the clock.
         exponent: for a gain, the power of it that multiplies the optimizer's learning rate.
-        gain_factor: the optimizer's own, where the rule has none.
+        noise_factor: the optimizer's own, where the rule has none.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Judge:
         batch: BatchSize,
         clock: Clock,
         exponent: Callable[[float], float],
-        gain_factor: float,
+        noise_factor: float,
     ) -> None:
         rule(scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))  # a rule that cannot work here says so now
         self._rule = rule
@@ -80,8 +81,11 @@ class Judge:
         self._batch = batch
         self._clock = clock
         self._exponent = exponent
-        given = None if self._adascale is None else self._adascale.gain_factor
-        self.gain_factor = gain_factor if given is None else given
+        if self._adascale is not None and self._adascale.noise_factor is not None:
+            noise_factor = self._adascale.noise_factor
+        elif self._adascale is not None and (self._adascale.estimator, self._adascale.metric) != _MEASURED:
+            noise_factor = 1.0
+        self.noise_factor = noise_factor
         self._warned = False
 
     def nothing(self, known: Known) -> Step:
@@ -130,8 +134,7 @@ class Judge:
         if self._adascale is not None:
             weighed = self._adascale.metric == "adam" and known.metric.samples > 0
             averages = known.metric if weighed else known.averages
-            gain = averages.gain(scale, estimator=self._adascale.estimator)
-            gain = max(gain, min(self.gain_factor * gain, scale))
+            gain = averages.gain(scale, estimator=self._adascale.estimator, noise_factor=self.noise_factor)
             if self._adascale.estimator == "unbiased":  # the paper starts with r_0 = 1
                 gain = careful(gain, known.averages.samples)
         scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))

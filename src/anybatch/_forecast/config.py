@@ -19,13 +19,13 @@ class RuleConfig:
 
     Args:
         adascale: whether it is AdaScale's.
-        estimator, smoothing, gain_factor: as in `AdaScale`.
+        estimator, smoothing, noise_factor: as in `AdaScale`.
     """
 
     adascale: bool
     estimator: Estimator
     smoothing: Smoothing
-    gain_factor: float = 1.0
+    noise_factor: float = 1.0
 
 
 def drift(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -54,5 +54,5 @@ def rule_of(config: Mapping[str, Any]) -> RuleConfig:
         adascale=estimator is not None or "AdaScale" in str(config.get("rule", "AdaScale()")),
         estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
         smoothing=theta,
-        gain_factor=positive(config.get("gain_factor")) or 1.0,
+        noise_factor=positive(config.get("noise_factor")) or 1.0,
     )

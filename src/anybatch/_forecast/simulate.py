@@ -48,7 +48,6 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
         gain = prior if rule.estimator == "paper" else _gain(variance / weight, sqnorm / weight, scale, rule=rule)
         if rule.estimator == "paper" and samples == 1:
             gain = scale.clamp(max=1).expand(shape)
-        gain = torch.maximum(gain, torch.minimum(rule.gain_factor * gain, scale))
         if rule.estimator == "unbiased":  # `careful`
             gain = torch.where(gain > 1, gain ** (1 - 2 ** (-(steps + 2) / 2)), gain)
         starting = samples < _FIRST or (not by_clock and samples * (1 - of_step) < 1)
@@ -62,6 +61,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
 
 def _gain(variance: Tensor, sqnorm: Tensor, scale: Tensor, *, rule: RuleConfig) -> Tensor:
     """`anybatch.gain`, or the ratio of the paper's recommendation."""
+    variance = rule.noise_factor * variance
     if rule.estimator == "ratio":
         ratio = (variance + sqnorm + EPSILON) / (variance / scale + sqnorm + EPSILON)
     else:

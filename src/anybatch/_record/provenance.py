@@ -33,7 +33,7 @@ def run_config(
     optimizer: Optimizer,
     *,
     rule: object,
-    gain_factor: float,
+    noise_factor: float,
     total: float | None,
     batch: BatchSize,
     ranks: int,
@@ -43,7 +43,7 @@ def run_config(
     return {
         "rule": repr(rule),
         **{name: getattr(rule, name, None) for name in ("estimator", "smoothing", "decays")},
-        "gain_factor": gain_factor,
+        "noise_factor": noise_factor,
         "optimizer": type(optimizer).__name__,
         "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
         "total": total,

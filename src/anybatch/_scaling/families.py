@@ -27,7 +27,7 @@ class Family:
         names: group entries that are decays of averages, numbers or tuples of numbers: to the power of the iterations.
         momentum: what the entry `momentum` is: of a sum of what is scaled already, of a mean that is normalised
             after, or not there; `_scaling/momentum.py` has the two kinds.
-        gain_factor: the default of `AdaScale(gain_factor=...)`.
+        noise_factor: the measured default of `AdaScale(noise_factor=...)`.
         rates: group entries that multiply the step count: times the iterations.
         state: state entries that count base iterations, each with its power of them.
         decoupled: whether the weight decay is decoupled although the group has no entry that says so.
@@ -44,7 +44,7 @@ class Family:
     decays: Literal["clock", "constant"]
     names: tuple[str, ...] = ()
     momentum: Literal["sum", "mean", ""] = ""
-    gain_factor: float = 1.0
+    noise_factor: float = 1.0
     rates: tuple[str, ...] = ()
     state: Mapping[str, int] = field(default_factory=dict)
     decoupled: bool = False
@@ -58,7 +58,9 @@ class Family:
 
 _SDE = "Malladi et al. 2022"
 _SQUARES = "exp_avg_sq"
-_ADAM = Family(0.5, "clock", ("betas",), state={"step": 1}, eps=0.5, source=_SDE, second_moment=_SQUARES)
+_ADAM = Family(
+    0.5, "clock", ("betas",), noise_factor=1.5, state={"step": 1}, eps=0.5, source=_SDE, second_moment=_SQUARES
+)
 
 # Every class of torch.optim: its row, or why it is refused. The exponent is what makes constant gradients under noise
 # go equally far per base iteration at any batch (tests/test_optimizers.py): 1 where the step is proportional to the

@@ -211,13 +211,15 @@ class Averages:
         """The averages after the clock has moved by `iterations`."""
         return self if self.samples == 0 else replace(self, iterations=self.iterations + iterations)
 
-    def gain(self, scale: float, *, estimator: Estimator) -> float:
-        """The gain at `scale`; `min(1, S)`, the careful end, where nothing is known yet."""
+    def gain(self, scale: float, *, estimator: Estimator, noise_factor: float = 1.0) -> float:
+        """The gain at `scale` with `noise_factor` times the variance; `min(1, S)`, the careful end, where nothing is
+        known yet.
+        """
         if scale == 1:
             return 1.0
         if self.samples == 0:
             return min(1.0, scale)
-        now = self.moments
+        now = Moments(noise_factor * self.moments.variance, self.moments.sqnorm)
         if estimator != "ratio":
             return gain(now.variance, now.sqnorm, scale)
         ratio = (now.variance + now.sqnorm + EPSILON) / (now.variance / scale + now.sqnorm + EPSILON)

@@ -164,7 +164,7 @@ class SquareRoot(Rule):
 class AdaScale(Rule):
     """AdaScale: the step goes as far as the measured noise of the gradient allows.
 
-        r = min(gain_factor * (variance + sqnorm) / (variance / S + sqnorm), S)
+        r = (variance + sqnorm) / (variance / S + sqnorm)          with noise_factor times the measured variance
         lr_factor = r ** exponent        iterations = r
 
     with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S
@@ -180,8 +180,9 @@ class AdaScale(Rule):
             `"ratio"`: the paper's recommendation to practitioners, `(avg m1 + 1e-6) / (avg m2 + 1e-6)`.
         smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for the
             shorter memory of the paper's and 1 % of the run on the clock (`"paper"` where no `total` is given).
-        gain_factor: c, by which every gain above S = 1 is multiplied, at least 1; it never takes a gain above S. More
-            saves steps and costs quality. `None` for the optimizer's own: 1.
+        noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
+            quality; the bounds and laws of the gain hold for any. `None` for the optimizer's own: 1, but for Adam and
+            AdamW, which need fewer steps than Euclidean norms say, 1.5 (docs/same-training.md).
         exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. State it for
             an optimizer class that anybatch does not know.
         consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
@@ -227,7 +228,7 @@ class AdaScale(Rule):
     smoothing: Smoothing = None
     exponent: float | None = None
     consecutive: bool = False
-    gain_factor: float | None = None
+    noise_factor: float | None = None
     metric: Literal["euclidean", "adam"] = "euclidean"
 
     def __post_init__(self) -> None:
@@ -237,8 +238,8 @@ class AdaScale(Rule):
         numeric = isinstance(self.smoothing, int | float) and 0 <= self.smoothing < 1
         if self.smoothing is not None and self.smoothing != "paper" and not numeric:
             raise InvalidValueError(f'smoothing must be None, "paper" or in [0, 1), got {self.smoothing!r}.')
-        if self.gain_factor is not None and not (isfinite(self.gain_factor) and self.gain_factor >= 1):
-            raise InvalidValueError(f"gain_factor must be finite and at least 1, got {self.gain_factor!r}.")
+        if self.noise_factor is not None and not (isfinite(self.noise_factor) and self.noise_factor > 0):
+            raise InvalidValueError(f"noise_factor must be positive and finite, got {self.noise_factor!r}.")
         if self.exponent is not None and not (isfinite(self.exponent) and self.exponent >= 0):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
         if self.metric not in ("euclidean", "adam"):
