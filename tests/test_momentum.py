@@ -100,6 +100,15 @@ def test_automatic_by_the_length_of_the_run(total, power):
     assert inside == [pytest.approx(0.9 ** (controller.gain**power))]
 
 
+def test_a_momentum_that_never_forgets_has_no_length():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=1.0)
+    for decays in ("auto", "clock", 0.5):
+        with pytest.raises(anybatch.InvalidValueError, match="never forgets"):
+            anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=2, rule=anybatch.AdaScale(decays=decays))
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=2, rule=anybatch.AdaScale(decays="constant"))
+
+
 @pytest.mark.parametrize("decays", ["constant", "clock", 0.5])
 @pytest.mark.parametrize("near", [0.97, 1.03])
 def test_the_bound_of_stability(decays, near):

@@ -29,6 +29,7 @@ class Hyperparameters:
         total: base iterations of the whole run, or `None`.
 
     Raises:
+        InvalidValueError: a momentum of 1 or more, unless decays are constant.
         UnsupportedError: decays on the clock where they cannot be right.
     """
 
@@ -38,6 +39,12 @@ class Hyperparameters:
     total: float | None
 
     def __post_init__(self) -> None:
+        forever = [g for g in self.optimizer.param_groups if self.family.momentum and g.get("momentum", 0) >= 1]
+        if forever and self.decays not in ("constant", 0):
+            raise InvalidValueError(
+                f"A momentum of {forever[0]['momentum']:g} never forgets, so it has no length in base iterations: use "
+                "one below 1, or decays='constant'."
+            )
         if self.decays in ("auto", "constant") or self.decays == 0:
             return
         name = type(local_of(self.optimizer)).__name__
