@@ -91,7 +91,7 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
             gain = gain ** (1 - math.sqrt(0.5) ** (len(samples) + 1)) if gain > 1 else gain
         lr = cosine(math.floor(tau))
         momentum = MOMENTUM
-        if scale / (1 - MOMENTUM) > 0.02 * TOTAL:
+        if scale > 1 and scale / (1 - MOMENTUM) > 0.02 * TOTAL:
             momentum = MOMENTUM ** math.sqrt(gain)
         entering = (1 - momentum) / (1 - MOMENTUM)
         buffers = (
