@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 # Two workers with one thread each beat one worker with two threads on the small tensors of the tests.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench evidence clean
 help:
 	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
 	@echo "make test    the whole test suite"
 	@echo "make check   lint, types and import levels"
 	@echo "make bench   the benchmarks, each with its table"
+	@echo "make evidence   every rule against scale 1 on all tasks: hours, and goes on where it was stopped"
 
 # torch is installed from the constraints first: an unpinned torch would bring gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.record
 	$(BIN)/python -m benchmarks.forecast
 	$(BIN)/python -m benchmarks.beyond
+
+evidence: $(STAMP)
+	$(BIN)/python -m benchmarks.same_training --json docs/same-training/results.json --figure docs/same-training/frontier.png
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo

@@ -59,7 +59,7 @@ class Family:
 _SDE = "Malladi et al. 2022"
 _SQUARES = "exp_avg_sq"
 _ADAM = Family(
-    0.5, "clock", ("betas",), noise_factor=1.5, state={"step": 1}, eps=0.5, source=_SDE, second_moment=_SQUARES
+    0.5, "clock", ("betas",), noise_factor=2.0, state={"step": 1}, eps=0.5, source=_SDE, second_moment=_SQUARES
 )
 
 # Every class of torch.optim: its row, or why it is refused. The exponent is what makes constant gradients under noise

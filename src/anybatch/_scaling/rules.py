@@ -182,7 +182,7 @@ class AdaScale(Rule):
             shorter memory of the paper's and 1 % of the run on the clock (`"paper"` where no `total` is given).
         noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
             quality; the bounds and laws of the gain hold for any. `None` for the optimizer's own: 1, but for Adam and
-            AdamW, which need fewer steps than Euclidean norms say, 1.5 (docs/same-training.md).
+            AdamW, which need fewer steps than Euclidean norms say, 2 (docs/same-training.md).
         exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. State it for
             an optimizer class that anybatch does not know.
         consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
