@@ -271,26 +271,33 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     compared = [r for r in rows if r.scale > 1 and isfinite(r.relative)]
     families = list(dict.fromkeys(r.family for r in compared))
     if not families:
         raise ValueError("There is nothing to draw yet.")
-    drawing, panels = plt.subplots(
-        1, len(families), figsize=(5 * len(families), 4), squeeze=False, layout="constrained"
-    )
+    size = (5 * len(families), 4.6)
+    drawing, panels = plt.subplots(1, len(families), figsize=size, squeeze=False, layout="constrained")
     shapes = dict(zip(sorted({r.scale for r in compared}), "os^Dv", strict=False))
     for panel, family in zip(panels[0], families, strict=True):
         mine = [r for r in compared if r.family == family]
         for number, label in enumerate(dict.fromkeys(r.candidate for r in mine)):
-            for scale, shape in shapes.items():
-                points = [r for r in mine if r.candidate == label and r.scale == scale]
-                x, y = [r.steps * scale / r.total for r in points], [r.relative for r in points]
-                panel.scatter(x, y, color=f"C{number}", marker=shape, label=f"{label}, S = {scale}", alpha=0.8)
+            panel.scatter([], [], color=f"C{number}", marker="o", label=label)
+            for r in (r for r in mine if r.candidate == label):
+                x = r.steps * r.scale / r.total
+                panel.scatter(x, r.relative, color=f"C{number}", marker=shapes[r.scale], alpha=0.8, linewidth=0)
         panel.axhline(1, color="gray", linewidth=0.8)
         panel.set(xscale="log", yscale="log", title=family, xlabel="steps / (scale 1's / S)")
-        panel.legend(fontsize=6)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if axis is panel.xaxis else tuple(range(1, 10))))
+            axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(ticker.NullLocator())
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False)
+    for scale, shape in shapes.items():
+        panels[0][0].scatter([], [], color="gray", marker=shape, label=f"S = {scale}")
+    panels[0][0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
     panels[0][0].set_ylabel("held-out loss / scale 1's")
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    drawing.savefig(path, dpi=130)
     plt.close(drawing)
