@@ -4,7 +4,7 @@ Everything is changed for one `step()` and put back. `families` says what is tru
 a momentum.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,9 +95,10 @@ class Hyperparameters:
             return
         # All are read before any is written: groups may share one tensor.
         saved = [{name: _copy(group[name]) for name in values} for group, values in zip(groups, changes, strict=True)]
-        for group in local.param_groups:
-            self._prepare_momentum(group, self._momentum(group, iterations, scale))
-        for entries, divisor in self._state_entries(k, iterations, scale):
+        own = momenta[-len(local.param_groups) :]  # those of the groups that hold the state
+        for group, momentum in zip(local.param_groups, own, strict=True):
+            self._prepare_momentum(group, momentum)
+        for entries, divisor in self._state_entries(k, own):
             torch._foreach_div_(entries, divisor)  # not times 1 / k: rounding that would be one-sided for a constant k
         try:
             for group, values in zip(groups, changes, strict=True):
@@ -106,7 +107,7 @@ class Hyperparameters:
         finally:
             for group, values in zip(groups, saved, strict=True):
                 _assign(group, values)
-            for entries, divisor in self._state_entries(k, iterations, scale):
+            for entries, divisor in self._state_entries(k, own):
                 torch._foreach_mul_(entries, divisor)
 
     def _power(self, iterations: float) -> float:
@@ -118,9 +119,11 @@ class Hyperparameters:
         momentum: float = group.get("momentum", 0.0)
         if not momentum or not self.family.momentum:
             return momentum
-        if self.family.momentum == "mean":
-            return float(momentum ** self._power(iterations))
-        decays = automatic(momentum, scale=scale, total=self.total) if self.decays == "auto" else self.decays
+        decays = self.decays
+        if decays == "auto" and self.family.momentum == "mean":
+            decays = self.family.decays
+        elif decays == "auto":
+            decays = automatic(momentum, scale=scale, total=self.total)
         return momentum_at(momentum, iterations, decays=decays)
 
     def _values(self, group: dict[str, Any], lr_factor: float, k: float, momentum: float) -> dict[str, Any]:
@@ -165,15 +168,16 @@ class Hyperparameters:
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
-    def _state_entries(self, k: float, iterations: float, scale: float) -> Iterator[tuple[list[Tensor], float]]:
+    def _state_entries(self, k: float, momenta: Sequence[float]) -> Iterator[tuple[list[Tensor], float]]:
         """State that is kept in another unit than this step's, with what divides it."""
         local = local_of(self.optimizer)
         for name, power in self.family.state.items() if k != 1 else ():
             entries = [s[name] for s in local.state.values() if isinstance(s.get(name), Tensor)]
             if entries:
                 yield entries, k**power
-        for group in local.param_groups if self.family.momentum == "sum" else ():
-            momentum = self._momentum(group, iterations, scale)
+        if self.family.momentum != "sum":
+            return
+        for group, momentum in zip(local.param_groups, momenta, strict=True):
             if not group["momentum"] or momentum == group["momentum"] or _damps(group):
                 continue
             states = [local.state[p] for p in group["params"] if p in local.state]
