@@ -38,11 +38,13 @@ def automatic(momentum: float, *, scale: float, total: float | None) -> float:
 
 
 def momentum_at(momentum: float, iterations: float, *, decays: Decays) -> float:
-    """The momentum m' for a step of r = `iterations`, of a buffer that is a sum.
+    """The momentum m' for a step of r = `iterations`.
 
-    constant    m' = m
-    clock       m' = m ** r
-    a number a  m' = m ** (r ** a)
+        constant    m' = m
+        clock       m' = m ** r
+        a number a  m' = m ** (r ** a)
+
+    What `"auto"` stands for, the caller has found out: `automatic`, for a buffer that is a sum.
     """
     return _power(momentum, clock_power(decays, iterations))
 
