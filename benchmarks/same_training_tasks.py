@@ -266,7 +266,7 @@ TASKS = {
         recipe("transformer", beam=1, optimizer="adamw"),
         10,
         (8, 32),
-        {8: ("euclidean", "noise * 1.5", "adam"), 32: ("euclidean", "noise * 1.5", "adam")},
+        {8: ("euclidean", "noise * 2", "adam"), 32: ("euclidean", "noise * 2", "adam")},
         {1: 15, 8: 25, 32: 75},
         False,
     ),
