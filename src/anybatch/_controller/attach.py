@@ -93,6 +93,14 @@ def attach(
         raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}.")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise InvalidValueError(
+            f"process_group must be a torch.distributed.ProcessGroup with this rank in it, got {process_group!r}."
+        )
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise InvalidValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}.")
     if reduction not in ("mean", "sum"):
         raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
     return Controller(

@@ -21,6 +21,11 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
     trained = trainable(optimizer)
     if not trained:
         raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
+    if any(p.is_meta for p in trained):
+        raise InvalidValueError(
+            "Trained parameters lie on the meta device, so they have no values yet: materialise the model (to_empty, "
+            "load_state_dict(assign=True)), make the optimizer of its new parameters, and attach then."
+        )
     mine = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in mine for p in trained)
     if strangers:
