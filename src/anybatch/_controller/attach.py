@@ -58,7 +58,8 @@ def attach(
         grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
             units for a while after the scaler has changed its factor.
         reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
-            as trainers do), or `"sum"`.
+            as trainers do), or `"sum"`: then the step divides it, in place, by their number, so that it goes as far
+            whatever the accumulation.
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
             finite is noticed one step late: without a `GradScaler`, its step counts.

@@ -36,6 +36,21 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
     return trained
 
 
+def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
+    """Raise if the model has no longer the parameters that the optimizer trains; asked where a step saw no backward.
+
+    Raises:
+        UsageError: it has not.
+    """
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for p in trainable(optimizer)):
+        raise UsageError(
+            "The model has other parameters than those that this optimizer trains: they were replaced after attach, by "
+            "load_state_dict(assign=True) or to_empty() say. Make the optimizer of the model's present parameters, and "
+            "attach that one."
+        )
+
+
 def check_no_backward() -> None:
     """Raise if the autograd engine is running in this thread.
 
@@ -71,5 +86,6 @@ def is_phantom(optimizer: Optimizer, *, counted: bool) -> bool:
     raise UsageError(
         "optimizer.step() was called with gradients that no backward of the attached model made since the last "
         "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
-        "controller.observe), or was the backward inside of controller.paused()?"
+        "controller.observe), was the backward inside of controller.paused(), or is it torch's compiled autograd, "
+        "which is not supported?"
     )

@@ -110,7 +110,8 @@ class Hyperparameters:
         try:
             for group, values in zip(groups, changes, strict=True):
                 _assign(group, values)
-            written = [(group, name, _mark(group[name])) for group, names in zip(groups, changes) for name in names]
+                written += [(group, name, None) for name in values]
+            written = [(group, name, _mark(group[name])) for group, name, _ in written]
             yield
         finally:
             # After a step that raised this comes late: what a user has set since then is his.
