@@ -39,7 +39,7 @@ def attach(
 
     Args:
         optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
-            another class with `rule=AdaScale(exponent=...)`.
+            another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.

@@ -63,7 +63,8 @@ class Controller(Readings, Companion):
         self._batch = batch
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
-        family = family_of(optimizer, exponent=adascale.exponent if adascale else 1.0)
+        stated = (adascale.exponent, adascale.like) if adascale else (1.0, None)
+        family = family_of(optimizer, exponent=stated[0], like=stated[1])
         # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
         total = None if adascale is None else clock.total
         values = Hyperparameters(optimizer, family, rule.decays, total)
