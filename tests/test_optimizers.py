@@ -510,10 +510,10 @@ def test_a_class_of_ones_own_that_is_like_adamw_is_scaled_as_it_is():
             optimizer.step()
             optimizer.zero_grad()
         runs.append((controller.tau, controller.lr_factor, [p.detach() for p in model.parameters()]))
-    assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-12)
+    assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-8)  # torch counts steps in float32
     assert runs[0][1] == pytest.approx(controller.gain**0.5)
     for theirs, own in zip(runs[0][2], runs[1][2], strict=True):
-        torch.testing.assert_close(own, theirs, rtol=1e-8, atol=1e-10)  # state["step"] is float32 in torch's
+        torch.testing.assert_close(own, theirs, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, Own, "AdamW"])
