@@ -13,7 +13,8 @@ from anybatch._errors import InvalidValueError
 _THE_THREE_WAYS = (
     "Say the scale of a step in exactly one way:\n"
     "  base_batch=256, micro_batch=64   the batch it was tuned for, and what each backward on each rank sees\n"
-    "                                   (both in examples, or both in tokens);\n"
+    "                                   (both in examples, or both in tokens),\n"
+    '                                   or micro_batch="auto": the first dimension of what each forward gets;\n'
     "  scale=16                         every step is 16 base batches;\n"
     '  scale="count"                    every backward on every rank is one base batch.'
 )
@@ -34,7 +35,7 @@ class BatchSize:
     """
 
     base_batch: float | None
-    micro_batch: float | None
+    micro_batch: float | Literal["auto"] | None
     scale: float | Literal["count"] | None
     examples: float | None = None
 
@@ -44,7 +45,7 @@ class BatchSize:
             given = ", ".join(f"{n}={brief(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
         for name, value in vars(self).items():
-            if value is not None and not (name == "scale" and value == "count"):
+            if value is not None and (name, value) not in (("scale", "count"), ("micro_batch", "auto")):
                 check_positive(name, value)
         if self.examples is not None and (self.base_batch is None or self.examples <= self.base_batch):
             raise InvalidValueError(

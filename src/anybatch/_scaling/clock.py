@@ -53,7 +53,11 @@ class Clock:
     @property
     def iteration(self) -> int:
         """`floor(tau)`, the index into a schedule that was written for the base batch."""
-        return floor(self.tau + _SLACK * max(1.0, self.tau))
+        return self.count(1.0)
+
+    def count(self, length: float) -> int:
+        """How many stretches of `length` base iterations are done: epochs, say."""
+        return floor((self.tau + _SLACK * max(1.0, self.tau)) / length)
 
     @property
     def done(self) -> bool:
