@@ -10,7 +10,9 @@ from math import exp, floor, inf, isfinite, isnan
 from typing import Any
 
 from anybatch._controller.controller import Controller
+from anybatch._controller.state import checked_numbers
 from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._numbers import shown
 from anybatch._scaling import AdaScale, Moments
 
 # Share of the run, in tau, over which the noise is averaged for this, and in which the batch at most doubles. The
@@ -60,15 +62,14 @@ class Accumulation(ABC):
         """Go on from a saved state, within this object's own bounds.
 
         Raises:
-            StateError: other entries, or values that are not numbers.
+            StateError: other entries, or values that are not numbers, or that no run comes to.
         """
+        values = checked_numbers(state, whose=f"a {type(self).__name__}")
         names = sorted(self.state_dict())
-        try:
-            values = {name: float(state[name]) for name in names}
-        except (KeyError, TypeError, ValueError):
-            values = {}
-        if len(state) != len(names) or not all(map(isfinite, values.values())) or not values:
-            raise StateError(f"The state needs exactly {names}, all of them numbers, got {dict(state)!r}.")
+        if sorted(values) != names:
+            raise StateError(f"The state needs exactly {names}, got {shown(sorted(values))}.")
+        if values["scale"] <= 0 or values.get("peak", 0.0) < 0:
+            raise StateError(f"The state is damaged: a scale is positive, a rate is not negative, got {values}.")
         self._accumulation = self._within(values.pop("scale") / self._backward())
         self._state = values
 

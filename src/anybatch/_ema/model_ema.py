@@ -220,20 +220,22 @@ class ModelEMA:
         """Take saved averages, copied into this object's own tensors; a single decay stays the one given here.
 
         Raises:
-            StateError: other names, shapes or decays, or a newer version.
-            UsageError: inside of `applied()`.
+            StateError: other names, shapes or decays, a newer version, or something that no average has; nothing of it
+                was taken then.
+            UsageError: inside of `applied()`, or a parameter has another shape than when this object was made.
         """
         if self._own is not None:
             raise UsageError("A state cannot be loaded inside of applied(): the model holds the old averages there.")
-        self._finish()
         names = self._tensors.names
         state = checked_state(state, decays=self._decays, names=names)
         saved = [state[key] for key in averages_keys(self._decays)]
+        self._prepared()  # which raises if the averages do not fit any more
+        self._finish()
         loaded = [[self._tensors.as_held(name, values[name]) for name in names] for values in saved]
         for averages, values in zip(self._averages, loaded, strict=True):
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
-        self.tau, self._pending, self._waiting = float(state["tau"]), float(state["pending"]), int(state["waiting"])
+        self.tau, self._pending, self._waiting = state["tau"], state["pending"], state["waiting"]
 
     def _weights(self, moved: float) -> list[float]:
         """How much each average takes of the newest weights, after `moved` base iterations."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._numbers import shown
 
 Slot = tuple[dict[str, Any], str]
 
@@ -156,13 +157,19 @@ class Tensors:
         mesh, placements = whole.device_mesh, whole.placements
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
-    def as_held(self, name: str, saved: Tensor) -> Tensor:
+    def as_held(self, name: str, saved: Any) -> Tensor:
         """What this rank holds of a saved tensor.
 
         Raises:
-            StateError: another shape, or sharded in another way.
+            StateError: no tensor that can be copied, another shape, or sharded in another way.
         """
         whole: Any = self[name]
+        if not isinstance(saved, Tensor):
+            raise StateError(f"The state is damaged: {name} is no tensor, but {shown(saved)}.")
+        if saved.is_meta or saved.layout is not torch.strided:
+            raise StateError(f"The state's {name} has no values to copy: it is on {saved.device}, {saved.layout}.")
+        if saved.is_complex() != whole.is_complex() or not (saved.is_complex() or saved.is_floating_point()):
+            raise StateError(f"The state is of another model: {name} is of {saved.dtype}, for {whole.dtype}.")
         if saved.shape != whole.shape:
             shapes = f"{list(saved.shape)} for {list(whole.shape)}"
             raise StateError(f"The state is of another model: {name} has shape {shapes}.")
