@@ -52,7 +52,7 @@ class Tensors:
 
     def __init__(self, model: nn.Module, include: Callable[[str], bool], *, statistics: bool) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self._include, self._statistics = include, statistics
+        self.include, self._statistics = include, statistics
         self.reshard()
         self._slots = self._averaged()
         if not self._slots:
@@ -67,6 +67,11 @@ class Tensors:
                 raise InvalidValueError(f"{name} is on the meta device: give the model its weights before ModelEMA.")
             if is_sharded(tensor):
                 self._shards[name] = tensor
+
+    @property
+    def sharded(self) -> bool:
+        """Whether some of them are shards of FSDP2."""
+        return bool(self._shards)
 
     def check(self) -> None:
         """See whether the model has the averaged tensors, and no others, where they were found.
@@ -194,7 +199,7 @@ class Tensors:
         seen: set[int] = set()
         for name, (places, key) in _places(self.model, statistics=self._statistics):
             tensor = places[key]
-            if id(tensor) not in seen and (tensor.is_floating_point() or tensor.is_complex()) and self._include(name):
+            if id(tensor) not in seen and (tensor.is_floating_point() or tensor.is_complex()) and self.include(name):
                 seen.add(id(tensor))
                 found[name] = places, key
         return found
