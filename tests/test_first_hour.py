@@ -350,3 +350,15 @@ def test_a_gradient_that_is_no_mean_is_an_error():
         (oracle.loss_fn(model(x), y) / 3).backward()
     with pytest.raises(anybatch.UsageError, match="which no mean is"):
         optimizer.step()
+
+
+def test_a_step_is_written_whatever_follows_the_clock(tmp_path):
+    model, optimizer, controller = build(record=tmp_path / "run.jsonl")
+
+    def fails(_):
+        raise RuntimeError("no space for a snapshot")
+
+    controller.clock.subscribe(fails)
+    with pytest.raises(RuntimeError, match="no space"):
+        step(model, optimizer)
+    assert [line.tau for line in anybatch.read_record(tmp_path / "run.jsonl").steps] == [1]

@@ -289,8 +289,10 @@ class Stepper:
         skipped = step.skipped or (found_inf is not None and bool(found_inf))
         if self._gather is not None:
             self._gather.close(forget=skipped)
-        self._tally.add(step, skipped=skipped)
-        if self._logbook.writes:
-            self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
+        try:
+            self._tally.add(step, skipped=skipped)
+        finally:  # the step has happened, whatever those who follow the clock make of it
+            if self._logbook.writes:
+                self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
         if skipped:
             self._complain(step)

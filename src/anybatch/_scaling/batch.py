@@ -1,14 +1,13 @@
 """Base batch, micro-batch, ranks and accumulation: how big a step is, in base batches."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite, nan
 from typing import Any, Literal
 
 from torch import Tensor
 
 from anybatch._errors import InvalidValueError
+from anybatch._numbers import positive, shown
 
 _THE_THREE_WAYS = (
     "Say the scale of a step in exactly one way:\n"
@@ -42,7 +41,7 @@ class BatchSize:
     def __post_init__(self) -> None:
         pair = (self.base_batch is not None, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
-            given = ", ".join(f"{n}={brief(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
+            given = ", ".join(f"{n}={shown(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
         for name, value in vars(self).items():
             if value is not None and (name, value) not in (("scale", "count"), ("micro_batch", "auto")):
@@ -76,22 +75,10 @@ class BatchSize:
 
 def check_positive(name: str, value: object) -> float:
     """`value` as a float, or an error that names it."""
-    number = nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # an int beyond every float
-            number = float(value)
-    if not (isfinite(number) and number > 0):
-        raise InvalidValueError(f"{name} must be a positive, finite number, got {brief(value)}.")
+    number = positive(value)
+    if number is None:
+        raise InvalidValueError(f"{name} must be a positive, finite number, got {shown(value)}.")
     return number
-
-
-def brief(value: object) -> str:
-    """`repr` in at most 60 characters: python refuses to print an int of some thousand digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "an int of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def split(batch: Any, n: int) -> Iterator[Any]:
