@@ -180,8 +180,7 @@ class Controller(Readings, Loops, Companion):
     def micro_batch(self, value: float) -> None:
         if self._gather is None or self._batch.micro_batch is None:
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
-        self._gather.micro_batch = check_positive("micro_batch", value)
-        self._gather.auto = False
+        self._gather.take_size(check_positive("micro_batch", value))
 
     @property
     def base_lr(self) -> float:
