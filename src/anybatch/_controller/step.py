@@ -256,6 +256,7 @@ class Stepper:
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._tally.known)
+        self.land()
         checksum = 0 if ranks.group is None else self._tally.checksum()
         flight = launch(
             window, ranks=ranks, reduction=self._reduction, checksum=checksum, ahead=self._lagged, share=share
@@ -264,7 +265,6 @@ class Stepper:
             self._gather.average()
         if not self._lagged:
             return self._judge.step(self._tally.known, flight.land())
-        self.land()
         raw, self._landed = self._landed, None
         self._flight = flight, self._tally.clock.tau
         count = window.backwards * ranks.size  # on every rank as many, or landing raises
