@@ -195,7 +195,7 @@ def test_a_compiled_model_trains_alike(monkeypatch):
 
 @pytest.mark.parametrize(("precision", "skipped"), [("fp32", 2), ("fp16", 100)])
 def test_a_run_without_a_finite_gradient_ends_once_and_says_so(precision, skipped, tmp_path):
-    """The controller sees weights that are not finite; under fp16 the GradScaler skips the steps, and it hears of none."""
+    """The controller sees the weights; under fp16 the GradScaler skips the steps, and the controller hears of none."""
     options = Options(scale="8", lr=1e20, total=TOTAL, precision=precision, out=tmp_path)
     summary = run(Digits(), options)
     assert summary["diverged"]
