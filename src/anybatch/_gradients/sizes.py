@@ -1,6 +1,7 @@
 """Sizes: what the forwards of a model show of a micro-batch's size."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,8 @@ class Sizes:
         self._given = given
         self._left = _LOOKS
         self._shapes: list[torch.Size] = []
-        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._model = model
+        self._handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
 
     def micro_batch(self) -> float:
         """The size of the micro-batch whose backward has ended.
@@ -75,12 +77,30 @@ class Sizes:
         """Remove the hook."""
         self._handle.remove()
 
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins."""
+        if model is not self._model or not torch.is_grad_enabled():
             return
         shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0), None)
         if shape is not None:
             self._shapes.append(shape)
+
+
+class _Hook:
+    """What the model holds; copied or pickled with it, it does nothing: the copy has no controller."""
+
+    def __init__(self, sizes: Sizes | None) -> None:
+        self._sizes = sizes if sizes is None else weakref.ref(sizes)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._sizes is None or torch.compiler.is_compiling():
+            return
+        sizes = self._sizes()
+        if sizes is not None:
+            sizes.see(model, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
 
 
 def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
