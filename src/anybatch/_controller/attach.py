@@ -73,7 +73,8 @@ def attach(
             whatever the accumulation.
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
-            finite is noticed one step late: without a `GradScaler`, its step counts.
+            finite is noticed one step late: without a `GradScaler`, its step counts. Over several ranks the mean size
+            of a micro-batch is that of the step before, too; the first step waits for it.
         patience: steps in a row that may not count, for gradients that are not finite or not there, before
             `DivergedError`; after 10 of them there is a warning.
         record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
