@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from faults.ledger import pytest_terminal_summary as pytest_terminal_summary  # below, xdist's main process misses it
 
 import anybatch
 
