@@ -17,14 +17,14 @@ import anybatch
 ACCUMULATION = 2
 
 
-def parts(record=None, *, total=oracle.TOTAL, parallel=True):
+def parts(*, total=oracle.TOTAL, parallel=True, **options):
     """All that has a state, and the module to call."""
     net = oracle.make_model()
     model = DDP(net) if parallel else net
     optimizer = torch.optim.SGD(net.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(total))
     controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=total, base_batch=4, micro_batch=4, record=record
+        optimizer, model=model, scheduler=scheduler, total=total, base_batch=4, micro_batch=4, **options
     )
     ema = anybatch.ModelEMA(net, 0.9, clock=controller.clock)
     named = {"model": net, "optimizer": optimizer, "scheduler": scheduler, "controller": controller, "ema": ema}
@@ -54,7 +54,7 @@ def train(rank, folder, *, total=oracle.TOTAL, save_every=10, pause=0.0):
     saved = load(path) if path.exists() else None
     if saved and saved["controller"]["tau"] >= total:
         return
-    named, model = parts(folder / "record.jsonl", total=total)
+    named, model = parts(record=folder / "record.jsonl", total=total)
     for name, state in (saved or {}).items():
         named[name].load_state_dict(state)
     controller = named["controller"]

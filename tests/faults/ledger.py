@@ -88,7 +88,7 @@ def faults(request):
 
 def pytest_terminal_summary(terminalreporter):
     total = dict.fromkeys(("injected", "survived", "lost", "wrong"), 0)
-    for outcome in ("passed", "failed"):
+    for outcome in ("passed", "failed", "xfailed"):
         for report in terminalreporter.stats.get(outcome, []):
             for name, counts in getattr(report, "user_properties", []):
                 if name == "faults" and report.when == "call":

@@ -18,8 +18,11 @@ import torch.distributed as dist
 SECONDS = 120  # no process is waited for longer
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    # The last three are what a first step under DDP imports.
-    ["anybatch", "torch.distributed.launcher.api", "torch._dynamo", "torch._inductor.utils", "sympy", "oracle"]
+    [
+        *("anybatch", "anybatch._demo", "anybatch._gradients.fsdp", "torch.distributed.launcher.api"),
+        *("torch._dynamo", "torch._inductor.utils", "sympy"),  # which a first step under DDP imports
+        *("torch.distributed.elastic.rendezvous.registry", "torch.utils.serialization.config"),
+    ]
 )
 
 
