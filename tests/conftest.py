@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from faults.ledger import pytest_terminal_summary as pytest_terminal_summary  # below, xdist's main process misses it
+from faults.ledger import pytest_terminal_summary  # noqa: F401  # xdist's main process does not load faults/conftest.py
 
 import anybatch
 

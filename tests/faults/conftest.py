@@ -4,7 +4,8 @@ import os
 import random
 
 import pytest
-from faults.ledger import faults as faults
+
+from faults.ledger import faults  # noqa: F401  # a fixture
 from faults.processes import Processes
 
 

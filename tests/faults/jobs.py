@@ -8,11 +8,11 @@ import time
 import oracle
 import torch
 import torch.distributed as dist
-from examples.elastic_digits import load, log, save
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
+from examples.elastic_digits import load, log, save
 
 ACCUMULATION = 2
 

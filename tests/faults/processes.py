@@ -19,7 +19,7 @@ SECONDS = 120  # no process is waited for longer
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("anybatch", "anybatch._demo", "anybatch._gradients.fsdp", "torch.distributed.launcher.api"),
+        *("pytest", "anybatch", "anybatch._demo", "anybatch._gradients.fsdp", "torch.distributed.launcher.api"),
         *("torch._dynamo", "torch._inductor.utils", "sympy"),  # which a first step under DDP imports
         *("torch.distributed.elastic.rendezvous.registry", "torch.utils.serialization.config"),
     ]

@@ -9,11 +9,11 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+
+import anybatch
 from faults import jobs
 from faults.ledger import json_lines, steps_of
 from faults.processes import Processes, state_of, until
-
-import anybatch
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 
@@ -86,7 +86,9 @@ def check_same_run(faults, folder, expected):
     faults.steps([step.step for step in mine.steps], [step.step for step in whole.steps])
     faults.same(steps_of(mine), steps_of(whole), "record")
     faults.same(torch.load(folder / "checkpoint.pt"), torch.load(expected / "checkpoint.pt"), "checkpoint")
-    ends = {line["digest"] for each in (folder, expected) for line in json_lines(each / "log.jsonl") if "digest" in line}
+    ends = {
+        line["digest"] for each in (folder, expected) for line in json_lines(each / "log.jsonl") if "digest" in line
+    }
     assert len(ends) == 1, "the ranks ended differently"
 
 

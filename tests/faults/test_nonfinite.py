@@ -6,6 +6,7 @@ import math
 import oracle
 import pytest
 import torch
+
 from faults import jobs
 from faults.ledger import bits
 
@@ -17,8 +18,8 @@ VALUES = (math.nan, math.inf, -math.inf)
 def job(rank, spoilt, *, guard, leave_out=False):
     """Trains on the batches 0 to 8; at the keys of `spoilt`, `(rank, place, value)` says what is not finite.
 
-    The guard is torch's `GradScaler`, the user's own look at the gradients, or none. With `leave_out` the spoilt batches
-    are not trained on at all. Returns the states, how many values were spoilt here, and the weights after each step.
+    The guard is torch's `GradScaler`, the user's own look at the gradients, or none. With `leave_out` the spoilt
+    batches are not trained on at all. Returns the states, how many values were spoilt here, and the last weights.
     """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6, enabled=guard == "scaler")
     named, model = jobs.parts(grad_scaler=scaler if guard == "scaler" else None)

@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+
 from faults import jobs
 from faults.ledger import json_lines
 from faults.processes import state_of, until

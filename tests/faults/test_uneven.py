@@ -7,9 +7,10 @@ import oracle
 import pytest
 import torch
 from common import attach_task
-from faults import jobs
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
+
+from faults import jobs
 
 
 def micro_batches(rank, given):
