@@ -133,9 +133,13 @@ def save(path: Path, state: dict[str, object]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, if it is as it was written: torch.load alone takes weights with flipped bits as they are."""
-    with zipfile.ZipFile(path) as file:  # torch.save writes a checksum of each tensor, which torch.load never looks at
-        damaged = file.testzip()
+    """Read a checkpoint, if it is as it was written.
+
+    torch.save writes a checksum of each tensor, which torch.load never looks at: it takes weights with flipped bits as
+    they are, and reads memory that nobody has written where one bit calls a tensor a folder.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip() or next((part.filename for part in file.infolist() if part.external_attr), None)
     if damaged is not None:
         raise zipfile.BadZipFile(f"{path} is damaged at {damaged}: go on from an older checkpoint.")
     return dict(torch.load(path, weights_only=True))

@@ -1,8 +1,9 @@
 """Checkpoints: writers that are killed in each phase, files cut and with flipped bits, states of impossible numbers.
 
-What notices a flipped bit in a file of torch.save: nothing in torch.load, which reads the weights as they are; the
-checksum that torch.save writes for each member of the archive, which the elastic example has zipfile look at before. A
-state that came through a file without checksums, JSON say, can only be looked at for numbers that cannot be.
+What notices a flipped bit in a file of torch.save: torch.load, where the archive cannot be read any more, and nothing
+where it is a weight; the checksums that torch.save writes for each member of the archive, which the elastic example
+has zipfile look at. A state that came through a file without checksums, JSON say, can only be looked at for numbers
+that cannot be.
 """
 
 import copy
@@ -174,6 +175,17 @@ def test_what_torchs_loader_alone_would_not_notice(rng, tmp_path):
     flips = [flipped(data, 8 * at + bit) for bit in rng.sample(range(8 * 512), 50)]
     assert outcomes(torch.load, path, flips) == {"refused": 0, "same": 0, "other": 50}
     assert outcomes(elastic_digits.load, path, flips) == {"refused": 50, "same": 0, "other": 0}
+
+
+def test_a_bit_that_calls_a_tensor_a_folder_is_refused(faults, tmp_path):
+    """torch.load gives memory that nobody has written: the attributes of a member are in no checksum."""
+    path = tmp_path / "weights.pt"
+    data = saved_bytes({"weights": torch.ones(64, dtype=torch.float64)}, path)
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))  # of the directory at the end of the archive
+    flips = [flipped(data, 8 * (entry + 38) + 4)]
+    faults.fired()
+    assert outcomes(elastic_digits.load, path, flips) == {"refused": 1, "same": 0, "other": 0}
+    faults.survived()
 
 
 # ---- damaged states ----
