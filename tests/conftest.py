@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from faults.ledger import pytest_terminal_summary  # noqa: F401  # xdist's main 
 
 import anybatch
 
+collect_ignore = [] if sys.platform == "linux" else ["faults"]  # its processes are forks, looked at through /proc
 torch.set_num_threads(1)  # two workers of one thread each beat more threads on tensors as small as the tests' are
 
 

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import time
-from pathlib import Path
 
 import oracle
 import pytest
@@ -14,8 +13,6 @@ import anybatch
 from faults import jobs
 from faults.ledger import json_lines, steps_of
 from faults.processes import Processes, state_of, until
-
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 
 LONG_RUN = {"total": 400.0, "save_every": 15, "pause": 0.004}  # about 130 steps, a second
 
