@@ -240,7 +240,6 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="the controller looks at the names of a state and at nan, not at what can be")
 @pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_a_controllers_state_of_numbers_that_cannot_be_is_refused(faults, good, change):
     controller, _ = attached()

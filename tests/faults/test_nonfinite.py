@@ -101,7 +101,6 @@ def test_an_unguarded_step_is_not_counted_on_any_rank(faults, processes):
     faults.survived()
 
 
-@pytest.mark.xfail(strict=True, reason="without a GradScaler torch's own step is taken, and leaves nan in the weights")
 def test_an_unguarded_step_leaves_the_weights_as_they_were(processes):
     plans = [{STEPS - 1: (0, PLACES[0], math.nan)}]
     mine = processes.results(several, RANKS, plans, guard="none")
