@@ -12,3 +12,13 @@ torch.set_num_threads(1)  # two workers of one thread each beat more threads on 
 def _namespace(doctest_namespace, tmp_path):
     torch.manual_seed(0)
     doctest_namespace.update(anybatch=anybatch, torch=torch, tmp_path=tmp_path, math=math)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest of each number that tests have left by `record_property`, from all workers."""
+    largest = {}
+    for report in terminalreporter.getreports(""):
+        for name, value in getattr(report, "user_properties", ()):
+            largest[name] = max(value, largest.get(name, value))
+    for name, value in sorted(largest.items()):
+        terminalreporter.write_line(f"worst {name}: {value:.2g}")
