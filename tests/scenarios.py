@@ -112,17 +112,20 @@ def draw(seed, *, engine="one", world=1):
     if net["tied"] and net["frozen"] == "layer":
         net["frozen"] = ""
     base = r.choice([2.0, 3.0, 4.0, 6.5, 40.0])
+    lagged = maybe(0.25)
     sized, kind = maybe(0.4), r.choice(["sizes", "sizes", "sizes", "count", "number"])
     size, most = r.randint(2, 6), r.randint(1, 5)
     windows, index = [], 0
     for _ in range(r.randint(4, 8)):
         accumulation = r.randint(1, most) if maybe(0.5) else most
         use = [net["branch"] and maybe(0.5) for _ in range(accumulation)]
+        sizes = [r.randint(1, 8) for _ in range(accumulation)]  # lagged, on every rank alike: see the expected failures
         window = []
         for _rank in range(world):
             for a in range(accumulation):
                 own = net["branch"] and maybe(0.5) if engine == "DDP" else use[a]  # FSDP2 gathers on all ranks or none
-                window.append(MicroBatch(index, r.randint(1, 8) if sized else size, own))
+                its_size = sizes[a] if lagged else r.randint(1, 8)
+                window.append(MicroBatch(index, its_size if sized else size, own))
                 index += 1
         windows.append(window)
     total = r.choice([None, 20.0, 60.0, 300.0, 5000.0])
@@ -154,11 +157,11 @@ def draw(seed, *, engine="one", world=1):
         batch=batch,
         rule=rule,
         options=options,
-        lagged=maybe(0.25),
+        lagged=lagged,
         reduction=reduction,
         total=total,
         schedule=_schedule(r),
-        set_to_none=maybe(0.6),
+        set_to_none=maybe(0.6) or engine == "FSDP2",  # see the expected failures
         clip=r.choice([None, None, None, 0.5]),
         sync_every=maybe(0.5),
         bucket_view=maybe(0.5),

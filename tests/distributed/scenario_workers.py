@@ -23,13 +23,18 @@ def fsdp2(net, scenario):
     return fully_shard(net, mesh=mesh)
 
 
-def trainings(rank, engine, seeds):
-    """What each seed's scenario came to on this rank."""
+def training(rank, engine, scenario):
+    """What a scenario came to on this rank."""
     warnings.simplefilter("ignore")
-    found, wrap = {}, {"DDP": ddp, "FSDP2": fsdp2}[engine]
+    return scenarios.run(scenario, wrap={"DDP": ddp, "FSDP2": fsdp2}[engine], rank=rank)
+
+
+def trainings(rank, engine, seeds):
+    """What each seed's scenario came to."""
+    found = {}
     for seed in seeds:
         try:
-            found[seed] = scenarios.run(scenarios.draw(seed, engine=engine, world=2), wrap=wrap, rank=rank)
+            found[seed] = training(rank, engine, scenarios.draw(seed, engine=engine, world=2))
         except Exception as error:
             error.add_note(f"{engine}, seed {seed}, rank {rank}")
             raise
