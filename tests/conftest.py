@@ -15,10 +15,10 @@ def _namespace(doctest_namespace, tmp_path):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The largest of each number that tests have left by `record_property`, from all workers."""
+    """The largest of each number that passing tests have left by `record_property`, on all workers."""
     largest = {}
-    for report in terminalreporter.getreports(""):
-        for name, value in getattr(report, "user_properties", ()):
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
             largest[name] = max(value, largest.get(name, value))
     for name, value in sorted(largest.items()):
         terminalreporter.write_line(f"worst {name}: {value:.2g}")

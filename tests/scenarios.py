@@ -6,7 +6,7 @@ Both sides share the model, the data and the drawn numbers here, and nothing tha
 import contextlib
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class Scenario:
     sync_every: bool
     bucket_view: bool
     by_layer: bool
-    decays: object = field(default="auto")
+    decays: object
 
     @property
     def dtype(self):
@@ -119,7 +119,9 @@ def draw(seed, *, engine="one", world=1):
     for _ in range(r.randint(4, 8)):
         accumulation = r.randint(1, most) if maybe(0.5) else most
         use = [net["branch"] and maybe(0.5) for _ in range(accumulation)]
-        sizes = [r.randint(1, 8) for _ in range(accumulation)]  # lagged, on every rank alike: see the expected failures
+        sizes = [
+            r.randint(1, 8) for _ in range(accumulation)
+        ]  # lagged, on every rank alike: distributed/test_scenarios.py knows why
         window = []
         for _rank in range(world):
             for a in range(accumulation):
@@ -142,7 +144,7 @@ def draw(seed, *, engine="one", world=1):
     if rule == "AdaScale" and world == 1 and most == 1 and not sized and "examples" not in batch:
         options["consecutive"] = maybe(0.7)
     foreach = r.choice([None, None, True, False])
-    set_to_none = maybe(0.6) or engine == "FSDP2"  # see the expected failures
+    set_to_none = maybe(0.6) or engine == "FSDP2"  # distributed/test_scenarios.py knows why
     return Scenario(
         seed=seed,
         world=world,
@@ -165,7 +167,7 @@ def draw(seed, *, engine="one", world=1):
         set_to_none=set_to_none,
         clip=r.choice([None, None, None, 0.5]),
         sync_every=maybe(0.5),
-        bucket_view=set_to_none and maybe(0.5),  # see the expected failures
+        bucket_view=set_to_none and maybe(0.5),  # distributed/test_scenarios.py knows why
         by_layer=not (net["tied"] or net["twice"]) and maybe(0.5),
         decays=decays,
     )
@@ -206,7 +208,7 @@ def _group(r, optimizer, unit):
 
 
 def _schedule(r):
-    """A torch scheduler's name and options, with its closed form: the factor on the base rate at position i."""
+    """A torch scheduler's name and options; `scenario_oracle.schedule` has its closed form."""
     return r.choice(
         [
             ("", {}),

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import anybatch
+
 
 def ddp(net, scenario):
     unused = net.branch is not None or net.never is not None
@@ -23,19 +25,13 @@ def fsdp2(net, scenario):
     return fully_shard(net, mesh=mesh)
 
 
-def training(rank, engine, scenario):
-    """What a scenario came to on this rank."""
+def trainings(rank, engine, cases):
+    """What each of the scenarios came to on this rank, or the library's error, which comes on all ranks alike."""
     warnings.simplefilter("ignore")
-    return scenarios.run(scenario, wrap={"DDP": ddp, "FSDP2": fsdp2}[engine], rank=rank)
-
-
-def trainings(rank, engine, seeds):
-    """What each seed's scenario came to."""
     found = {}
-    for seed in seeds:
+    for name, scenario in cases.items():
         try:
-            found[seed] = training(rank, engine, scenarios.draw(seed, engine=engine, world=2))
-        except Exception as error:
-            error.add_note(f"{engine}, seed {seed}, rank {rank}")
-            raise
+            found[name] = scenarios.run(scenario, wrap={"DDP": ddp, "FSDP2": fsdp2}[engine], rank=rank)
+        except anybatch.AnybatchError as error:
+            found[name] = repr(error)
     return found

@@ -1,6 +1,6 @@
 """Forty random trainings on two gloo processes, under DDP and under FSDP2, each against the plain float64 loop.
 
-Of 1000 scenarios the worst relative error was ... in float64.
+The worst relative error was 1e-14 in float64 and 1e-6 in float32.
 """
 
 import functools
@@ -15,27 +15,6 @@ from distributed import launch
 from distributed import scenario_workers as workers
 
 SEEDS = range(40)
-
-
-@functools.cache
-def trainings(engine):
-    return launch.run(workers.trainings, world=2, args=(engine, SEEDS))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
-def test_a_random_training_on_two_ranks_is_the_plain_loops(engine, seed, record_property):
-    scenario = scenarios.draw(seed, engine=engine, world=2)
-    right = scenario_oracle.expected(scenario)
-    first, second = (of_rank[seed] for of_rank in trainings(engine))
-    for mine in (first, second):
-        scenarios.check(mine, right, scenario, record_property)
-    for a, b in zip(first["lines"], second["lines"], strict=True):  # the same bits on both ranks; nan is nan
-        assert all(repr(a[name]) == repr(b[name]) for name in ("gain", "tau", "lr", "average"))
-
-
-# ---- what the scenarios found, and are drawn around until it is mended ----
-
 PLAIN = replace(
     scenarios.draw(0),
     world=2,
@@ -62,30 +41,53 @@ PLAIN = replace(
     by_layer=False,
     decays="auto",
 )
+# What random scenarios found, and why it is expected to fail. They are drawn around it until it is mended.
+OWN_SIZES = {"lagged": True, "sized": True, "batch": {"base_batch": 2.0, "micro_batch": 3.0}}
+ZEROED = {"set_to_none": False}
+IN_THE_BUCKET = {"set_to_none": False, "bucket_view": True}
+ONE_SIZE = "lagged, each rank takes the others' micro-batches to be as large as its own"
+FOUND = {
+    "DDP": {
+        "plain": ({}, ""),
+        "zeroed": (ZEROED, ""),
+        "zeroed in the bucket": (IN_THE_BUCKET, "DDP makes .grad another tensor, whose version may be the stale one's"),
+        "ranks of their own sizes, lagged": (OWN_SIZES, ONE_SIZE),
+    },
+    "FSDP2": {
+        "plain": ({}, ""),
+        "zeroed": (ZEROED, "zeroing a DTensor leaves its shard's version, so that it still looks stale"),
+        "ranks of their own sizes, lagged": (OWN_SIZES, ONE_SIZE),
+    },
+}
 
 
-def agrees(engine, **changes):
-    scenario = replace(PLAIN, **changes)
-    right = scenario_oracle.expected(scenario)
-    for mine in launch.run(workers.training, world=2, args=(engine, scenario)):
-        scenarios.check(mine, right, scenario, lambda *_: None)
+@functools.cache
+def trainings(engine):
+    cases = {seed: scenarios.draw(seed, engine=engine, world=2) for seed in SEEDS}
+    cases |= {name: replace(PLAIN, **changes) for name, (changes, _) in FOUND[engine].items()}
+    return cases, launch.run(workers.trainings, world=2, args=(engine, cases))
 
 
+def agrees(engine, case, record_property):
+    cases, found = trainings(engine)
+    first, second = (of_rank[case] for of_rank in found)
+    right = scenario_oracle.expected(cases[case])
+    for mine in (first, second):
+        assert not isinstance(mine, str), mine
+        scenarios.check(mine, right, cases[case], record_property)
+    for a, b in zip(first["lines"], second["lines"], strict=True):  # the same bits on both ranks; nan is nan
+        assert all(repr(a[name]) == repr(b[name]) for name in ("gain", "tau", "lr", "average"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
-def test_the_plain_training(engine):
-    agrees(engine)
+def test_a_random_training_on_two_ranks_is_the_plain_loops(engine, seed, record_property):
+    agrees(engine, seed, record_property)
 
 
-@pytest.mark.xfail(strict=True, reason="lagged, each rank takes the others' micro-batches to be as large as its own")
-def test_lagged_ranks_with_micro_batches_of_their_own_sizes_have_the_same_scale():
-    agrees("DDP", lagged=True, sized=True, batch={"base_batch": 2.0, "micro_batch": 3.0})
-
-
-@pytest.mark.xfail(strict=True, reason="zeroing a DTensor leaves its shard's version, so that it still looks stale")
-def test_fsdp2_with_gradients_zeroed_in_place():
-    agrees("FSDP2", set_to_none=False)
-
-
-@pytest.mark.xfail(strict=True, reason="DDP gives .grad another tensor, whose version may be that of the stale one")
-def test_ddp_with_gradients_zeroed_in_the_bucket():
-    agrees("DDP", set_to_none=False, bucket_view=True)
+@pytest.mark.parametrize(("engine", "case"), [(engine, case) for engine in FOUND for case in FOUND[engine]])
+def test_what_random_trainings_found(engine, case, record_property, request):
+    _, reason = FOUND[engine][case]
+    if reason:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    agrees(engine, case, record_property)
