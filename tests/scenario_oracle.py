@@ -24,8 +24,8 @@ def expected(s):
     parameters = [p for group in groups for p in group]
     states = {id(p): {} for p in parameters}
     present, tau, lines = set(), 0.0, []
-    samples, since = [], FIRST_SINCE  # (variance, sqnorm, theta) of each measured step
-    waiting = previous = None  # lagged: the last step's sample; consecutive: its gradient
+    samples, at = [], -FIRST_SINCE  # (variance, sqnorm, theta) of each measured step, and tau at the last of them
+    waiting = previous = sizes = None  # lagged: the last step's sample and sizes; consecutive: its gradient
     for window in s.windows:
         grads, used = [], set()
         for micro_batch in window:
@@ -37,7 +37,7 @@ def expected(s):
         present = used if s.set_to_none else present | used
         n = len(window)
         mean = [sum(g) / n for g in zip(*grads)]
-        scale, sample = size_of(s, window)
+        scale, sample = size_of(s, window, window)
 
         raw = None
         if s.rule == "AdaScale" and n > 1:
@@ -49,12 +49,16 @@ def expected(s):
             raw = (sample * half, square([(a + b) / 2 for a, b in zip(mean, previous)]) - half / 2)
         previous = mean if whole else None
 
-        shown, of_scale = (waiting or (None, None)) if s.lagged else (raw, scale)
-        waiting = (raw, scale)
-        before = list(samples)
+        now = (raw, scale, tau)
+        shown, of_scale, of_tau = (waiting or (None, 0, 0)) if s.lagged else now
+        waiting, before = now, list(samples)
         if shown is not None:
+            since = of_tau - at if samples else FIRST_SINCE
             samples.append(sample_of(s, shown, scale=of_scale, since=since, n=len(samples)))
-            since = 0.0
+            at = of_tau
+        if s.lagged and s.world > 1:  # other ranks' sizes are known a step late
+            scale, _ = size_of(s, window, sizes or window)
+            sizes = window
         prior = s.options.get("estimator") == "paper" and not s.lagged
         gain = gain_of(s, before if prior else samples, scale)
         factor, iterations = scaling_of(s, scale, gain, tau)
@@ -62,8 +66,8 @@ def expected(s):
         rate = [group["lr"] * schedule(s, position(tau)) for group in s.groups]
         line = {"scale": scale, "gain": gain, "factor": factor, "iterations": iterations}
         line |= {"lr": [], "momentum": [], "weight decay": []}
-        step = {id(p): (g * (n // s.world) if s.reduction == "sum" else g) for p, g in zip(parameters, mean)}
-        clipping(s, step, present)
+        step = {id(p): g for p, g in zip(parameters, mean)}
+        clipping(s, step, present, times=n // s.world if s.reduction == "sum" else 1)
         for group, members, lr in zip(s.groups, groups, rate):
             update = sgd if s.optimizer == "SGD" else adam
             mine = [(p.data, step[id(p)], states[id(p)]) for p in members if id(p) in present]
@@ -71,8 +75,6 @@ def expected(s):
             for name, value in zip(("lr", "momentum", "weight decay"), shows):
                 line[name].append(value)
         tau += iterations
-        if samples:
-            since += iterations
         line |= {"tau": tau, "raw": shown or (math.nan, math.nan)}
         line["average"] = [max(x, 0.0) for x in average(samples)] if samples else (math.nan, math.nan)
         lines.append(line)
@@ -87,13 +89,15 @@ def square(vector):
 # ---- how big a step is, and what it shows ----
 
 
-def size_of(s, window):
-    """Scale of the step and of one sample, in base batches; the micro-batches' harmonic mean where they differ."""
+def size_of(s, window, like):
+    """Scale of the step and of one sample, in base batches, with micro-batches of the sizes in `like`: their harmonic
+    mean where they differ.
+    """
     n, given = len(window), s.batch.get("scale")
     if given is not None:
         return (float(n), 1.0) if given == "count" else (given, given / n)
-    sizes = [m.size if s.sized else s.batch["micro_batch"] for m in window]
-    sample = n / sum(1 / b for b in sizes) / s.batch["base_batch"]
+    sizes = [m.size if s.sized else s.batch["micro_batch"] for m in like]
+    sample = len(sizes) / sum(1 / b for b in sizes) / s.batch["base_batch"]
     return n * sample, sample
 
 
@@ -190,9 +194,10 @@ def schedule(s, i):
 # ---- the optimizers: each returns what its group shows inside of the step ----
 
 
-def clipping(s, step, present):
+def clipping(s, step, present, *, times):
+    """The user clips `.grad`, which is `times` the mean."""
     if s.clip is not None:
-        norm = math.sqrt(square([g for key, g in step.items() if key in present]))
+        norm = times * math.sqrt(square([g for key, g in step.items() if key in present]))
         for key in step:
             step[key] = step[key] * min(1.0, s.clip / (norm + 1e-6))
 

@@ -112,22 +112,17 @@ def draw(seed, *, engine="one", world=1):
     if net["tied"] and net["frozen"] == "layer":
         net["frozen"] = ""
     base = r.choice([2.0, 3.0, 4.0, 6.5, 40.0])
-    lagged = maybe(0.25)
     sized, kind = maybe(0.4), r.choice(["sizes", "sizes", "sizes", "count", "number"])
     size, most = r.randint(2, 6), r.randint(1, 5)
     windows, index = [], 0
     for _ in range(r.randint(4, 8)):
         accumulation = r.randint(1, most) if maybe(0.5) else most
         use = [net["branch"] and maybe(0.5) for _ in range(accumulation)]
-        sizes = [
-            r.randint(1, 8) for _ in range(accumulation)
-        ]  # lagged, on every rank alike: distributed/test_scenarios.py knows why
         window = []
         for _rank in range(world):
             for a in range(accumulation):
                 own = net["branch"] and maybe(0.5) if engine == "DDP" else use[a]  # FSDP2 gathers on all ranks or none
-                its_size = sizes[a] if lagged else r.randint(1, 8)
-                window.append(MicroBatch(index, its_size if sized else size, own))
+                window.append(MicroBatch(index, r.randint(1, 8) if sized else size, own))
                 index += 1
         windows.append(window)
     total = r.choice([None, 20.0, 60.0, 300.0, 5000.0])
@@ -144,7 +139,6 @@ def draw(seed, *, engine="one", world=1):
     if rule == "AdaScale" and world == 1 and most == 1 and not sized and "examples" not in batch:
         options["consecutive"] = maybe(0.7)
     foreach = r.choice([None, None, True, False])
-    set_to_none = maybe(0.6) or engine == "FSDP2"  # distributed/test_scenarios.py knows why
     return Scenario(
         seed=seed,
         world=world,
@@ -160,14 +154,14 @@ def draw(seed, *, engine="one", world=1):
         batch=batch,
         rule=rule,
         options=options,
-        lagged=lagged,
+        lagged=maybe(0.25),
         reduction=reduction,
         total=total,
         schedule=_schedule(r),
-        set_to_none=set_to_none,
+        set_to_none=maybe(0.6),
         clip=r.choice([None, None, None, 0.5]),
         sync_every=maybe(0.5),
-        bucket_view=set_to_none and maybe(0.5),  # distributed/test_scenarios.py knows why
+        bucket_view=maybe(0.5),
         by_layer=not (net["tied"] or net["twice"]) and maybe(0.5),
         decays=decays,
     )

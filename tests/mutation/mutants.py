@@ -37,6 +37,14 @@ NEAR = {
     "_controller": "scenarios lagged controller batch_controller accumulation metric gates record",
     "_ema": "ema ema_clock ema_changes ema_import ema_model",
 }
+FIRST = {
+    "accumulation": "accumulation batch_controller",
+    "families": "optimizers maps",
+    "hyperparameters": "momentum optimizers",
+    "moments": "laws",
+    "weighing": "metric",
+    "witness": "gather",
+}
 RANKS = {
     "_gradients/engine.py": "scenarios ddp fsdp",
     "_gradients/fsdp.py": "scenarios fsdp metric",
@@ -177,7 +185,9 @@ def sample(found, count):
 
 def stages(file):
     """The tests for a mutant of `file`, in the order in which they are asked."""
-    near = [f"tests/test_{name}.py" for name in NEAR[file.split("/")[0]].split()]
+    wing, stem = Path(file).parts[0], Path(file).stem
+    near = [f"tests/test_{name}.py" for name in dict.fromkeys([*FIRST.get(stem, stem).split(), *NEAR[wing].split()])]
+    near = [each for each in near if (ROOT / each).exists()]
     ranks = [f"tests/distributed/test_{name}.py" for name in RANKS.get(file, "").split()]
     rest = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py"))]
     return [near, ranks, [each for each in rest if each not in near]]
