@@ -1,10 +1,11 @@
 """Mutants of the core: one mechanical change each, in a copy of the package; the tests must notice.
 
-    python tests/mutation/mutants.py --count 100 --results tests/mutation/results.json
+    python tests/mutation/mutants.py --count 100
 
-A mutant runs in a fork of this process, which has torch and pytest loaded and no anybatch: the tests that know its file
-first, the other ones of one process only if it survived those. Results are kept by mutant, so a stopped run goes on.
-Left alone: docstrings and all other text, annotations, decorators, warnings' arguments, `pragma: no cover`.
+A mutant runs in a fork of this process, which has torch and pytest loaded and no anybatch: the tests that know its
+file; who survived those, the tests of several ranks that do; then all others of one process. Results are kept by mutant, so a stopped run goes on. Left
+alone: all text, annotations, decorators, warnings' arguments, `pragma: no cover`. The same seed draws the same mutants
+of the same source; equivalent.md has those that no test could notice.
 """
 
 import argparse
@@ -20,17 +21,16 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-# Loaded here once for all forks.
 import pytest
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401  # loaded here once for all forks
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ("_gradients", "_scaling", "_controller", "_ema")
-SEED, LIMIT = 0, 900  # seconds for the tests of one mutant
-# The tests that know a wing, the fastest and nearest first; those of single files before them.
+LIMIT = 600  # seconds for each stage of a mutant's tests
+# The tests that know a wing, the fastest and nearest first; before them those that are named as the file, or as here.
 NEAR = {
     "_gradients": "scenarios gather norms accumulation lagged metric precision controller compile",
     "_scaling": "scenarios rules batch clock laws momentum schedules metric optimizers",
@@ -38,30 +38,17 @@ NEAR = {
     "_ema": "ema ema_clock ema_changes ema_import ema_model",
 }
 FIRST = {
-    "accumulation": "accumulation batch_controller",
     "families": "optimizers maps",
     "hyperparameters": "momentum optimizers",
     "moments": "laws",
     "weighing": "metric",
-    "witness": "gather",
 }
-RANKS = {
-    "_gradients/engine.py": "scenarios ddp fsdp",
-    "_gradients/fsdp.py": "scenarios fsdp metric",
-    "_gradients/join.py": "routes ddp",
-    "_gradients/reduce.py": "scenarios routes ddp",
-    "_gradients/gather.py": "scenarios ddp fsdp",
-    "_gradients/metric.py": "metric",
-    "_gradients/weighing.py": "metric",
-    "_gradients/witness.py": "scenarios fsdp",
-    "_controller/controller.py": "routes checkpoint",
-    "_controller/step.py": "scenarios routes",
-    "_scaling/families.py": "zero",
-    "_scaling/hyperparameters.py": "zero",
-    "_ema/tensors.py": "ema_sharded",
-    "_ema/model_ema.py": "ema_sharded",
-    "_ema/state.py": "ema_sharded",
-}
+RANKS = {  # those of several ranks that know a file
+    "engine": "scenarios ddp fsdp", "fsdp": "scenarios fsdp metric", "join": "routes ddp", "witness": "scenarios fsdp",
+    "reduce": "scenarios routes ddp", "gather": "scenarios ddp fsdp", "metric": "metric", "weighing": "metric",
+    "controller": "routes checkpoint", "step": "scenarios routes", "tally": "scenarios ddp", "hyperparameters": "zero",
+    "families": "zero", "tensors": "ema_sharded", "model_ema": "ema_sharded", "state": "ema_sharded",
+}  # fmt: skip
 SWAPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -72,124 +59,95 @@ SWAPS = {
 
 def changes(node):
     """The mutants of one node: pairs of a kind and the node that takes its place."""
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        yield "comparison", replaced(node, ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
-    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in SWAPS:
-        yield "arithmetic", replaced(node, op=SWAPS[type(node.op)]())
-    if isinstance(node, ast.BoolOp):
-        yield "and / or", replaced(node, op=SWAPS[type(node.op)]())
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        yield "not", node.operand
-    if isinstance(node, ast.If | ast.While | ast.IfExp):
-        yield "not", replaced(node, test=ast.UnaryOp(ast.Not(), node.test))
-        if not isinstance(node, ast.While):
-            yield "forced", replaced(node, test=ast.Constant(True))
-            yield "forced", replaced(node, test=ast.Constant(False))
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield "constant", ast.Constant(not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield "constant", ast.Constant(node.value + 1)
-        if node.value not in (0, 1):
-            yield "constant", ast.Constant(node.value * 2)
-    if isinstance(node, ast.Name) and node.id in ("min", "max"):
-        yield "min / max", replaced(node, id="max" if node.id == "min" else "min")
-    if isinstance(node, ast.Return) and node.value is not None and not is_none(node.value):
-        yield "return", replaced(node, value=ast.Constant(None))
+    match node:
+        case ast.Compare() if type(node.ops[0]) in SWAPS:
+            yield "comparison", twin(node, ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
+        case ast.BinOp() | ast.AugAssign() if type(node.op) in SWAPS:
+            yield "arithmetic", twin(node, op=SWAPS[type(node.op)]())
+        case ast.BoolOp():
+            yield "and / or", twin(node, op=SWAPS[type(node.op)]())
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield "not", node.operand
+        case ast.If() | ast.While() | ast.IfExp():
+            yield "not", twin(node, test=ast.UnaryOp(ast.Not(), node.test))
+            for value in () if isinstance(node, ast.While) else (True, False):
+                yield "forced", twin(node, test=ast.Constant(value))
+        case ast.Constant(value=bool()):
+            yield "constant", ast.Constant(not node.value)
+        case ast.Constant(value=int() | float()):
+            yield "constant", ast.Constant(node.value + 1)
+            if node.value not in (0, 1):
+                yield "constant", ast.Constant(node.value * 2)
+        case ast.Name(id="min" | "max"):
+            yield "min / max", twin(node, id="max" if node.id == "min" else "min")
+        case ast.Return() if node.value is not None and ast.unparse(node.value) != "None":
+            yield "return", twin(node, value=ast.Constant(None))
     named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)  # a name gone is noticed anyway
     if isinstance(node, ast.Expr | ast.Raise | ast.AugAssign | ast.Assign) and not named:
         yield "deleted", ast.Pass()
 
 
-def replaced(node, **values):
-    twin = copy.copy(node)
+def twin(node, **values):
+    other = copy.copy(node)
     for name, value in values.items():
-        setattr(twin, name, value)
-    return twin
-
-
-def is_none(node):
-    return isinstance(node, ast.Constant) and node.value is None
+        setattr(other, name, value)
+    return other
 
 
 def places(node, skipped):
     """All that may be mutated below `node`: its parent, the field, the index in it, and the node itself."""
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "type_params"):
+        if name in ("annotation", "returns", "decorator_list"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if not isinstance(child, ast.AST) or getattr(child, "lineno", 0) in skipped:
+            if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr | ast.Import | ast.ImportFrom):
                 continue
-            if isinstance(child, ast.JoinedStr | ast.Import | ast.ImportFrom) or is_text(child) or is_all(child):
+            text = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+            if text or getattr(child, "lineno", 0) in skipped or ast.unparse(child).startswith("__all__ ="):
                 continue
             yield node, name, index, child
-            if not (isinstance(child, ast.Raise) or is_warning(child)):
+            if not isinstance(child, ast.Raise) and not ast.unparse(child).startswith("warnings.warn("):
                 yield from places(child, skipped)
 
 
-def is_text(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def is_all(node):
-    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
-
-
-def is_warning(node):
-    return isinstance(node, ast.Expr) and ast.unparse(node).startswith("warnings.warn(")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`new` in the place of a node: a field of `parent`, or an element of it."""
-
-    name: str
-    kind: str
-    file: str
-    tree: ast.Module
-    parent: ast.AST
-    field: str
-    index: int | None
-    new: ast.AST
-
-    def text(self):
-        old = getattr(self.parent, self.field)
-        changed = self.new if self.index is None else [*old[: self.index], self.new, *old[self.index + 1 :]]
-        setattr(self.parent, self.field, changed)
-        text = ast.unparse(ast.fix_missing_locations(self.tree))
-        setattr(self.parent, self.field, old)
-        return text
-
-
 def mutants():
-    """Every mutant of the core."""
-    for path in sorted(p for wing in CORE for p in (ROOT / "src" / "anybatch" / wing).glob("*.py")):
-        file, text = str(path.relative_to(ROOT / "src" / "anybatch")), path.read_text()
-        tree = ast.parse(text)
-        skipped = {i for i, line in enumerate(text.splitlines(), 1) if "pragma: no cover" in line}
+    """Every mutant of the core: its name, its kind, its file, and a function that gives the file's new text."""
+    package = ROOT / "src" / "anybatch"
+    for path in sorted(path for wing in CORE for path in (package / wing).glob("*.py")):
+        tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
+        skipped = {i for i, line in enumerate(lines, 1) if "pragma: no cover" in line}
         for parent, field, index, node in places(tree, skipped):
             for kind, new in changes(node):
                 before, after = (ast.unparse(each).splitlines()[0] for each in (node, new))
-                name = f"{file}:{node.lineno}:{node.col_offset} {before} -> {after}"
-                yield Mutant(name, kind, file, tree, parent, field, index, new)
+                name = f"{path.relative_to(package)}:{node.lineno}:{node.col_offset} {before} -> {after}"
+                yield name, kind, str(path.relative_to(package)), partial(mutated, tree, parent, field, index, new)
 
 
-def sample(found, count):
+def mutated(tree, parent, field, index, new):
+    old = getattr(parent, field)
+    setattr(parent, field, new if index is None else [*old[:index], new, *old[index + 1 :]])
+    text = ast.unparse(ast.fix_missing_locations(tree))
+    setattr(parent, field, old)
+    return text
+
+
+def sample(found, count, *, seed=0):
     """As many of each kind, as far as there are."""
-    kinds, r = {}, random.Random(SEED)
+    kinds, r = {}, random.Random(seed)
     for each in found:
-        kinds.setdefault(each.kind, []).append(each)
+        kinds.setdefault(each[1], []).append(each)
     queues = [r.sample(kinds[kind], len(kinds[kind])) for kind in sorted(kinds)]
     dealt = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
     return dealt[:count]
 
 
 def stages(file):
-    """The tests for a mutant of `file`, in the order in which they are asked."""
+    """The tests for a mutant of `file`, in the order in which they are asked; each only of who survived the last."""
     wing, stem = Path(file).parts[0], Path(file).stem
-    near = [f"tests/test_{name}.py" for name in dict.fromkeys([*FIRST.get(stem, stem).split(), *NEAR[wing].split()])]
-    near = [each for each in near if (ROOT / each).exists()]
-    ranks = [f"tests/distributed/test_{name}.py" for name in RANKS.get(file, "").split()]
-    rest = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py"))]
+    named = dict.fromkeys([*FIRST.get(stem, stem).split(), *NEAR[wing].split()])
+    near = [f"tests/test_{name}.py" for name in named if (ROOT / f"tests/test_{name}.py").exists()]
+    ranks = [f"tests/distributed/test_{name}.py" for name in RANKS.get(stem, "").split()]
+    rest = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
     return [near, ranks, [each for each in rest if each not in near]]
 
 
@@ -203,7 +161,7 @@ def run(tests, file="", text=""):
         child = os.fork()
         if child == 0:
             try:
-                os._exit(passes(tests, folder) is False)
+                os._exit(not passes(tests, folder))
             finally:
                 traceback.print_exc()
                 os._exit(2)
@@ -236,23 +194,24 @@ def passes(tests, folder):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--results", type=Path, default=ROOT / "tests" / "mutation" / "results.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "mutants.json")
     options = parser.parse_args()
     os.chdir(ROOT)
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     chosen = sample(mutants(), options.count)
-    for mutant in chosen:
-        if mutant.name not in results:
-            start = time.monotonic()
-            text = mutant.text()
-            caught = next((caught for tests in stages(mutant.file) if (caught := run(tests, mutant.file, text))), "")
-            results[mutant.name] = {"caught": caught, "seconds": round(time.monotonic() - start, 1)}
+    for stage in range(3):
+        for name, kind, file, text in chosen:
+            asked, caught = results.get(name, (0, ""))
+            if asked > stage or caught:
+                continue
+            caught = run(stages(file)[stage], file, text())
+            results[name] = (stage + 1, caught)
             options.results.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {mutant.kind:12} {mutant.name}: {caught or 'SURVIVED'}", flush=True)
-    survivors = [mutant.name for mutant in chosen if not results[mutant.name]["caught"]]
+            print(f"{time.strftime('%H:%M:%S')} {stage} {kind:12} {name}: {caught or 'survived'}", flush=True)
+    survivors = [name for name, *_ in chosen if not results[name][1]]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants were caught. Survivors:", *survivors, sep="\n  ")
-    asked = {test for mutant in chosen for test in stages(mutant.file)[0]}
-    asked |= {file for each in results.values() for file in re.findall(r"tests/\S+?\.py", each["caught"])}
+    asked = {test for _, _, file, _ in chosen for test in stages(file)[0]}
+    asked |= {file for _, caught in results.values() for file in re.findall(r"tests/\S+?\.py", caught)}
     print("Failing without a mutant:", run(sorted(asked)) or "none")
 
 
