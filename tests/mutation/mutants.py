@@ -3,9 +3,9 @@
     python tests/mutation/mutants.py --count 100
 
 A mutant runs in a fork of this process, which has torch and pytest loaded and no anybatch: the tests that know its
-file; who survived those, the tests of several ranks that do; then all others of one process. Results are kept by mutant, so a stopped run goes on. Left
-alone: all text, annotations, decorators, warnings' arguments, `pragma: no cover`. The same seed draws the same mutants
-of the same source; equivalent.md has those that no test could notice.
+file; if it survives, those of several ranks that do; last all others of one process. Results are kept by mutant, so a
+stopped run goes on. Left alone: all text, annotations, decorators, warnings' arguments, `pragma: no cover`. The same
+seed draws the same mutants of the same source; equivalent.md has those that no test could notice.
 """
 
 import argparse
@@ -24,19 +24,23 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+# Loaded here once for all forks, the last three because tests do.
+import hypothesis  # noqa: F401
 import pytest
-import torch.distributed.fsdp  # noqa: F401  # loaded here once for all forks
+import torch.distributed.fsdp
+import torch.testing._internal.common_optimizers  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ("_gradients", "_scaling", "_controller", "_ema")
 LIMIT = 600  # seconds for each stage of a mutant's tests
 # The tests that know a wing, the fastest and nearest first; before them those that are named as the file, or as here.
 NEAR = {
-    "_gradients": "scenarios gather norms accumulation lagged metric precision controller compile",
-    "_scaling": "scenarios rules batch clock laws momentum schedules metric optimizers",
-    "_controller": "scenarios lagged controller batch_controller accumulation metric gates record",
+    "_gradients": "gather norms lagged scenarios accumulation",
+    "_scaling": "rules batch clock laws momentum schedules scenarios",
+    "_controller": "lagged controller scenarios gates",
     "_ema": "ema ema_clock ema_changes ema_import ema_model",
 }
+FEW = " ".join(f"tests/test_scenarios.py::test_a_random_training_is_the_plain_loops[{seed}]" for seed in range(60))
 FIRST = {
     "families": "optimizers maps",
     "hyperparameters": "momentum optimizers",
@@ -146,6 +150,7 @@ def stages(file):
     wing, stem = Path(file).parts[0], Path(file).stem
     named = dict.fromkeys([*FIRST.get(stem, stem).split(), *NEAR[wing].split()])
     near = [f"tests/test_{name}.py" for name in named if (ROOT / f"tests/test_{name}.py").exists()]
+    near = [FEW if each == "tests/test_scenarios.py" else each for each in near]
     ranks = [f"tests/distributed/test_{name}.py" for name in RANKS.get(stem, "").split()]
     rest = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))]
     return [near, ranks, [each for each in rest if each not in near]]
@@ -181,14 +186,15 @@ def run(tests, file="", text=""):
 
 def passes(tests, folder):
     os.setpgid(0, 0)
-    os.environ |= {"PYTHONPATH": f"{folder}", "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/examples"}
+    os.environ["PYTHONPATH"] = f"{folder}"
     sys.path[:0] = [f"{folder}"]
     out = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--basetemp={folder}/pytest"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci", f"--basetemp={folder}/pytest"]
+    options += ["-m", "not slow", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)  # all of a file may be slow
-    return all(pytest.main([*options, "-m", "not slow", test]) in fine for test in tests)
+    return all(pytest.main([*options, *test.split()]) in fine for test in tests)
 
 
 def main():
