@@ -1,10 +1,13 @@
 import math
 
+import hypothesis
 import pytest
 import torch
 
 import anybatch
 
+hypothesis.settings.register_profile("anybatch", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("anybatch")
 torch.set_num_threads(1)  # two workers of one thread each beat more threads on tensors as small as the tests' are
 
 
