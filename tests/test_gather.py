@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
+from anybatch._gradients import Gather
 
 
 def attached(model, parameters=None, lr=0.0, **options):
@@ -269,6 +270,15 @@ def test_memory_no_parameter_sized_buffer():
     sizes = [t.numel() for slots in controller._gather._slots for t in slots.views]
     assert len(sizes) == 6
     assert controller._gather._consecutive is None
+
+
+def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():
+    p = nn.Parameter(torch.ones(2))
+    gather = Gather([p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
+    (2 * p).sum().backward()
+    window = gather.window()
+    assert window.samples_square.item() == pytest.approx(2)
+    assert window.grad_square is None
 
 
 @pytest.mark.parametrize("wrong", ["count", "shape", "empty", "after a backward", "sum"])
