@@ -43,11 +43,10 @@ def expected(s):
         if s.rule == "AdaScale" and n > 1:
             spread = sum(square([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             raw = with_replacement(s, sample * spread, square(mean) - spread / n)
-        whole = n == 1 and len(present) == len(parameters)
-        if s.options.get("consecutive") and whole and previous is not None:
+        if s.options.get("consecutive") and n == 1 and previous is not None:
             half = square([a - b for a, b in zip(mean, previous)]) / 2
             raw = (sample * half, square([(a + b) / 2 for a, b in zip(mean, previous)]) - half / 2)
-        previous = mean if whole else None
+        previous = mean if n == 1 else None
 
         now = (raw, scale, tau)
         shown, of_scale, of_tau = (waiting or (None, 0, 0)) if s.lagged else now

@@ -426,7 +426,7 @@ def test_subclasses_have_the_row_of_their_class():
     controller = anybatch.attach(Mine(model.parameters()), model=model, scale="count")
     for i in range(2):
         (model(0, i) / 2).backward()
-    controller._optimizer.step()
+    controller._optimizers[0].step()
     assert controller.lr_factor == pytest.approx(math.sqrt(controller.gain))
 
 
@@ -518,7 +518,7 @@ def test_a_class_of_ones_own_that_is_like_adamw_is_scaled_as_it_is():
     assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-8)  # torch counts steps in float32
     assert runs[0][1] == pytest.approx(controller.gain**0.5)
     for theirs, own in zip(runs[0][2], runs[1][2], strict=True):
-        torch.testing.assert_close(own, theirs, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(own, theirs, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, Own, "AdamW"])

@@ -12,7 +12,7 @@ import anybatch
 
 
 @pytest.mark.parametrize("seed", range(200))
-@pytest.mark.filterwarnings("ignore:One gradient a step")
+@pytest.mark.filterwarnings("ignore:One gradient a step", "ignore:The schedule does not fit total")
 def test_a_random_training_is_the_plain_loops(seed, record_property):
     scenario = scenarios.draw(seed)
     scenarios.check(scenarios.run(scenario), scenario_oracle.expected(scenario), scenario, record_property)
@@ -21,12 +21,7 @@ def test_a_random_training_is_the_plain_loops(seed, record_property):
 # ---- what the scenarios found ----
 
 
-LEFT_ALONE = pytest.mark.xfail(strict=True, reason="in a step of one base iteration the weight decay is left alone")
-
-
-@pytest.mark.parametrize(
-    ("factor", "iterations"), [(1.0, 1.0), (1.0, 2.0), (3.0, 2.0), pytest.param(3.0, 1.0, marks=LEFT_ALONE)]
-)
+@pytest.mark.parametrize(("factor", "iterations"), [(1.0, 1.0), (1.0, 2.0), (3.0, 2.0), (3.0, 1.0)])
 def test_decoupled_weight_decay_moves_with_the_clock_whatever_the_rate(factor, iterations):
     """`lr * weight_decay` moves by the iterations of the step; without a gradient that is all that AdamW does."""
 
@@ -42,7 +37,6 @@ def test_decoupled_weight_decay_moves_with_the_clock_whatever_the_rate(factor, i
     assert p.tolist() == pytest.approx([1 - 0.1 * 0.5 * iterations] * 2)
 
 
-@pytest.mark.xfail(strict=True, reason="one parameter without a gradient ends the measurement, and nothing says so")
 def test_consecutive_gradients_of_a_model_with_an_unused_layer_show_a_variance():
     model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -437,8 +437,8 @@ class Gather:
     def _remember(self, *, single: bool) -> None:
         if self._consecutive is None:
             return
-        grads = self._grads()
-        if single and len(grads) == len(self._parameters):
+        if single:
+            grads = {index: local_of(p.grad) for index, p in enumerate(self._parameters) if p.grad is not None}
             self._pair = self._consecutive.pair(grads)
         else:
             self._consecutive.forget()
