@@ -56,7 +56,7 @@ def _sharded(model: nn.Module) -> nn.Module:
 
 ROUTES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "single": lambda model: model,
-    "ddp": lambda model: DistributedDataParallel(model),  # noqa: PLW0108: mypy holds a class for narrower
+    "ddp": lambda model: DistributedDataParallel(model),  # noqa: PLW0108
     "fsdp2": _sharded,
 }
 
