@@ -8,6 +8,7 @@ A step has `accumulations x ranks` micro-batches of `a` base batches each. Gradi
 one micro-batch at a time; momentum SGD, the cosine schedule and the averages are written out.
 """
 
+import itertools
 import math
 
 import torch
@@ -50,8 +51,8 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
     model = make_model()
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = None
-    tau, previous_iterations = 0.0, 1.0
-    samples = []  # (variance, sqnorm, theta)
+    tau = 0.0
+    samples = []  # (variance, sqnorm, tau at which it was taken)
     gains, taus = [], []
     for t in range(steps):
         n = counts[t % len(counts)]
@@ -68,27 +69,26 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
             deviation = sum(norm2([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             variance = sample * deviation  # covariance of one micro-batch's gradient -> of one base batch's
             sqnorm = norm2(mean) - deviation / n
-            samples.append((variance, sqnorm, math.exp(-previous_iterations / horizon)))
-            previous_iterations = 0.0
-        now = None
-        if lagged and n > 1:
-            now = samples.pop()
+            samples.append((variance, sqnorm, tau))
+        known = samples[:-1] if lagged and n > 1 else samples
+        thetas = [math.exp(-(b[2] - a[2]) / horizon) for a, b in itertools.pairwise(known)]
+        thetas = [math.exp(-1 / horizon), *thetas][: len(known)]
         total_weight = v = q = 0.0
-        for k, (variance, sqnorm, theta) in enumerate(samples):
-            weight = 1 - theta
-            for later in samples[k + 1 :]:
-                weight *= later[2]
+        for k, (variance, sqnorm, _) in enumerate(known):
+            weight = 1 - thetas[k]
+            for later in thetas[k + 1 :]:
+                weight *= later
             total_weight += weight
             v += weight * variance
             q += weight * sqnorm
         if scale == 1:
             gain = 1.0
-        elif not samples:
+        elif not known:
             gain = min(1.0, scale)
         else:
             v, q = max(v / total_weight, 0), max(q / total_weight, 0)
             gain = (v + q) / (v / scale + q)
-            gain = gain ** (1 - math.sqrt(0.5) ** (len(samples) + 1)) if gain > 1 else gain
+            gain = gain ** (1 - math.sqrt(0.5) ** (len(known) + 1)) if gain > 1 else gain
         lr = cosine(math.floor(tau))
         momentum = MOMENTUM
         if scale > 1 and scale / (1 - MOMENTUM) > 0.02 * TOTAL:
@@ -101,9 +101,6 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
         )
         weights = [w - gain * lr * b for w, b in zip(weights, buffers)]
         tau += gain
-        if now is not None:  # it is folded in a step later, when the clock has moved by this step's gain
-            samples.append((*now[:2], math.exp(-(gain if samples else 1.0) / horizon)))
-        previous_iterations += gain if samples else 0.0
         gains.append(gain)
         taus.append(tau)
     return gains, taus, weights

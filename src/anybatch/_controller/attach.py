@@ -58,7 +58,8 @@ def attach(
         grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
             units for a while after the scaler has changed its factor.
         reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
-            as trainers do), or `"sum"`.
+            as trainers do), or `"sum"`: then the step divides it, in place, by their number, so that it goes as far
+            whatever the accumulation.
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
             finite is noticed one step late: without a `GradScaler`, its step counts.
@@ -93,6 +94,14 @@ def attach(
         raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}.")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise InvalidValueError(
+            f"process_group must be a torch.distributed.ProcessGroup with this rank in it, got {process_group!r}."
+        )
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise InvalidValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}.")
     if reduction not in ("mean", "sum"):
         raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
     return Controller(

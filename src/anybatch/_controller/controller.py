@@ -19,6 +19,7 @@ from anybatch._gradients import (
     Gather,
     Metric,
     Reduction,
+    check_same,
     engine_of,
     trained_parameters,
 )
@@ -70,7 +71,21 @@ class Controller(Readings, Companion):
         trained = trained_parameters(optimizer, model=model)
         self._size = sum(p.numel() for p in trained)
         engine = engine_of(model, trained, process_group)
-        counted = adascale is not None or batch.counts
+        check_same(
+            {
+                "rule": repr(rule),
+                "total": clock.total,
+                "base_batch": batch.base_batch,
+                "scale": batch.scale,
+                "examples": batch.examples,
+                "reduction": reduction,
+                "lagged": lagged,
+                "optimizer": type(optimizer).__name__,
+                "number of trained parameters": self._size,
+            },
+            ranks=engine.ranks,
+        )
+        counted = adascale is not None or batch.counts or reduction == "sum"
         foreseen = not lagged and grad_scaler is None
         metric, self._tally = None, Tally(clock=clock, batch=batch)
         if adascale is not None and adascale.metric == "adam":
@@ -85,6 +100,7 @@ class Controller(Readings, Companion):
                 measure=adascale is not None,
                 leaves=engine.leaves,
                 reduced=engine.reduced,
+                arrived=engine.arrived,
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=adascale is not None and adascale.consecutive,
                 metric=metric,
@@ -106,6 +122,7 @@ class Controller(Readings, Companion):
             raise
         self._stepper = Stepper(
             optimizer,
+            model=model,
             values=values,
             judge=judge,
             engine=engine,
@@ -147,6 +164,25 @@ class Controller(Readings, Companion):
     def paused(self) -> AbstractContextManager[None]:
         """A context whose backwards are not training: neither counted nor measured."""
         return nullcontext() if self._gather is None else self._gather.paused()
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context whose backwards are one micro-batch: several losses with a `backward()` each.
+
+        Their sum is measured, so each parameter's gradient is copied in it.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale="count")
+            >>> for real, fake in zip(torch.randn(2, 8, 4), torch.randn(2, 8, 4)):      # two micro-batches
+            ...     with controller.together():
+            ...         (model(real).relu().mean() / 2).backward()
+            ...         (-model(fake).mean() / 2).backward()
+            >>> optimizer.step()
+            >>> controller.count
+            2
+        """
+        return nullcontext() if self._gather is None else self._gather.together()
 
     def observe(self, gradients: Sequence[Tensor]) -> None:
         """Give one step's micro-batch gradients computed elsewhere, with `torch.func.vmap` say, in place of backwards.
@@ -228,6 +264,12 @@ class Controller(Readings, Companion):
         self._let_go()
         self._logbook.close()
         attached.discard(self._optimizer)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            "A controller hangs on its optimizer's hooks, so it cannot be copied or pickled: copy the optimizer, "
+            "attach a controller of its own, and give that one this one's state_dict()."
+        )
 
     def _let_go(self) -> None:
         if self._gather is not None:

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import nan
+from math import isfinite, nan
 
-from anybatch._errors import AnybatchWarning
+from anybatch._errors import AnybatchWarning, InvalidValueError
 from anybatch._gradients import Observation, SquaredNorms
 from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, moments
 
@@ -75,7 +75,9 @@ class Judge:
         exponent: Callable[[float], float],
         noise_factor: float,
     ) -> None:
-        rule(scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))  # a rule that cannot work here says so now
+        _checked(
+            rule, scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0)
+        )  # a rule that cannot work here says so now
         self._rule = rule
         self._adascale = rule if isinstance(rule, AdaScale) else None
         self._batch = batch
@@ -96,6 +98,8 @@ class Judge:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
         if seen is None:
             return self.decide(known, count=0, inverse_sizes=0.0)
+        if seen.count == 0:
+            return self.nothing(known)
         raw, folded = self.fold(known, seen)
         prior = self._adascale is not None and self._adascale.estimator == "paper"  # its gain is of the steps before
         step = self.decide(known if prior else folded, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
@@ -104,8 +108,12 @@ class Judge:
             return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
         return step
 
-    def fold(self, known: Known, seen: Observation) -> tuple[Moments | None, Known]:
-        """The Euclidean moments that `seen` alone shows, and the averages with all that it shows, if that is finite."""
+    def fold(self, known: Known, seen: Observation, *, ago: float = 0.0) -> tuple[Moments | None, Known]:
+        """The Euclidean moments that `seen` alone shows, and the averages with all that it shows, if that is finite.
+
+        Averages forget by what the clock moved between two samples, so one that was taken `ago` base iterations before
+        now is folded in as of then.
+        """
         if self._adascale is None or seen.count == 0:
             return None, known
         scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
@@ -122,8 +130,8 @@ class Judge:
         metric = Averages()
         if seen.weighed is not None:
             raw_metric = self._with_replacement(_moments_of(seen.weighed, sample=sample, batch=scale))
-            metric = updated(known.metric, raw_metric)
-        return raw, Known(updated(known.averages, raw), metric)
+            metric = updated(known.metric.moved(-ago), raw_metric)
+        return raw, Known(updated(known.averages.moved(-ago), raw), metric).moved(ago)
 
     def decide(self, known: Known, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
         """The step of `count` micro-batches, from `known`; 0 where the scale is a number and nothing was counted."""
@@ -137,7 +145,7 @@ class Judge:
             gain = averages.gain(scale, estimator=self._adascale.estimator, noise_factor=self.noise_factor)
             if self._adascale.estimator == "unbiased":  # the paper starts with r_0 = 1
                 gain = careful(gain, known.averages.samples)
-        scaling = self._rule(scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
+        scaling = _checked(self._rule, scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
         return Step(scale, count, raw or _UNKNOWN, known, gain, scaling)
 
     def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:
@@ -163,6 +171,19 @@ class Judge:
     def _with_replacement(self, raw: Moments) -> Moments:
         population = self._batch.population
         return raw if population is None else raw.with_replacement(population)
+
+
+def _checked(rule: Rule, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:
+    """What the rule says, before anything of the optimizer is changed by it."""
+    said = rule(scale=scale, gain=gain, clock=clock, exponent=exponent)
+    if not isinstance(said, Scaling):
+        raise InvalidValueError(f"{rule} returned {said!r}: a rule returns an anybatch.Scaling(lr_factor, iterations).")
+    if not (isfinite(said.lr_factor) and said.lr_factor >= 0 and isfinite(said.iterations) and said.iterations > 0):
+        raise InvalidValueError(
+            f"{rule} returned {said} at scale {scale:g} with gain {gain:g}: lr_factor must be finite and at least 0, "
+            "iterations finite and above 0 (by 0 base iterations no decay and no step count can be told)."
+        )
+    return said
 
 
 def _moments_of(norms: SquaredNorms, *, sample: float, batch: float) -> Moments:

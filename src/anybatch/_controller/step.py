@@ -6,22 +6,27 @@ the averages are kept, the clock moves, and with it the schedule and every subsc
 has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import nan
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from anybatch._controller.judge import Judge, Step
 from anybatch._controller.tally import Tally
+from anybatch._errors import AnybatchWarning
 from anybatch._gradients import (
     Engine,
     Flight,
     Gather,
+    Observation,
     Reduction,
     Share,
+    check_in_use,
     check_no_backward,
     is_phantom,
     launch,
@@ -37,6 +42,7 @@ class Stepper:
 
     Args:
         optimizer: the user's own.
+        model: what it trains.
         values: what becomes of its hyperparameters in a step.
         judge: from what a step showed to how far it may go.
         engine: one process, DDP or FSDP2.
@@ -53,6 +59,7 @@ class Stepper:
         self,
         optimizer: Optimizer,
         *,
+        model: nn.Module,
         values: Hyperparameters,
         judge: Judge,
         engine: Engine,
@@ -65,6 +72,7 @@ class Stepper:
         share: Callable[[], Share | None],
     ) -> None:
         self._optimizer = optimizer
+        self._model = model
         self._values = values
         self._judge = judge
         self._engine = engine
@@ -76,8 +84,11 @@ class Stepper:
         self._lagged = lagged
         self._share = share
         self._pending: Step | None = None
-        self._flight: Flight | None = None
+        self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
+        self._inverse_size: float | None = None
+        self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
+        self._warned = False
         self._restore_values: Callable[[], None] | None = None
         self._handles = [
             # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
@@ -100,13 +111,21 @@ class Stepper:
 
     def land(self) -> None:
         """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
-        if self._flight is not None:
-            self._landed, self._tally.known = self._judge.fold(self._tally.known, self._flight.land())
-            self._flight = None
+        if self._flight is None:
+            return
+        (flight, tau), self._flight = self._flight, None
+        seen = flight.land()
+        self._note_sizes(seen)
+        self._landed, self._tally.known = self._judge.fold(self._tally.known, seen, ago=self._tally.clock.tau - tau)
+
+    def _note_sizes(self, seen: Observation) -> None:
+        """Keep the mean of one over a micro-batch's size over all ranks: what a lagged step takes for its own."""
+        if seen.count:
+            self._inverse_size = seen.inverse_sizes / seen.count
 
     def forget(self) -> None:
         """Nothing is under way: a state was loaded."""
-        self._flight = self._landed = None
+        self._flight = self._landed = self._judged = self._inverse_size = None
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -138,8 +157,9 @@ class Stepper:
         if self._gather is not None:
             check_no_backward()
             self._gather.follow(trainable(self._optimizer))
+        emptied = self._gather is not None and self._empty(self._gather)
         seen = self._gather is not None and self._gather.pending
-        if not seen and is_phantom(self._optimizer, counted=self._gather is not None):
+        if not seen and not emptied and is_phantom(self._optimizer, counted=self._gather is not None):
             return
         check_base(self._optimizer)
         if self._driver is not None:
@@ -147,7 +167,13 @@ class Stepper:
         share = self._share()
         if self._gather is not None:
             self._engine.check(share is not None)
-        self._pending = step = self._observe(share)
+            if not self._gather.pending:
+                check_in_use(self._optimizer, model=self._model)
+        stamp = None if self._gather is None else self._gather.stamp
+        if stamp is None or self._judged is None or self._judged[0] != stamp:
+            self._judged = stamp, self._observe(share)
+        # Else the same window again, after a step() that raised, or from one that calls another step(): it is judged.
+        self._pending = step = self._judged[1]
         if step.skipped:
             return
         held = ExitStack()
@@ -156,6 +182,21 @@ class Stepper:
         )
         self._restore_values = held.close
 
+    def _empty(self, gather: Gather) -> bool:
+        """Drop a window whose gradients were cleared before the step: the step has nothing to go by."""
+        if not gather.emptied():
+            return False
+        gather.close()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The gradients were cleared between the last backward and optimizer.step(): such a step does not "
+                "count, and the clock stands. Call optimizer.zero_grad() after the step, not before it.",
+                AnybatchWarning,
+                stacklevel=2,
+            )
+        return True
+
     def _observe(self, share: Share | None) -> Step:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
         if self._gather is None:
@@ -163,14 +204,26 @@ class Stepper:
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._tally.known)
-        flight = launch(window, ranks=ranks, reduction=self._reduction, ahead=self._lagged, share=share)
+        checksum = 0 if ranks.group is None else self._tally.checksum()
+        flight = launch(
+            window, ranks=ranks, reduction=self._reduction, checksum=checksum, ahead=self._lagged, share=share
+        )
+        if self._reduction == "sum":
+            self._gather.average()
         if not self._lagged:
             return self._judge.step(self._tally.known, flight.land())
         self.land()
         raw, self._landed = self._landed, None
-        self._flight = flight
-        count, inverse_sizes = window.backwards * ranks.size, window.inverse_sizes * ranks.size
-        return self._judge.decide(self._tally.known, count=count, inverse_sizes=inverse_sizes, raw=raw)
+        self._flight = flight, self._tally.clock.tau
+        count = window.backwards * ranks.size  # on every rank as many, or landing raises
+        if ranks.group is None:
+            inverse_size = window.inverse_sizes / window.backwards
+        elif self._inverse_size is None:  # the first step waits for the sizes on the other ranks
+            self._note_sizes(flight.land())
+            inverse_size = self._inverse_size or 0.0
+        else:
+            inverse_size = self._inverse_size
+        return self._judge.decide(self._tally.known, count=count, inverse_sizes=count * inverse_size, raw=raw)
 
     # ---- after ----
 

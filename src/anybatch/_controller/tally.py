@@ -1,9 +1,11 @@
 """Tally: what a run has come to; Readings: what a user and the record read of it."""
 
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import fields
 from math import isnan, nan
+from zlib import crc32
 
 from anybatch._controller.judge import Known, Step
 from anybatch._gradients import Ranks
@@ -60,6 +62,11 @@ class Tally:
             **vars(self.known.averages),
             **{f"metric_{name}": value for name, value in vars(self.known.metric).items()},
         }
+
+    def checksum(self) -> int:
+        """20 bits of what must be the same on every rank."""
+        numbers = [self.clock.tau, *vars(self.known.averages).values(), *vars(self.known.metric).values()]
+        return crc32(struct.pack(f"{len(numbers)}d", *numbers)) >> 12
 
     def adopt(self, values: Mapping[str, float]) -> None:
         """Go on from another tally's `numbers()`."""

@@ -5,8 +5,14 @@ from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import SquaredNorms
-from anybatch._gradients.parameters import check_no_backward, is_phantom, trainable, trained_parameters
-from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, launch
+from anybatch._gradients.parameters import (
+    check_in_use,
+    check_no_backward,
+    is_phantom,
+    trainable,
+    trained_parameters,
+)
+from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, launch
 
 __all__ = [
     "Companion",
@@ -19,7 +25,9 @@ __all__ = [
     "Reduction",
     "Share",
     "SquaredNorms",
+    "check_in_use",
     "check_no_backward",
+    "check_same",
     "engine_of",
     "is_phantom",
     "launch",

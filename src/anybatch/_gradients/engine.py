@@ -19,6 +19,7 @@ class Engine:
         ranks: whose gradients are averaged.
         leaves: for the trained parameters, the tensors on which gradients arrive.
         reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
+        arrived: whether, at the end of a backward, its gradients are in `.grad`.
         part: for a trained parameter, the rows of its gradient on a leaf for which this rank holds the optimizer's
             state; `None` for all. Raises where that is no range of rows.
         check: raises before a step that this engine would take in a way that cannot be measured; is told whether the
@@ -30,6 +31,7 @@ class Engine:
     leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     reduced: Callable[[], bool] | None
     check: Callable[[bool], None]
+    arrived: Callable[[], bool] = lambda: True
     part: Callable[[Tensor], slice | None] = lambda _: None
     ddp: DistributedDataParallel | None = None
 
@@ -42,14 +44,15 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
         UsageError: several ranks, but nothing that averages their gradients.
     """
     if any(hasattr(p, "device_mesh") for p in parameters):
-        from anybatch._gradients.fsdp import rows_of, sharded_ranks, unsharded_leaves
+        from anybatch._gradients.fsdp import rows_of, sharded_ranks, synchronised, unsharded_leaves
 
-        ranks = sharded_ranks(parameters, process_group)
+        ranks, arrived = sharded_ranks(parameters, process_group), synchronised(model)
         return Engine(
             ranks,
             leaves=lambda new: unsharded_leaves(model, new),
-            reduced=None if ranks.group is None else lambda: True,
+            reduced=None if ranks.group is None else arrived,
             check=lambda _: None,
+            arrived=arrived,
             part=rows_of,
         )
     if dist.is_available() and dist.is_initialized():

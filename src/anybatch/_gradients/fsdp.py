@@ -1,6 +1,7 @@
 """FSDP2: where the gradients of a sharded parameter arrive, and over which ranks its shards lie."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,6 +40,26 @@ def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Ten
                 "ranks that see the same examples, which anybatch cannot measure yet."
             )
     return leaves
+
+
+def synchronised(model: nn.Module) -> Callable[[], bool]:
+    """Tells whether a backward that ends now has reduced its gradients into the shards' `.grad`, and what was held back
+    before: FSDP2 keeps unsynchronised ones with the unsharded parameters.
+    """
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def answer() -> bool:
+        groups = (group for state in states for group in _groups_of(state))
+        return all(group.reduce_grads and group.all_reduce_grads for group in groups)
+
+    return answer
+
+
+def _groups_of(state: Any) -> Iterable[Any]:
+    """One group of parameters a module, or several, as torch's version has it."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return cast("Iterable[Any]", state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
 def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> Ranks:

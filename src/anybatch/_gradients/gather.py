@@ -20,21 +20,22 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
 
-from anybatch._errors import InvalidValueError, UsageError
+from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
 from anybatch._gradients.slots import Slots, total_of
+from anybatch._gradients.together import Together
 from anybatch._gradients.weighing import Weighing
 from anybatch._gradients.window import Pair, Weighed, Window
-from anybatch._gradients.witness import Witness, local_of
+from anybatch._gradients.witness import Witness, is_zero, local_of
 
 # DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
 # callback queued from a callback runs after those already queued, so the third in a chain comes after both.
@@ -50,6 +51,7 @@ class Gather:
         leaves: gives the tensor on which a parameter's gradient arrives; the parameter itself without FSDP.
         reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
             rank.
+        arrived: tells, at the end of a backward, whether its gradients are in `.grad`.
         loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
         metric: Adam's, where norms are taken in it too.
@@ -62,6 +64,7 @@ class Gather:
         measure: bool,
         leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda parameters: parameters,
         reduced: Callable[[], bool] | None = None,
+        arrived: Callable[[], bool] = lambda: True,
         loss_scale: Callable[[], Tensor | None] = lambda: None,
         consecutive: bool = False,
         metric: Metric | None = None,
@@ -70,14 +73,22 @@ class Gather:
         self._measure = measure
         self._leaves_of = leaves
         self._reduced = reduced
+        self._arrived = arrived
         self._loss_scale = loss_scale
         self._consecutive = Consecutive() if consecutive else None
         self._weighing = None if metric is None else Weighing(metric)
         self._paused = False
+        self._stray: Tensor | None = None  # a parameter that got a gradient while paused
+        self._together: Together | None = None
+        self._newest = -1  # the engine's last outermost run
+        self._newest_hook = 0
+        self.stamp = 0  # changes with all that alters what `window()` would say
         self._parameters: list[Tensor] = []
         self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
         self._leaves: list[Tensor] = []
-        self._handles: list[Any] = []
+        self._hooks: list[Callable[[Tensor], None]] = []
+        self._handles: list[RemovableHandle] = []  # of the hooks before the accumulation
+        self._handles_after: list[RemovableHandle] = []
         self._fires: list[int] = []
         self._slots: list[Slots] = []  # [backwards of the longest window so far]
         self._witness = Witness()
@@ -87,11 +98,19 @@ class Gather:
         self._open()
         self.follow(parameters)
         self._unmeasured = False
+        for p in self._parameters:
+            if p.grad is not None and not is_zero(p.grad):
+                self._witness.foreign(p, origin="before attach")
+                break
 
     def follow(self, parameters: Iterable[Tensor]) -> None:
         """Hook the parameters that are not hooked yet: a group added, a layer unfrozen. Their first window, whose
         backward may have come before the hooks, is counted and not measured.
+
+        A hook of the user's that came after ours changes what we have measured: ours is made the last again.
         """
+        if RemovableHandle.next_id != self._newest_hook:
+            self._come_last()
         new = [p for p in parameters if p.requires_grad and id(p) not in self._known]
         leaves = self._leaves_of(new) if new else ()
         if new and self._weighing is not None:
@@ -103,9 +122,18 @@ class Gather:
             self._leaves.append(leaf)
             self._fires.append(0)
             self._slots.clear()
-            self._handles.append(leaf.register_hook(self._before_accumulation(index)))
-            self._handles.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
+            self._hooks.append(self._before_accumulation(index))
+            self._handles.append(leaf.register_hook(self._hooks[index]))
+            self._handles_after.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
             self._unmeasured = True
+        self._newest_hook = RemovableHandle.next_id
+
+    def _come_last(self) -> None:
+        for index, (leaf, handle) in enumerate(zip(self._leaves, self._handles, strict=True)):
+            if next(reversed(leaf._backward_hooks)) != handle.id:  # type: ignore[arg-type]
+                handle.remove()
+                self._handles[index] = leaf.register_hook(self._hooks[index])
+                self._unmeasured = True
 
     @property
     def pending(self) -> int:
@@ -116,11 +144,35 @@ class Gather:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """A stretch whose backwards are not training: not counted, not measured."""
-        before, self._paused = self._paused, True
+        if self._paused:
+            yield
+            return
+        self._paused, before = True, self._witness.fingerprint()
         try:
             yield
         finally:
-            self._paused = before
+            self._paused, stray, self._stray = False, self._stray, None
+            if stray is not None and (before is None or before != self._witness.fingerprint()):
+                self._witness.foreign(stray, origin="a backward in controller.paused()")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A stretch whose backwards are one micro-batch."""
+        if self._together is not None:
+            yield
+            return
+        self._together = together = Together()
+        try:
+            yield
+            for index, total in together.sums.items() if self._measure else ():
+                self._measure_sample(self._fires[index] - 1, index, total)
+            if self._measure and together.sums:
+                self._remember(single=self._alone)
+        except BaseException:
+            self._unmeasured = True
+            raise
+        finally:
+            self._together = None
 
     def observe(self, samples: Sequence[Tensor]) -> None:
         """Take n gradients, one tensor `[n, *shape]` a parameter, as n micro-batches; `.grad` becomes their mean."""
@@ -141,6 +193,7 @@ class Gather:
                     f"for a parameter {list(p.shape)}, n = {n}."
                 )
         self._witness.renewed()
+        self.stamp += 1
         self._backwards = n
         self._size()
         with torch.no_grad():
@@ -157,7 +210,17 @@ class Gather:
             self._remember(single=n == 1)
 
     def window(self) -> Window:
-        """What the open window holds; `close()` it after the step."""
+        """What the open window holds; `close()` it after the step.
+
+        Raises:
+            UsageError: `.grad` holds something else as well.
+        """
+        self._witness.end()
+        if self.pending and not self._here:
+            raise UsageError(
+                "The gradients of this step are not averaged: FSDP2 holds back those of a backward without "
+                "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
+            )
         backwards = self.pending
         measured = self._measure and not self._unmeasured and backwards > 0
         weighed = None if self._weighing is None else Weighed()
@@ -175,6 +238,18 @@ class Gather:
             weighed = None if weighed is None else weighed.over(unit)
         return Window(backwards, self._inverse_sizes, samples, grad, pair, weighed)
 
+    def emptied(self) -> bool:
+        """Whether the open window's gradients are gone: cleared between the last backward and the step."""
+        if not (self.pending and self._here):
+            return False
+        return all(p.grad is None for p in self._parameters) or self._witness.emptied()
+
+    def average(self) -> None:
+        """Divide `.grad`, a sum over the micro-batches, by their number."""
+        if self.pending > 1:
+            with torch.no_grad():
+                torch._foreach_div_(self._grads(), float(self.pending))
+
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._witness.stepped()
@@ -185,19 +260,22 @@ class Gather:
 
     def detach(self) -> None:
         """Remove every hook."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._handles_after]:
             handle.remove()
         self._handles.clear()
+        self._handles_after.clear()
 
     # ---- the window ----
 
     def _open(self) -> None:
+        self.stamp += 1
         self._fires = [0] * len(self._parameters)
         self._inverse_sizes = 0.0
         self._sized = 0
         self._backwards = 0
         self._nested_only = False
         self._accumulated = False
+        self._here = True  # whether `.grad` has the last backward
         self._observed_square = None
         self._grad_square = None
         if self._weighing is not None:
@@ -222,13 +300,10 @@ class Gather:
             task = current_task()
             if task not in gather._tasks:
                 gather._begin_backward(task, gather._parameters[index])
-            if measure:
-                row = gather._fires[index]
-                if row >= len(gather._slots):
-                    gather._slots.append(Slots(gather._leaves))
-                norm_into(gather._slots[row].views[index], grad)
-                if gather._weighing is not None:
-                    gather._weighing.sample(row, index, grad)
+            if gather._together is not None:
+                gather._together.come(index, grad)
+            elif measure:
+                gather._measure_sample(gather._fires[index], index, grad)
 
         return hook
 
@@ -239,19 +314,40 @@ class Gather:
 
         def hook(_: Tensor) -> None:
             gather = reference()
-            if gather is not None and not gather._paused:
+            if gather is None:
+                return
+            if gather._paused:
+                gather._stray = gather._parameters[index]
+                return
+            if gather._together is None or gather._together.take(index):
                 gather._fires[index] += 1
-                gather._accumulated = True
+            gather._accumulated = True
 
         return hook
 
+    def _measure_sample(self, row: int, index: int, grad: Tensor) -> None:
+        """Take the norm of what parameter `index` got from micro-batch `row`."""
+        if row >= len(self._slots):
+            self._slots.append(Slots(self._leaves))
+        norm_into(self._slots[row].views[index], grad)
+        if self._weighing is not None:
+            self._weighing.sample(row, index, grad)
+
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("compiled autograd: its graph has no room for what a backward shows")
         nested = _inside_a_backward()
         if not nested:
+            if task < self._newest:
+                raise UsageError(
+                    "Two backwards run at once on parameters of one optimizer, from two threads: their gradients mix "
+                    "in .grad, and nothing can tell them apart. Run them one after the other."
+                )
+            self._newest = task
             self._tasks.clear()
         if not self._tasks and self._witness.cleared(self.pending):
             self._open()
-        self._witness.see(parameter, pending=self.pending)
+        self._witness.begin(parameter)
         if self._weighing is not None and self.pending == 0:
             self._weighing.open()
         self._tasks.add(task)
@@ -268,23 +364,32 @@ class Gather:
             if self.pending == 0:
                 self._witness.forget()
             return
+        self.stamp += 1
         if nested:
             self._nested_only = self._backwards == 0
         else:
-            self._backwards += 1
+            if self._together is None or self._together.first():
+                self._backwards += 1
             self._accumulated = self._nested_only = False
-        self._witness.confirm()
+        self._here = self._arrived()
+        self._witness.confirm(arrived=self._here)
         self._size()
         if not self._measure:
             return
         scale = self._loss_scale()
         self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
-        alone = self._reduced is None and self.pending == 1
-        if not alone and (self._reduced is None or self._reduced()):
+        self._grad_square = None
+        if not self._alone and (self._reduced is None or self._reduced()):
             self._grad_square = total_squared_norm(self._grads())
             if self._weighing is not None:
                 self._weighing.grads()
-        self._remember(single=alone)
+        if self._together is None:
+            self._remember(single=self._alone)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the window has one micro-batch on one rank, whose gradient is `.grad`."""
+        return self._reduced is None and self.pending == 1
 
     def _grads(self) -> list[Tensor]:
         """This rank's part of every `.grad`."""

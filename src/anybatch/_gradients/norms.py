@@ -66,8 +66,11 @@ def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def sample_squared_norm(samples: Tensor) -> Tensor:
     """Sum over all entries of `samples`, shape `[n, ...]`, of their squares, in float64, shape `[]`."""
-    rows = torch.linalg.vector_norm(samples, dim=-1) if samples.dim() > 1 else samples
-    return rows.double().square().sum()
+    samples = real_of(samples)
+    if samples.numel() >= _SMALL:
+        samples = _row_norms(samples)
+    norm: Tensor = torch.linalg.vector_norm(samples, dtype=torch.float64)
+    return norm.square()
 
 
 def real_of(tensor: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def real_of(tensor: Tensor) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor
 
 

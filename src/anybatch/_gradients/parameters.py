@@ -21,6 +21,11 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
     trained = trainable(optimizer)
     if not trained:
         raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
+    if any(p.is_meta for p in trained):
+        raise InvalidValueError(
+            "Trained parameters lie on the meta device, so they have no values yet: materialise the model (to_empty, "
+            "load_state_dict(assign=True)), make the optimizer of its new parameters, and attach then."
+        )
     mine = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in mine for p in trained)
     if strangers:
@@ -29,6 +34,21 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
             "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
         )
     return trained
+
+
+def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
+    """Raise if the model has no longer the parameters that the optimizer trains; asked where a step saw no backward.
+
+    Raises:
+        UsageError: it has not.
+    """
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for p in trainable(optimizer)):
+        raise UsageError(
+            "The model has other parameters than those that this optimizer trains: they were replaced after attach, by "
+            "load_state_dict(assign=True) or to_empty() say. Make the optimizer of the model's present parameters, and "
+            "attach that one."
+        )
 
 
 def check_no_backward() -> None:
@@ -66,5 +86,6 @@ def is_phantom(optimizer: Optimizer, *, counted: bool) -> bool:
     raise UsageError(
         "optimizer.step() was called with gradients that no backward of the attached model made since the last "
         "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
-        "controller.observe), or was the backward inside of controller.paused()?"
+        "controller.observe), was the backward inside of controller.paused(), or is it torch's compiled autograd, "
+        "which is not supported?"
     )

@@ -6,9 +6,10 @@ by A), so a micro-batch's own gradient is A times the observed one; or it is the
 `.grad` is a mean.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch._errors import UsageError
 from anybatch._gradients.norms import SquaredNorms
 from anybatch._gradients.window import Window
+
+# Equal norms, summed over ranks and divided again; gradients that nothing averaged differ by far more.
+_ROUNDING = 1e-12
 
 Reduction = Literal["mean", "sum"]
 Share = Literal["all", "active"]
@@ -70,7 +74,7 @@ class Flight:
         window: this rank's window.
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
-        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[5]` over several ranks, and in Adam's metric two more;
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[8]` over several ranks, and in Adam's metric two more;
             empty where one rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
@@ -90,7 +94,8 @@ class Flight:
         """What all ranks together saw.
 
         Raises:
-            UsageError: the ranks saw different numbers of backwards.
+            UsageError: the ranks saw different numbers of backwards, have come to different clocks or averages, or hold
+                different gradients under DDP.
         """
         if self.work is not None:
             self.work.wait()
@@ -100,14 +105,29 @@ class Flight:
 
 
 def launch(
-    window: Window, *, ranks: Ranks, reduction: Reduction, ahead: bool = False, share: Share | None = None
+    window: Window,
+    *,
+    ranks: Ranks,
+    reduction: Reduction,
+    checksum: int = 0,
+    ahead: bool = False,
+    share: Share | None = None,
 ) -> Flight:
     """Begin to sum the windows of the ranks.
 
-    With several ranks that is one all-reduce of five float64 numbers, seven with Adam's metric. `||.grad||^2` is
+    With several ranks that is one all-reduce of eight float64 numbers, ten with Adam's metric. `||.grad||^2` is
     summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
-    same bits. Landing costs the one device-to-host copy of a step; with `ahead=True` the copy runs beside the
-    computation, and landing a step later waits for nothing.
+    same bits; the sums of squares beside the sums tell whether all ranks counted, know and hold the same. Landing costs
+    the one device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step
+    later waits for nothing.
+
+    Args:
+        window: this rank's window.
+        ranks: the ranks it is summed over.
+        reduction: what the user's `.grad` is.
+        checksum: of what must be the same on every rank, below 2 ** 20, so that sums of squares are exact.
+        ahead: start the copy to the host at once.
+        share: as in `Flight`.
 
     Raises:
         UsageError: DDP or FSDP2 never averaged the gradients of this step.
@@ -115,8 +135,8 @@ def launch(
     measured = window.samples_square is not None
     if measured and window.grad_square is None:
         raise UsageError(
-            "The gradients of this step were never averaged over the ranks: the last backward before "
-            "optimizer.step() must run outside of no_sync(), or with set_requires_gradient_sync(True)."
+            "The gradients of this step are not averaged over the ranks: the last backward before optimizer.step(), "
+            "with its forward, must run outside of no_sync(), or with set_requires_gradient_sync(True)."
         )
     if window.samples_square is not None:
         device = window.samples_square.device
@@ -134,14 +154,15 @@ def launch(
         flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair, *tail]))
     else:
         backwards = window.backwards
-        counts = torch.tensor([backwards, backwards**2, window.inverse_sizes], dtype=torch.float64)
-        packed = torch.cat([torch.stack(norms), counts.to(device, non_blocking=True), *(n[None] for n in tail)])
+        known = [backwards, backwards**2, window.inverse_sizes, checksum, checksum**2]
+        counts = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
+        packed = torch.cat([torch.stack(norms), counts, norms[1].square()[None], *(n[None] for n in tail)])
         packed[1] /= ranks.replicas
         if tail:
             # Each rank has weighed its own shard of its own micro-batches. Micro-batches are exchangeable, so the same
             # shard of the other ranks' is expected to be as long.
-            packed[5] *= ranks.size / ranks.replicas
-            packed[6] /= ranks.replicas
+            packed[-2] *= ranks.size / ranks.replicas
+            packed[-1] /= ranks.replicas
         work = dist.all_reduce(packed, group=ranks.group, async_op=True)
         flight = Flight(window, ranks, reduction, packed, share, work)
     if ahead and device.type == "cuda":  # pragma: no cover
@@ -163,7 +184,7 @@ def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
 def shadow(ranks: Ranks, *, weighed: bool) -> None:
     """Take part in `launch` on the other ranks with nothing to add."""
     if ranks.group is not None:
-        numbers = torch.zeros(7 if weighed else 5, dtype=torch.float64, device=_device_of(ranks.group))
+        numbers = torch.zeros(10 if weighed else 8, dtype=torch.float64, device=_device_of(ranks.group))
         dist.all_reduce(numbers, group=ranks.group)
 
 
@@ -184,6 +205,13 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
                 f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "
                 "data even."
             )
+        if round(numbers[6]) * active != round(numbers[5]) ** 2:
+            raise UsageError(
+                "The ranks have come to different clocks or averages, so their steps and then their weights differ: "
+                "load the same state of the controller on every rank, and train every rank with the same steps."
+            )
+        if window.samples_square is not None and ranks.replicas == ranks.size:
+            _check_same_gradients(numbers[1] * ranks.size / active, numbers[7] / active)
     if window.samples_square is None:
         return Observation(count, inverse_sizes, None, None)
     if count == 1:
@@ -201,6 +229,35 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
     if weighed is not None and not (isfinite(weighed.mean_square) and isfinite(weighed.square_mean)):
         weighed = None
     return Observation(count, inverse_sizes, norms(*numbers[:2]), None, weighed)
+
+
+def _check_same_gradients(mean: float, mean_square: float) -> None:
+    """Raise if the squared norms of the ranks' `.grad`, by their mean and mean square, are not one number."""
+    if isfinite(mean_square) and mean_square - mean**2 > _ROUNDING * mean**2:
+        raise UsageError(
+            "The ranks hold different gradients after the last backward of this step: nothing has averaged them. Call "
+            "the DistributedDataParallel module itself, not its .module, once before each backward, and let the last "
+            "one and its forward run outside of no_sync()."
+        )
+
+
+def check_same(settings: Mapping[str, object], *, ranks: Ranks) -> None:
+    """Compare what must be the same on every rank; a collective where there are several.
+
+    Raises:
+        UsageError: something is not.
+    """
+    if ranks.group is None:
+        return
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, dict(settings), group=ranks.group)
+    for name in settings:
+        if any(other[name] != found[0][name] for other in found):
+            values = ", ".join(f"rank {rank}: {other[name]}" for rank, other in enumerate(found))
+            raise UsageError(
+                f"attach was given another {name} on other ranks ({values}), so that their steps, and then their "
+                "weights, would differ: give every rank the same."
+            )
 
 
 def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGroup | None) -> Ranks:

@@ -30,7 +30,7 @@ class Hyperparameters:
 
     Raises:
         InvalidValueError: a momentum of 1 or more, unless decays are constant.
-        UnsupportedError: decays on the clock where they cannot be right.
+        UnsupportedError: decays on the clock where they cannot be right; a group without a learning rate.
     """
 
     optimizer: Optimizer
@@ -39,6 +39,11 @@ class Hyperparameters:
     total: float | None
 
     def __post_init__(self) -> None:
+        if any("lr" not in group for group in self.optimizer.param_groups):
+            raise UnsupportedError(
+                f"{type(local_of(self.optimizer)).__name__} has a parameter group without a learning rate, its entry "
+                "'lr', so there is nothing to scale."
+            )
         forever = [g for g in self.optimizer.param_groups if self.family.momentum and g.get("momentum", 0) >= 1]
         if forever and self.decays not in ("constant", 0):
             raise InvalidValueError(
@@ -66,7 +71,8 @@ class Hyperparameters:
 
     @contextmanager
     def scaled(self, *, lr_factor: float, iterations: float, scale: float = 1.0) -> Iterator[None]:
-        """Hold the values of a step of `iterations` base iterations at `scale`, then put the base values back.
+        """Hold the values of a step of `iterations` base iterations at `scale`, then put the base values back, but for
+        what somebody else has written in between.
 
         The learning rate is multiplied by `lr_factor`. With decays on the clock and k = `iterations`, or `iterations **
         decays`:
@@ -100,13 +106,18 @@ class Hyperparameters:
             self._prepare_momentum(group, momentum)
         for entries, divisor in self._state_entries(k, own):
             torch._foreach_div_(entries, divisor)  # not times 1 / k: rounding that would be one-sided for a constant k
+        written: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for group, values in zip(groups, changes, strict=True):
                 _assign(group, values)
+                written += [(group, name, None) for name in values]
+            written = [(group, name, _mark(group[name])) for group, name, _ in written]
             yield
         finally:
+            # After a step that raised this comes late: what a user has set since then is his.
+            his = {(id(group), name) for group, name, mark in written if _mark(group[name]) != mark}
             for group, values in zip(groups, saved, strict=True):
-                _assign(group, values)
+                _assign(group, {n: value for n, value in values.items() if (id(group), n) not in his})
             for entries, divisor in self._state_entries(k, own):
                 torch._foreach_mul_(entries, divisor)
 
@@ -198,6 +209,11 @@ def _damps(group: dict[str, Any]) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _mark(value: Any) -> Any:
+    """What tells whether `value` is still what was written; a tensor's version, as its number may lie on a device."""
+    return (id(value), value._version) if isinstance(value, Tensor) else value
 
 
 def _assign(group: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ The scheduler is stepped `floor(tau_new) - floor(tau_old)` times: jumping its `l
 because they are recursions.
 """
 
+import inspect
 from math import inf
 from typing import Any
 
@@ -33,6 +34,8 @@ class ScheduleDriver:
         self._scheduler = scheduler
         self._clock = clock
         self._driven = not isinstance(scheduler, ReduceLROnPlateau)
+        if self._driven:
+            _check_steps_alone(scheduler)
         self._limit = _last_index(scheduler)
         self.resume(offset=position_of(scheduler) or 0)
         self.stop = clock.subscribe(self._follow)
@@ -69,6 +72,21 @@ class ScheduleDriver:
 
     def _target(self) -> int:
         return int(min(self.offset + self._clock.iteration, self._limit))
+
+
+def _check_steps_alone(scheduler: Any) -> None:
+    """Raise if `scheduler.step()` wants an argument."""
+    try:
+        signature = inspect.signature(scheduler.step)
+    except ValueError:  # a callable that tells nothing of itself
+        return
+    try:
+        signature.bind()
+    except TypeError:
+        raise InvalidValueError(
+            f"{type(scheduler).__name__}.step{signature} wants an argument, and the clock has none to give: pass a "
+            "scheduler whose step() takes none, or leave it out of attach and step it yourself."
+        ) from None
 
 
 def position_of(scheduler: Any) -> int | None:

@@ -1,0 +1,39 @@
+"""Together: several backwards that are one micro-batch."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+class Together:
+    """Adds up what the backwards of one micro-batch give each parameter: the norm of a sum is not to be had from the
+    norms of its parts, so it takes a copy of the gradient.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._coming: dict[int, Tensor] = {}
+        self._begun = False
+
+    def first(self) -> bool:
+        """Whether this backward is the micro-batch's first."""
+        begun, self._begun = self._begun, True
+        return not begun
+
+    def come(self, index: int, grad: Tensor) -> None:
+        """A gradient of parameter `index` was computed; whether it is accumulated shows in `take`."""
+        self._coming[index] = grad.detach()
+
+    def take(self, index: int) -> bool:
+        """It was; true for the parameter's first in this micro-batch."""
+        grad = self._coming.pop(index)
+        if index in self._sums:
+            self._sums[index] = self._sums[index] + grad
+            return False
+        self._sums[index] = grad.clone()
+        return True
+
+    @property
+    def sums(self) -> Mapping[int, Tensor]:
+        """Each parameter's gradient from all of the micro-batch's backwards so far."""
+        return self._sums

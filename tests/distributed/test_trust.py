@@ -1,0 +1,72 @@
+"""What used to be silent, or a false error, with several ranks."""
+
+import pytest
+
+from distributed import launch, trust_workers
+
+
+@pytest.fixture(scope="module")
+def clearings():
+    return launch.run(trust_workers.clearings, world=2)
+
+
+def test_every_way_to_clear_gradients_is_seen(clearings):
+    for found in clearings:
+        assert len(found) == 9 * 4 * 4 * 2 - 4 * 4 * 4
+        wrong = {
+            key: got
+            for key, got in found.items()
+            if key[3] != "not cleared" and got != [2 * key[-1]] * (3 if key[3] == "step skipped" else 5)
+        }
+        assert wrong == {}
+
+
+def test_gradients_that_were_not_cleared_are_an_error(clearings):
+    for found in clearings:
+        outcomes = [str(got) for key, got in found.items() if key[3] == "not cleared"]
+        assert outcomes
+        assert all("were not cleared" in got for got in outcomes)
+
+
+def test_lagged_steps_take_the_sizes_of_all_ranks():
+    """The harmonic mean of 8 and 24 is 12: 4 micro-batches of it are 6 base batches of 8, twice as many 12."""
+    (scales, weights), (scales1, weights1) = launch.run(trust_workers.lagged_sizes, world=2)
+    assert scales == scales1
+    assert weights == weights1
+    assert [scale for scale, _ in scales] == pytest.approx([6, 6, 12, 6], rel=1e-12)
+    assert scales[1][1] > 1
+
+
+def test_a_lagged_error_comes_once():
+    for outcomes, steps in launch.run(trust_workers.lagged_once, world=2):
+        assert [str(outcome).split(":")[0] for outcome in outcomes] == ["None"] * 3 + ["UsageError"] + ["None"] * 2
+        assert "different numbers of backwards" in outcomes[3]
+        assert steps == 2
+
+
+def test_what_is_wrong_on_one_rank_is_an_error_on_all():
+    found, other = launch.run(trust_workers.errors, world=2)
+    expected = {
+        "another base batch": "UsageError: attach was given another base_batch",
+        "another rule": "UsageError: attach was given another rule",
+        "another size": "None",  # of a micro-batch may differ
+        "a state on one rank": "UsageError: The ranks have come to different clocks",
+        ("ddp", "never synchronised"): "UsageError: The gradients of this step are not averaged",
+        ("fsdp", "never synchronised"): "UsageError: The gradients of this step are not averaged",
+        ("ddp", "not synchronised at last"): "UsageError: The gradients of this step are not averaged",
+        ("fsdp", "not synchronised at last"): "UsageError: The gradients of this step are not averaged",
+        "the inner module": "UsageError: The ranks hold different gradients",
+        "a forward inside of no_sync": "UsageError: The ranks hold different gradients",
+        "no backward": "(0, 1, 0.0)",
+    }
+    assert found.keys() == expected.keys()
+    for each in (found, other):
+        assert {key: str(each[key]).startswith(text) for key, text in expected.items()} == dict.fromkeys(expected, True)
+
+
+def test_several_backwards_are_one_micro_batch():
+    for found in launch.run(trust_workers.together, world=2):
+        for whole, apart in (found[:2], found[2:]):
+            assert whole[:2] == apart[:2]
+            assert apart[1] == 4
+            assert apart[2:] == pytest.approx(whole[2:], rel=1e-10)
