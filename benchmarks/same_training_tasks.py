@@ -101,6 +101,24 @@ class ConvNet(nn.Module):
         return found
 
 
+class Signum(Optimizer):
+    """A step of lr along the sign of a running mean of the gradients, and decoupled weight decay."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """One."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(mean.sign(), alpha=-group["lr"])
+
+
 def _momentum(parameters: list[nn.Parameter], lr: float) -> Optimizer:
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
@@ -111,6 +129,10 @@ def _adamw(parameters: list[nn.Parameter], lr: float) -> Optimizer:
 
 def _muon(parameters: list[nn.Parameter], lr: float) -> Optimizer:
     return torch.optim.Muon(parameters, lr=lr, weight_decay=0.01)
+
+
+def _signum(parameters: list[nn.Parameter], lr: float) -> Optimizer:
+    return Signum(parameters, lr=lr, momentum=0.95, weight_decay=0.01)
 
 
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
@@ -127,8 +149,9 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "adam": {"metric": "adam"},
     },
     "muon": {"constant": {"decays": "constant"}, "clock": {"decays": "clock"}},
+    "signum": {name: {"like": torch.optim.Muon, "decays": name} for name in ("constant", "clock")},
 }
-OPTIMIZERS = {"momentum": _momentum, "adam": _adamw, "muon": _muon}
+OPTIMIZERS = {"momentum": _momentum, "adam": _adamw, "muon": _muon, "signum": _signum}
 
 
 def _trained(net: nn.Module, family: str) -> list[nn.Parameter]:
@@ -240,6 +263,7 @@ TASKS = {
     ),
     "digits-adamw": Task("adam", 2e-3, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 2, 32: 1, 128: 1}),
     "digits-muon": Task("muon", 0.01, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 4, 32: 1, 128: 1}),
+    "digits-signum": Task("signum", 1e-3, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 2, 32: 1, 128: 1}),
     "conv-sgd": Task("momentum", 0.02, 1500, "accuracy", vectorised(_IMAGES), seconds={1: 2, 32: 1, 128: 4}),
     "conv-adamw": Task("adam", 2e-3, 1500, "accuracy", vectorised(_IMAGES), seconds={1: 2, 32: 1, 128: 4}),
     "bytes-adamw": Task(
@@ -247,6 +271,9 @@ TASKS = {
     ),
     "bytes-muon": Task(
         "muon", 0.01, 2000, "accuracy", vectorised(_BYTES), 40, (8, 32, 64), seconds={1: 17, 8: 15, 32: 15, 64: 20}
+    ),
+    "bytes-signum": Task(
+        "signum", 1e-3, 2000, "accuracy", vectorised(_BYTES), 40, (8, 32), seconds={1: 15, 8: 8, 32: 10}
     ),
     "cifar10-tiny": Task(
         "momentum", 0.05, 1000, "accuracy", recipe("cifar10"), 10, (8, 32), _FEW, {1: 18, 8: 28, 32: 45}, False

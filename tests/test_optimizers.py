@@ -465,3 +465,59 @@ def test_optimizer_in_backward_is_a_typed_error(rule):
     x, y = oracle.micro_batch(0, 0)
     with pytest.raises(anybatch.UsageError, match="during a backward"):
         oracle.loss_fn(model(x), y).backward()
+
+
+# ---- a class of one's own ----
+
+
+class Own(torch.optim.Optimizer):
+    """AdamW, written out; torch knows nothing of it."""
+
+    def __init__(self, parameters, **entries):
+        super().__init__(parameters, {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1} | entries)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(
+                        step=torch.zeros((), dtype=torch.float64), m=torch.zeros_like(p), v=torch.zeros_like(p)
+                    )
+                state["step"] += 1
+                state["m"].lerp_(p.grad, 1 - beta1)
+                state["v"].lerp_(p.grad**2, 1 - beta2)
+                p.mul_(1 - lr * group["weight_decay"])
+                m, v = (state[k] / (1 - b ** state["step"].item()) for k, b in (("m", beta1), ("v", beta2)))
+                p.sub_(lr * m / (v.sqrt() + group["eps"]))
+
+
+def test_a_class_of_ones_own_that_is_like_adamw_is_scaled_as_it_is():
+    runs = []
+    for kind, like in ((torch.optim.AdamW, None), (Own, torch.optim.AdamW)):
+        model = oracle.make_model()
+        entries = {"betas": (0.9, 0.99), "lr": 0.01, "weight_decay": 0.1}
+        optimizer = kind(model.parameters(), **entries)
+        rule = anybatch.AdaScale(like=like)
+        controller = anybatch.attach(optimizer, model=model, total=100, scale="count", rule=rule)
+        for t in range(8):
+            n = 2 + t % 3
+            for i in range(n):
+                x, y = oracle.micro_batch(t, i)
+                (oracle.loss_fn(model(x), y) / n).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((controller.tau, controller.lr_factor, [p.detach() for p in model.parameters()]))
+    assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-8)  # torch counts steps in float32
+    assert runs[0][1] == pytest.approx(controller.gain**0.5)
+    for theirs, own in zip(runs[0][2], runs[1][2], strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, Own, "AdamW"])
+def test_what_a_class_is_said_to_be_like_must_be_known_and_have_the_entries(like):
+    model = oracle.make_model()
+    with pytest.raises(anybatch.InvalidValueError, match="like"):
+        anybatch.attach(Own(model.parameters()), model=model, scale=2, rule=anybatch.AdaScale(like=like))

@@ -5,13 +5,13 @@ are memories counted in steps. One table; to add a class is to add a row.
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch.optim import Optimizer
 
-from anybatch._errors import AnybatchWarning, UnsupportedError
+from anybatch._errors import AnybatchWarning, InvalidValueError, UnsupportedError
 
 # Optimizers that have a controller: it scales them at every step, so nobody else may.
 attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
@@ -126,12 +126,15 @@ def row_of(optimizer: Optimizer) -> Family | None:
     return None
 
 
-def family_of(optimizer: Optimizer, *, exponent: float | None) -> Family:
-    """The table's row for `optimizer`, or a row for a stated `exponent`.
+def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimizer] | None = None) -> Family:
+    """The table's row for `optimizer`, that of the class it is `like`, or a row for a stated `exponent`.
 
     Raises:
-        UnsupportedError: scaling has no meaning for this class, or it is unknown and no exponent is stated.
+        InvalidValueError: `like` is no class of the table, or has entries that this optimizer's groups have not.
+        UnsupportedError: scaling has no meaning for this class, or it is unknown and nothing is stated.
     """
+    if like is not None:
+        return _family_like(optimizer, like)
     row = row_of(optimizer)
     if row is not None:
         if row.warning:
@@ -139,12 +142,31 @@ def family_of(optimizer: Optimizer, *, exponent: float | None) -> Family:
         return row
     if exponent is not None:
         return Family(exponent, "constant", off_clock="which of its entries are decays is not known")
-    known = ", ".join(sorted(cls.__name__ for cls, row in _CLASSES.items() if isinstance(row, Family)))
     raise UnsupportedError(
         f"How the learning rate of {type(local_of(optimizer)).__name__} follows the batch is not known (known: "
-        f"{known}). State it: rule=anybatch.AdaScale(exponent=1) if its step is proportional to the gradient, "
-        "exponent=0.5 if the gradient is divided by its own running size."
+        f"{_known()}). Say which of these it is like: rule=anybatch.AdaScale(like=torch.optim.AdamW) if the gradient "
+        "is divided by its own running size, Muon if it normalises after its momentum, SGD if it does neither; or "
+        "exponent=1 or 0.5, with decays that stay as they are."
     )
+
+
+def _family_like(optimizer: Optimizer, like: type[Optimizer]) -> Family:
+    row = _CLASSES.get(like)
+    if not isinstance(row, Family):
+        raise InvalidValueError(f"like must be one of torch.optim's {_known()}; got {like!r}.")
+    needed = {*row.names, *row.rates, *(("momentum",) if row.momentum else ())}
+    lacking = sorted({name for group in optimizer.param_groups for name in needed - group.keys()})
+    if lacking:
+        raise InvalidValueError(
+            f"{type(local_of(optimizer)).__name__} is said to be like {like.__name__}, but its groups have no "
+            f"{', '.join(lacking)}: name the entries so, or state an exponent."
+        )
+    # Of torch's own a group says so; nobody else's does.
+    return replace(row, decoupled=row.decoupled or issubclass(like, torch.optim.AdamW))
+
+
+def _known() -> str:
+    return ", ".join(sorted(cls.__name__ for cls, row in _CLASSES.items() if isinstance(row, Family)))
 
 
 def second_moment_of(optimizer: Optimizer, family: Family) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Literal
 
+from torch.optim import Optimizer
+
 from anybatch._errors import InvalidValueError
 from anybatch._scaling.batch import check_positive
 from anybatch._scaling.clock import Clock
@@ -183,8 +185,12 @@ class AdaScale(Rule):
         noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
             quality; the bounds and laws of the gain hold for any. `None` for the optimizer's own: 1, but for Adam and
             AdamW, which need fewer steps than Euclidean norms say, 2 (docs/same-training.md).
-        exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. State it for
-            an optimizer class that anybatch does not know.
+        like: for an optimizer class that anybatch does not know, one of torch.optim whose rate and decays follow the
+            batch as its do: `torch.optim.Muon` for what normalises after its momentum (Signum, other Muons), `AdamW`
+            for what divides by a running size of the gradient, `SGD` for what does neither. The entries of its groups
+            must have that class's names; a tensor `step` in its state is kept on the clock.
+        exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. Alone it is
+            enough for an unknown class, whose decays then stay constant.
         consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
             the two samples. Costs one copy of the gradient. The change of the expected gradient between two steps
             counts as noise, so the gain is biased upwards where the learning rate is high. The previous gradient is
@@ -227,6 +233,7 @@ class AdaScale(Rule):
     estimator: Estimator = "unbiased"
     smoothing: Smoothing = None
     exponent: float | None = None
+    like: type[Optimizer] | None = None
     consecutive: bool = False
     noise_factor: float | None = None
     metric: Literal["euclidean", "adam"] = "euclidean"
