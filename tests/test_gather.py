@@ -264,14 +264,16 @@ def test_memory_no_parameter_sized_buffer():
     model = nn.Linear(1000, 1000)
     optimizer, controller = attached(model)
     gather, waiting = controller._gather, []
-    model.weight.register_post_accumulate_grad_hook(lambda _: waiting.append(sum(t.numel() for t in gather._waiting)))
+    model.weight.register_post_accumulate_grad_hook(
+        lambda _: waiting.append(sum(t.numel() for t in gather._samples.waiting + gather._samples._rows))
+    )
     for _ in range(3):
         (model(torch.randn(2, 1000)).square().mean() / 3).backward()
-        assert gather._waiting == []
+        assert gather._samples.waiting == []
     assert all(0 < entries <= 1000 + 1_000_000 // 512 + 1 for entries in waiting)
-    assert [t.numel() for t in gather._squares] == [1, 1, 1]
+    assert [t.numel() for t in gather._samples.squares] == [1, 1, 1]
     optimizer.step()
-    assert gather._squares == []
+    assert gather._samples.squares == []
 
 
 @pytest.mark.parametrize("wrong", ["count", "shape", "empty", "after a backward", "sum"])

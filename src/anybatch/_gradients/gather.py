@@ -1,10 +1,10 @@
 """Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
 
 [Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
-on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
-`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
-back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
-communication hook of the user's runs as it is.
+on one device, under DDP (before its reduction) and under `no_sync` alike; `samples` has their norms. The squared norm
+of their sum is taken from `.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP
+has averaged and written back, before the user unscales or clips. So both norms are of the same gradients in the same
+units, and any communication hook of the user's runs as it is.
 
 Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
 the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
@@ -31,7 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
-from anybatch._gradients.norms import SMALL, condensed, total_squared_norm
+from anybatch._gradients.norms import total_squared_norm
+from anybatch._gradients.samples import Samples
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.together import Together
 from anybatch._gradients.weighing import Weighing
@@ -41,9 +42,6 @@ from anybatch._gradients.witness import Witness, is_zero, local_of
 # DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
 # callback queued from a callback runs after those already queued, so the third in a chain comes after both.
 _CALLBACK_CHAIN = 3
-# Bytes of small gradients that may wait for the end of a backward, to be measured together: 256 of the largest of them
-# in float32, more than most networks have. The gradients of further parameters are measured one by one.
-_ROOM = 1 << 24
 
 
 class Gather:
@@ -97,12 +95,8 @@ class Gather:
         self._hooks: list[Callable[[Tensor], None]] = []
         self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []
-        self._room = _ROOM
         self._waits: list[bool] = []  # for each parameter, whether its gradient may
-        self._waiting: list[
-            Tensor
-        ] = []  # what squared norms are still to be taken of: small gradients, and norms of rows
-        self._squares: list[Tensor] = []
+        self._samples = Samples()
         self._shortest = 0  # backwards of the shortest window so far; not known yet
         self._written = False  # whether `.grad` was ever written to between a backward and the step
         self._witness = Witness()
@@ -135,9 +129,7 @@ class Gather:
             self._known.add(id(p))
             self._leaves.append(leaf)
             self._fires.append(0)
-            size = leaf.numel() * leaf.element_size()
-            waits = self._measuring and leaf.numel() < SMALL and size <= self._room
-            self._room -= size if waits else 0
+            waits = self._measuring and self._samples.admits(leaf)
             self._waits.append(waits)
             self._hooks.append(self._hook(index, waits=waits))
             self._handles.append(leaf.register_hook(self._hooks[index]))
@@ -242,7 +234,8 @@ class Gather:
         backwards = self.pending
         if self._sizes is not None:
             self._sizes.check(backwards)
-        measured = self._measuring and not self._unmeasured and backwards > 0
+        self._samples.measure()
+        measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
         if measured:
             self._written = self._written or not self._witness.untouched()
             if self._late and not self._written:
@@ -304,8 +297,7 @@ class Gather:
         self._here = True  # whether `.grad` has the last backward
         self._piecewise = False  # whether `.grad` was not the average after some backward
         self._late = False  # whether the norm of `.grad` is left to the step
-        self._waiting.clear()
-        self._squares.clear()
+        self._samples.clear()
         self._observed_square = None
         self._grad_square = None
         if self._weighing is not None:
@@ -322,6 +314,7 @@ class Gather:
         # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
         # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
+        samples, wait, note = self._samples, self._samples.waiting.append, self._samples.versions.append
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
             gather = reference()
@@ -332,9 +325,10 @@ class Gather:
                 return
             gather._fires[index] += 1
             if waits and not grad.is_sparse:
-                gather._waiting.append(grad)
+                wait(grad)
+                note(grad._version)
             elif measure:
-                gather._measure(index, grad)
+                samples.take(grad)
 
         return hook
 
@@ -351,7 +345,7 @@ class Gather:
         if self._together is not None:
             self._fires[index] += self._together.add(index, grad)
             return False
-        if self._weighing is not None and self._measuring:
+        if self._measuring and (self._weighing is not None or not self._samples.patient):
             self._fires[index] += 1
             self._measure_sample(self._fires[index] - 1, index, grad)
             return False
@@ -360,22 +354,13 @@ class Gather:
 
     def _measure_sample(self, row: int, index: int, grad: Tensor) -> None:
         """Take the norms of what parameter `index` got from micro-batch `row`."""
-        self._measure(index, grad)
+        if self._waits[index] and self._samples.patient and not grad.is_sparse:
+            self._samples.waiting.append(grad)
+            self._samples.versions.append(grad._version)
+        else:
+            self._samples.take(grad)
         if self._weighing is not None:
             self._weighing.sample(row, index, grad)
-
-    def _measure(self, index: int, grad: Tensor) -> None:
-        if grad.numel() >= SMALL:
-            self._waiting.extend(condensed(grad))
-        elif self._waits[index] and not grad.is_sparse:
-            self._waiting.append(grad)
-        else:
-            self._squares.append(total_squared_norm([grad]))
-
-    def _measure_waiting(self) -> None:
-        if self._waiting:
-            self._squares.append(total_squared_norm(self._waiting))
-            self._waiting.clear()
 
     def _measure_grad(self) -> None:
         self._late = False
@@ -401,7 +386,7 @@ class Gather:
         if self._weighing is not None and self.pending == 0:
             self._weighing.open()
         self._tasks.add(task)
-        self._queue(self._measure_waiting, 1)  # while DDP's last reduction is under way
+        self._queue(self._samples.measure, 1)  # while DDP's last reduction is under way
         self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
 
     def _queue(self, callback: Callable[[], None], chain: int) -> None:
@@ -469,10 +454,7 @@ class Gather:
                 "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
                 "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        self._measure_waiting()
-        if not self._squares:  # no parameter has an entry
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack([square.to(self._squares[0].device) for square in self._squares]).sum()
+        return self._samples.total()
 
     def _remember(self, *, single: bool) -> None:
         if self._consecutive is None:
