@@ -214,7 +214,7 @@ def install() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20, help="about how long to measure a model on a route")
+    parser.add_argument("--seconds", type=float, default=12, help="about how long to measure a model on a route")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
