@@ -67,6 +67,10 @@ class Sizes:
         finally:
             self._shapes = before
 
+    def forget(self) -> None:
+        """What was seen has nothing to do with the micro-batches of this step."""
+        self._shapes.clear()
+
     def detach(self) -> None:
         """Remove the hook."""
         self._handle.remove()
@@ -89,8 +93,8 @@ def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
             f"There were {backwards} backwards after {len(shapes)} forwards. Each backward counts as a micro-batch: if "
             "these are several losses of one, put their backwards into `with controller.together():`."
         )
-    possible = {first[0], first.numel(), *(first[0] * n for n in first[1:2])}  # examples, entries, tokens
-    if len(shapes) != backwards or given in possible:
+    tokens = {first[i] * first[i + 1] for i in range(len(first) - 1)}
+    if len(shapes) != backwards or given in {*first, *tokens, first.numel()}:
         return ""
     return (
         f"micro_batch={given:g}, but each forward of the model got a tensor of shape {list(first)}. The scale of a "
