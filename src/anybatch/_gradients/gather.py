@@ -248,7 +248,7 @@ class Gather:
         self._samples.measure()
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
         if measured:
-            self._written = self._written or not self._witness.untouched()
+            self._written = self._written or self._witness.written()
             if self._late and not self._written:
                 self._measure_grad()
             measured = not self._late
