@@ -61,7 +61,8 @@ class Ops(TorchDispatchMode):
         self.collectives += str(func).startswith("c10d")
         self.syncs += "_local_scalar_dense" in str(func)
         if not func.is_view:
-            self.reads += sum(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor))
+            given = {id(t): t for t in tree_leaves(args) if isinstance(t, Tensor)}
+            self.reads += sum(t.numel() for t in given.values())
         return func(*args, **(kwargs or {}))
 
 
