@@ -136,7 +136,7 @@ def test_state_goes_on_exactly():
     assert steps(first, 20, 1) == steps(second, 20, 1)
     good = second[3].state_dict()
     for bad in [{"scale": 4}, {**good, "more": 1}, {**good, "scale": float("nan")}, {**good, "sqnorm": "x"}]:
-        with pytest.raises(anybatch.StateError, match="needs exactly"):
+        with pytest.raises(anybatch.StateError, match=r"needs exactly|not a finite number"):
             second[3].load_state_dict(bad)
     assert second[3].state_dict() == good
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,11 @@ from typer.testing import CliRunner
 from anybatch import cli
 
 run = CliRunner().invoke
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "anybatch", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"anybatch {anybatch.__version__}\n"
 
 
 def test_version():

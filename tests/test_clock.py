@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,3 +43,79 @@ def test_subscribers_come_in_order_and_may_leave():
     clock.advance(3)
     first()
     assert heard == [("first", 2, 2), ("second", 2, 2), ("second", 3, 5)]
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        "100",
+        True,
+        pytest.param(10**400, id="huge"),
+        pytest.param(10**5000, id="beyond text"),
+        math.nan,
+        math.inf,
+        0,
+        -1,
+        [100],
+        1j,
+    ],
+)
+def test_a_total_is_a_positive_number(total):
+    with pytest.raises(anybatch.InvalidValueError, match="total must be a positive number of base iterations"):
+        anybatch.Clock(total)
+
+
+@pytest.mark.parametrize("amount", ["1", True, None, pytest.param(10**400, id="huge"), [1]])
+def test_a_move_is_a_number(amount):
+    clock, heard = anybatch.Clock(10), []
+    clock.subscribe(heard.append)
+    with pytest.raises(anybatch.InvalidValueError, match="The clock moves by"):
+        clock.advance(amount)
+    assert (clock.tau, heard) == (0, [])
+
+
+def raising(error):
+    def subscriber(_):
+        raise error
+
+    return subscriber
+
+
+def test_a_subscriber_that_raises_leaves_nobody_behind():
+    clock, heard = anybatch.Clock(), []
+    clock.subscribe(heard.append)
+    clock.subscribe(raising(KeyError("mine")))
+    clock.subscribe(heard.append)
+    for moves in (1, 2):
+        with pytest.raises(KeyError, match="mine"):
+            clock.advance(2.5)
+        assert (clock.tau, heard) == (2.5 * moves, [2.5, 2.5] * moves)
+
+
+def test_the_errors_of_several_subscribers_are_all_raised():
+    clock, heard = anybatch.Clock(), []
+    errors = [anybatch.UsageError("first"), OSError("second")]
+    for error in errors:
+        clock.subscribe(raising(error))
+    clock.subscribe(heard.append)
+    with pytest.raises(ExceptionGroup) as caught:
+        clock.advance(1)
+    assert list(caught.value.exceptions) == errors
+    assert heard == [1]
+    clock.subscribe(raising(KeyboardInterrupt()))
+    with pytest.raises(BaseExceptionGroup) as interrupted:
+        clock.advance(1)
+    assert not isinstance(interrupted.value, Exception)  # an interrupt is not held up by `except Exception`
+    assert (clock.tau, heard) == (2, [1, 1])
+
+
+def test_an_average_behind_a_subscriber_that_raises_follows_the_step():
+    weights = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(weights.parameters(), lr=0.1)
+    controller = anybatch.attach(optimizer, model=weights, scale="count", rule=anybatch.Linear())
+    controller.clock.subscribe(raising(OSError("disk full")))
+    ema = anybatch.ModelEMA(weights, 0.5, clock=controller.clock)
+    weights(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(OSError, match="disk full"):
+        optimizer.step()
+    assert ema.tau == controller.tau == 1

@@ -70,6 +70,8 @@ def _bad_files(tmp_path):
     written(tmp_path / "blind.jsonl", raw_variance=math.nan, raw_sqnorm=math.nan)
     (tmp_path / "newer.jsonl").write_text('{"kind": "header", "version": 99, "config": {}}\n')
     written(tmp_path / "good.jsonl")
+    good = (tmp_path / "good.jsonl").read_text()
+    (tmp_path / "falling.jsonl").write_text(good.replace('"step": 31, "tau": ', '"step": 31, "tau": 9, "was": '))
     (tmp_path / "folder").mkdir()
 
 
@@ -89,6 +91,8 @@ def _bad_files(tmp_path):
         (["good.jsonl", "--scales", ","], "scales"),
         (["good.jsonl", "--per-device", "-1"], "per_device"),
         (["good.jsonl", "--seconds-per-step", "0"], "seconds_per_step"),
+        (["good.jsonl", "--sync-seconds", "1e300"], "sync_seconds must be between 0 and 1e+12"),
+        (["falling.jsonl"], "step 31: tau = 9 is less than in the step before"),
         (["good.jsonl", "--out", "/proc/nothing/here.png"], "--out"),
         (["good.jsonl", "--out", "plot.xyz"], "--out"),
     ],

@@ -162,7 +162,7 @@ def _bad(tmp_path):
     (tmp_path / "foreign").write_bytes(b"\x00\xff\n{}\n[1]\n")
     (tmp_path / "newer").write_text('{"kind": "header", "version": 99, "config": {}}\n')
     written(tmp_path / "good", count=3)
-    return [["empty"], ["foreign"], ["newer"], ["none"], ["."], [], ["good", "empty"],
+    return [["empty"], ["foreign"], ["newer"], ["none"], ["."], [], ["empty", "foreign"],
             ["good", "--out", "good"], ["good", "--out", "."], ["good", "--out", "none/page.html"],
             ["good", "--out", "good/page.html"], ["good", "--out", "x" * 300],
             ["good", "--out", "/proc/page.html"], ["good", "--out", "/dev/null"]]  # fmt: skip
@@ -177,6 +177,23 @@ def test_what_goes_wrong_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch
     assert result.exit_code == 2, result.output
     assert len(result.output.strip().splitlines()) == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_the_others_off_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _bad(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    result = run(cli.app, ["report", "empty", "good", "newer", "circle", "--out", "page.html"])
+    assert result.exit_code == 0, result.output
+    said = result.stderr.splitlines()
+    text = " ".join(Tags((tmp_path / "page.html").read_text()).text)
+    for name, why in (("empty", "not an anybatch record"), ("newer", "upgrade anybatch"), ("circle", "ymbolic link")):
+        assert sum(f"{name}'" in line and why in line for line in said) == 1
+        assert f"{name}'" in text
+        assert why in text
+    assert len(said) == 3
+    assert "3 records are not on this page" in text
+    assert cells((tmp_path / "page.html").read_text(), "good")[1] == "AdaScale"
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ class WantsAMetric:
         ("grad_scaler", object(), "GradScaler"),
         ("scheduler", WantsAMetric(), "wants an argument"),
         ("scale", 10**400, "positive, finite"),
-        pytest.param("scale", 10**5000, "thousands of digits", id="an int of 5,000 digits"),
+        pytest.param("scale", 10**5000, "value of type int", id="an int of 5,000 digits"),
         ("scale", True, "positive, finite"),
         ("scale", "eight", "positive, finite"),
         ("reduction", None, "mean"),

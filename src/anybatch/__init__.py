@@ -5,6 +5,7 @@ from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
 from anybatch._errors import (
     AnybatchError,
     AnybatchWarning,
+    DivergedError,
     InvalidValueError,
     StateError,
     UnsupportedError,
@@ -36,6 +37,7 @@ __all__ = [
     "Change",
     "Clock",
     "Controller",
+    "DivergedError",
     "Estimate",
     "Forecast",
     "Identity",

@@ -17,6 +17,10 @@ class UnsupportedError(AnybatchError, NotImplementedError):
     """A combination that anybatch does not support; the message names it."""
 
 
+class DivergedError(AnybatchError, ArithmeticError):
+    """Training has come to weights or gradients that are not finite, and goes nowhere."""
+
+
 class StateError(AnybatchError, ValueError):
     """A saved state does not fit: another model, another base batch, other names or a newer version."""
 

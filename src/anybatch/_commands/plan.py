@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import ceil, inf, isnan
+from math import ceil, inf
 from os import PathLike
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from rich.table import Table
 
 import anybatch
 from anybatch._commands.terminal import failed, words
+from anybatch._numbers import MOST, shown
 from anybatch._record import strict
 
 
@@ -119,8 +120,8 @@ def planned(
         UnsupportedError: the optimizer cannot be scaled.
     """
     for name, number in {"base-batch": base_batch, "batch": batch, **steps}.items():
-        if number < 1:
-            raise anybatch.InvalidValueError(f"{name} must be at least 1, got {number}.")
+        if not 1 <= number <= MOST:
+            raise anybatch.InvalidValueError(f"{name} must be from 1 to {MOST}, got {shown(number)}.")
     kappa = batch / base_batch
     changes = anybatch.scale_hyperparameters(optimizer, kappa, **values)
     for name, number in steps.items():
@@ -151,7 +152,7 @@ def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
     """
     run = anybatch.read_record(record)
     known = [_of_step(step) for step in run.steps if not step.skipped]
-    known = [noise for noise in known if not isnan(noise)]
+    known = [noise for noise in known if noise >= 0]
     if not known:
         raise anybatch.InvalidValueError(f"{record} has no step with a noise scale: it takes a run with AdaScale.")
     recent = median(known[-ceil(len(known) / 10) :])

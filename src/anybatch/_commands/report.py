@@ -25,7 +25,7 @@ def report(
         raise failed("Give the records of one run or more, such as runs/*.jsonl.")
     _check(out)
     try:
-        text = make_page(records)
+        text = make_page(records, tell=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
     except ImportError as error:
         raise failed(f"The report needs {error.name}: pip install 'anybatch[report]'") from None
     except (anybatch.AnybatchError, OSError) as error:

@@ -6,11 +6,13 @@ a jump wherever the number changes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from math import exp, floor, inf, isfinite, isnan
+from math import exp, floor, inf, isnan
 from typing import Any
 
 from anybatch._controller.controller import Controller
+from anybatch._controller.state import checked_numbers
 from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._numbers import MOST, positive, shown
 from anybatch._scaling import AdaScale, Moments
 
 # Share of the run, in tau, over which the noise is averaged for this, and in which the batch at most doubles. The
@@ -23,9 +25,11 @@ class Accumulation(ABC):
     """What the two ways share: bounds, the number in force, state."""
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
+        if not isinstance(controller, Controller):
+            raise InvalidValueError(f"controller is what anybatch.attach returned, got {shown(controller)}.")
         pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1]:
-            raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {bounds!r}.")
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1] <= MOST:
+            raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {shown(bounds)}.")
         if not controller._batch.counts:
             raise UsageError(
                 "The scale of this controller is a fixed number, whatever is accumulated. Give attach base_batch and "
@@ -60,15 +64,14 @@ class Accumulation(ABC):
         """Go on from a saved state, within this object's own bounds.
 
         Raises:
-            StateError: other entries, or values that are not numbers.
+            StateError: other entries, or values that are not numbers, or that no run comes to.
         """
+        values = checked_numbers(state, whose=f"a {type(self).__name__}")
         names = sorted(self.state_dict())
-        try:
-            values = {name: float(state[name]) for name in names}
-        except (KeyError, TypeError, ValueError):
-            values = {}
-        if len(state) != len(names) or not all(map(isfinite, values.values())) or not values:
-            raise StateError(f"The state needs exactly {names}, all of them numbers, got {dict(state)!r}.")
+        if sorted(values) != names:
+            raise StateError(f"The state needs exactly {names}, got {shown(sorted(values))}.")
+        if values["scale"] <= 0 or values.get("peak", 0.0) < 0:
+            raise StateError(f"The state is damaged: a scale is positive, a rate is not negative, got {values}.")
         self._accumulation = self._within(values.pop("scale") / self._backward())
         self._state = values
 
@@ -145,14 +148,15 @@ class BatchController(Accumulation):
 
     def __init__(self, controller: Controller, *, efficiency: float = 0.8, bounds: tuple[int, int]) -> None:
         super().__init__(controller, bounds=bounds)
-        if not (isfinite(efficiency) and 0 < efficiency < 1):
-            raise InvalidValueError(f"efficiency must be in (0, 1), got {efficiency!r}.")
+        target = positive(efficiency)
+        if target is None or target >= 1:
+            raise InvalidValueError(f"efficiency must be in (0, 1), got {shown(efficiency)}.")
         rule = controller.rule
         if not isinstance(rule, AdaScale):
             raise UsageError("The rule of this controller measures no noise: attach with rule=anybatch.AdaScale().")
         if bounds[0] == controller.ranks == 1 and not rule.consecutive:
             raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
-        self._efficiency = efficiency
+        self._efficiency = target
         self._start()
 
     def _wanted(self, iterations: float) -> float:
@@ -207,9 +211,9 @@ class Seesaw(Accumulation):
     """
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
+        super().__init__(controller, bounds=bounds)
         if controller._driver is None:
             raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
-        super().__init__(controller, bounds=bounds)
         self._state["peak"] = controller.base_lr
         self._start()
 

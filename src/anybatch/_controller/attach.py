@@ -12,7 +12,7 @@ from anybatch._controller.controller import Controller
 from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._record import Destination
-from anybatch._scaling import AdaScale, BatchSize, Clock, Rule
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, check_positive
 
 
 def attach(
@@ -21,15 +21,18 @@ def attach(
     model: nn.Module,
     rule: Rule | None = None,
     scheduler: Any = None,
+    schedule_every: float | Literal["epoch"] = 1,
     total: float | None = None,
+    epochs: float | None = None,
     base_batch: float | None = None,
-    micro_batch: float | None = None,
+    micro_batch: float | Literal["auto"] | None = None,
     scale: float | Literal["count"] | None = None,
     examples: float | None = None,
     process_group: dist.ProcessGroup | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
     lagged: bool = False,
+    patience: int = 100,
     record: Destination | Sequence[Destination] | None = None,
 ) -> Controller:
     """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
@@ -43,11 +46,15 @@ def attach(
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
+        schedule_every: base iterations of one scheduler step, where the schedule does not count them: 390, or
+            `"epoch"`, which takes `examples / base_batch`.
         total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
             averages their horizon.
+        epochs: instead of `total`: it is `epochs * examples / base_batch`.
         base_batch: batch the hyperparameters were tuned for, in examples or tokens.
         micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
-            before any backward. The scale of a step is `S = N * micro_batch / base_batch` for the N backwards counted.
+            before any backward; `"auto"` takes the first dimension of what each forward gets. The scale of a step is
+            `S = N * micro_batch / base_batch` for the N backwards counted.
         scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
         examples: size of the training data, in the unit of `base_batch`, if every epoch goes once through it, as a
             shuffling DataLoader does. The examples of a step are then never the same ones, and look less alike than
@@ -63,6 +70,8 @@ def attach(
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
             finite is noticed one step late: without a `GradScaler`, its step counts.
+        patience: steps in a row that may not count, for gradients that are not finite or not there, before
+            `DivergedError`; after 10 of them there is a warning.
         record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
             has those for TensorBoard, W&B and MLflow), or a list of these.
 
@@ -73,7 +82,7 @@ def attach(
         InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
             parameters, or one that this optimizer does not train.
         UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
-        UsageError: the optimizer has a controller already; several ranks without DDP.
+        UsageError: the optimizer has a controller already; several ranks without DDP, or with other settings.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -104,16 +113,34 @@ def attach(
         raise InvalidValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}.")
     if reduction not in ("mean", "sum"):
         raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        raise InvalidValueError(f"patience is a number of steps, at least 1; got {patience!r}.")
+    batch = BatchSize(base_batch, micro_batch, scale, examples)
+    if schedule_every == "epoch":
+        schedule_every = _epoch_of(batch, "schedule_every='epoch'")
+    if epochs is not None:
+        if total is not None:
+            raise InvalidValueError(f"Give total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
+        total = check_positive("epochs", epochs) * _epoch_of(batch, "epochs")
     return Controller(
         optimizer,
         model=model,
         rule=rule,
         scheduler=scheduler,
-        batch=BatchSize(base_batch, micro_batch, scale, examples),
+        schedule_every=check_positive("schedule_every", schedule_every),
+        batch=batch,
         clock=Clock(total),
         process_group=process_group,
         grad_scaler=grad_scaler,
         reduction=reduction,
         lagged=lagged,
+        patience=patience,
         record=record,
     )
+
+
+def _epoch_of(batch: BatchSize, wanted: str) -> float:
+    """Base iterations of a pass over the data."""
+    if batch.population is None:
+        raise InvalidValueError(f"{wanted} needs base_batch and examples=len(data), for the length of an epoch.")
+    return batch.population

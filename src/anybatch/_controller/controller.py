@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import isnan
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch._controller.judge import Judge
+from anybatch._controller.loops import Loops
 from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.step import Stepper
 from anybatch._controller.tally import Readings, Tally
@@ -19,6 +21,7 @@ from anybatch._gradients import (
     Gather,
     Metric,
     Reduction,
+    Sizes,
     check_same,
     engine_of,
     trained_parameters,
@@ -38,8 +41,10 @@ from anybatch._scaling import (
 )
 
 
-class Controller(Readings, Companion):
+class Controller(Readings, Loops, Companion):
     """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
+
+    _attached = False
 
     def __init__(
         self,
@@ -48,12 +53,14 @@ class Controller(Readings, Companion):
         model: nn.Module,
         rule: Rule,
         scheduler: Any,
+        schedule_every: float,
         batch: BatchSize,
         clock: Clock,
         process_group: dist.ProcessGroup | None,
         grad_scaler: torch.amp.GradScaler | None,
         reduction: Reduction,
         lagged: bool,
+        patience: int,
         record: Destination | Sequence[Destination] | None,
     ) -> None:
         if optimizer in attached:
@@ -61,6 +68,7 @@ class Controller(Readings, Companion):
         self._optimizer = optimizer
         self._rule = rule
         self._batch = batch
+        self._population = batch.population
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
         stated = (adascale.exponent, adascale.like) if adascale else (1.0, None)
@@ -93,7 +101,11 @@ class Controller(Readings, Companion):
             entry, tally = second_moment_of(optimizer, family), self._tally
             metric = Metric(optimizer, entry=entry, steps=lambda: tally.steps, part=engine.part)
         super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen, weighed=metric is not None)
-        self._driver = None if scheduler is None else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock)
+        self._driver = (
+            None
+            if scheduler is None
+            else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock, every=schedule_every)
+        )
         self._gather: Gather | None = None
         if counted:
             self._gather = Gather(
@@ -105,8 +117,10 @@ class Controller(Readings, Companion):
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=adascale is not None and adascale.consecutive,
                 metric=metric,
+                sizes=None if batch.micro_batch is None else Sizes(model, given=_number(batch.micro_batch)),
             )
-            self._gather.micro_batch = batch.micro_batch or 1.0
+            self._gather.auto = batch.micro_batch == "auto"
+            self._gather.micro_batch = _number(batch.micro_batch) or 1.0
         config = run_config(
             optimizer,
             rule=rule,
@@ -133,17 +147,29 @@ class Controller(Readings, Companion):
             logbook=self._logbook,
             reduction=reduction,
             lagged=lagged,
+            patience=patience,
             share=self._share,
         )
         attached.add(optimizer)
+        self._attached = True
 
     # ---- what a user calls ----
 
     @property
     def done(self) -> bool:
-        """Whether `tau >= total`; an error without a `total`."""
+        """Whether `tau >= total`.
+
+        Raises:
+            UsageError: there is no `total`; or it is not reached and never will be, as the controller is detached.
+        """
         self._stepper.restore()
-        return self.clock.done
+        done = self.clock.done
+        if not (done or self._attached):
+            raise UsageError(
+                f"The controller is detached at tau = {self.tau:g} of {self.clock.total:g}: its clock stands, and a "
+                "loop on `done` would never end."
+            )
+        return done
 
     @property
     def micro_batch(self) -> float | None:
@@ -155,6 +181,7 @@ class Controller(Readings, Companion):
         if self._gather is None or self._batch.micro_batch is None:
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
         self._gather.micro_batch = check_positive("micro_batch", value)
+        self._gather.auto = False
 
     @property
     def base_lr(self) -> float:
@@ -265,6 +292,19 @@ class Controller(Readings, Companion):
         self._let_go()
         self._logbook.close()
         attached.discard(self._optimizer)
+        self._attached = False
+
+    def __repr__(self) -> str:
+        total = "" if self.clock.total is None else f" of {self.clock.total:g}"
+        numbers = {"scale": self.scale, "gain": self.gain, "noise scale": self.noise_scale}
+        known = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isnan(value))
+        detached = "" if self._attached else ", detached"
+        return f"<Controller: tau {self.tau:.6g}{total}, {self.steps} steps{known}{detached}>"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise AttributeError(f"A controller has no {name!r} to set; what may be set is micro_batch.")
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
@@ -287,3 +327,8 @@ class Controller(Readings, Companion):
         self._stepper.forget()
         if self._driver is not None:
             self._driver.catch_up()
+
+
+def _number(value: float | str | None) -> float | None:
+    """A size as a number; `None` where it is read off the forwards."""
+    return None if value is None or isinstance(value, str) else value

@@ -1,36 +1,77 @@
 """The controller's saved state: a flat dictionary of numbers, checked name by name before any of it is used."""
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 from anybatch._errors import StateError
+from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
 STATE_VERSION = 2  # 2: the averages in Adam's metric
-_NEW_IN_2 = {f"metric_{name}": value for name, value in vars(Averages()).items()}
+_NEW_IN_2 = {f"metric_{name}": float(value) for name, value in vars(Averages()).items()}
+
+
+# The least and the most that a number may be; of those without a line any finite one may come up.
+_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version")
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_COUNTS, "base_batch", "tau", "iterations", "metric_iterations"), (0, MOST)),
+    **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
+    "schedule_offset": (-1, MOST),  # torch's schedulers are at -1 before their first step
+}
+_LARGEST = 1e100  # an averaged moment: far beyond what a gradient in float32 comes to, and its square is a float
+_WHOLE = (*_COUNTS, "schedule_offset")
+
+
+def checked_numbers(state: object, *, whose: str) -> dict[str, float]:
+    """The numbers of a flat state by their names.
+
+    Raises:
+        StateError: it is no mapping of names to finite numbers.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"Not the state of {whose}: pass what its state_dict() gave, got {shown(state)}.")
+    values = {}
+    for name, value in state.items():
+        number = real(value)
+        if not isinstance(name, str) or number is None:
+            raise StateError(f"Not the state of {whose}: {shown(name)} is not a finite number, got {shown(value)}.")
+        values[name] = number
+    return values
 
 
 def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dict[str, float]:
     """The numbers of `state`, if it can go on where `mine` is.
 
     Raises:
-        StateError: it has other names or a newer version, or is of another model or base batch.
+        StateError: it has other names or a newer version, holds a number that no run comes to, or is of another model
+            or base batch.
     """
-    try:
-        values = {name: float(value) for name, value in state.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise StateError("Not a controller's state: it holds something that is not a number.") from None
+    values = checked_numbers(state, whose="a controller")
     if values.get("version", 0) > STATE_VERSION:
         raise StateError(
             f"The state has version {values['version']:g}, this anybatch reads up to {STATE_VERSION}: upgrade anybatch."
         )
     if values.get("version") == 1:
-        values = {**_NEW_IN_2, **values}
+        values = {**_NEW_IN_2, **values, "version": float(STATE_VERSION)}
     if set(values) != set(mine):
-        raise StateError(f"Not a controller's state: {sorted(set(values) ^ set(mine))} are missing or unknown.")
-    if not all(isfinite(value) for value in values.values()):
-        raise StateError("The state holds a number that is not finite.")
+        odd = sorted(set(values) ^ set(mine))
+        raise StateError(f"Not a controller's state: {shown(odd)} are missing or unknown.")
+    for name, (least, most) in _RANGES.items():
+        if not least <= values[name] <= most or (name in _WHOLE and not values[name].is_integer()):
+            kind = "a whole number" if name in _WHOLE else "a number"
+            raise StateError(
+                f"The state is damaged: {name} is {kind} from {least:g} to {most:.16g}, got {values[name]!r}. Load the "
+                "state as state_dict() gave it."
+            )
+    if values["version"] != STATE_VERSION:
+        raise StateError(f"The state is damaged: there is no version {values['version']:g}.")
+    for prefix in ("", "metric_"):
+        names = [prefix + name for name in ("variance", "sqnorm", "weight", "samples")]
+        variance, sqnorm, weight, samples = (values[name] for name in names)
+        if (samples > 0) != (weight > 0) or max(abs(variance), abs(sqnorm)) > _LARGEST * weight:
+            raise StateError(
+                f"The state is damaged: { ({name: values[name] for name in names}) } contradict each other."
+            )
     if values["parameters"] != mine["parameters"]:
         raise StateError(
             f"The state is of a model with {values['parameters']:.0f} trained parameters, this one has "

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from anybatch._controller.judge import Judge, Step
 from anybatch._controller.tally import Tally
-from anybatch._errors import AnybatchWarning
+from anybatch._errors import AnybatchWarning, DivergedError
 from anybatch._gradients import (
     Engine,
     Flight,
@@ -36,6 +36,8 @@ from anybatch._maps import check_base
 from anybatch._record import Logbook
 from anybatch._scaling import Hyperparameters, Moments, ScheduleDriver
 
+_PATIENT = 10  # steps in a row that do not count before a warning: a GradScaler may take some to find its factor
+
 
 class Stepper:
     """Takes an optimizer through its steps.
@@ -52,6 +54,7 @@ class Stepper:
         logbook: where steps are written to.
         reduction: what `.grad` is at the step.
         lagged: whether a step is judged by the step before.
+        patience: steps in a row that may not count.
         share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
     """
 
@@ -69,6 +72,7 @@ class Stepper:
         logbook: Logbook,
         reduction: Reduction,
         lagged: bool,
+        patience: int,
         share: Callable[[], Share | None],
     ) -> None:
         self._optimizer = optimizer
@@ -82,13 +86,14 @@ class Stepper:
         self._logbook = logbook
         self._reduction: Reduction = reduction
         self._lagged = lagged
+        self._patience = patience
         self._share = share
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
         self._inverse_size: float | None = None
         self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
-        self._warned = False
+        self._warned: set[str] = set()
         self._restore_values: Callable[[], None] | None = None
         self._handles = [
             # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
@@ -162,6 +167,7 @@ class Stepper:
         if not seen and not emptied and is_phantom(self._optimizer, counted=self._gather is not None):
             return
         check_base(self._optimizer)
+        self._check_run()
         if self._driver is not None:
             self._driver.check()
         share = self._share()
@@ -187,15 +193,61 @@ class Stepper:
         if not gather.emptied():
             return False
         gather.close()
-        if not self._warned:
-            self._warned = True
+        self._warn(
+            "The gradients were cleared between the last backward and optimizer.step(): such a step does not count, "
+            "and the clock stands. Call optimizer.zero_grad() after the step, not before it."
+        )
+        return True
+
+    def _warn(self, text: str) -> None:
+        """Once each."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, AnybatchWarning, stacklevel=2)
+
+    def _check_run(self) -> None:
+        """Look whether the run still goes somewhere, and whether it should.
+
+        Raises:
+            DivergedError: the weights are not finite.
+        """
+        if self._tally.in_a_row and not all(bool(p.isfinite().all()) for p in trainable(self._optimizer)):
+            raise DivergedError(
+                f"The weights are not finite after step {self._tally.steps}, at tau = {self._tally.clock.tau:g}: no "
+                "step will count now. The learning rate is too high, or a loss not finite: go back to a checkpoint."
+            )
+        if self._tally.clock.total is not None and self._tally.clock.done:
+            self._warn(
+                "A step after the end: the clock has reached total, and the schedule with it. Train `while not "
+                "controller.done`, or give attach the total, in base iterations, that is meant."
+            )
+        if self._driver is None and getattr(self._optimizer.step, "_wrapped_by_lr_sched", False):  # by torch's own
+            self._warn(
+                "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "
+                "by the loop it does not come to its end. Give attach(scheduler=...), and do not step it."
+            )
+
+    def _complain(self, step: Step) -> None:
+        """Say that a step did not count.
+
+        Raises:
+            DivergedError: too many in a row.
+        """
+        n = self._tally.in_a_row
+        why = "there was no gradient" if step.count == 0 else "the gradient was not finite"
+        if n == _PATIENT:
             warnings.warn(
-                "The gradients were cleared between the last backward and optimizer.step(): such a step does not "
-                "count, and the clock stands. Call optimizer.zero_grad() after the step, not before it.",
+                f"{n} steps in a row did not count, because {why}: the clock stands at {self._tally.clock.tau:g}. "
+                f"After {self._patience} of them there is a DivergedError.",
                 AnybatchWarning,
                 stacklevel=2,
             )
-        return True
+        if n >= self._patience:
+            raise DivergedError(
+                f"{n} steps in a row did not count, because {why}: the clock stands at {self._tally.clock.tau:g}, and "
+                "the run would never end. Lower the learning rate, or look at the loss; attach(patience=...) is the "
+                "number of them that may be."
+            )
 
     def _observe(self, share: Share | None) -> Step:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
@@ -237,6 +289,10 @@ class Stepper:
         skipped = step.skipped or (found_inf is not None and bool(found_inf))
         if self._gather is not None:
             self._gather.close(forget=skipped)
-        self._tally.add(step, skipped=skipped)
-        if self._logbook.writes:
-            self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
+        try:
+            self._tally.add(step, skipped=skipped)
+        finally:  # the step has happened, whatever those who follow the clock make of it
+            if self._logbook.writes:
+                self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
+        if skipped:
+            self._complain(step)

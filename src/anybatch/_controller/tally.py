@@ -22,6 +22,7 @@ class Tally:
         self.known = Known()
         self.steps = 0
         self.skipped = 0
+        self.in_a_row = 0  # steps that did not count since the last that did
         self.last: Step | None = None
         self._time = time.perf_counter()
 
@@ -34,8 +35,10 @@ class Tally:
         """Count a step that was taken, or that was skipped and leaves everything as it was."""
         if skipped:
             self.skipped += 1
+            self.in_a_row += 1
             return
         self.steps += 1
+        self.in_a_row = 0
         self.last = step
         self.known = step.known.moved(step.scaling.iterations)
         self.clock.advance(step.scaling.iterations)

@@ -1,9 +1,11 @@
 """How much of a model average a stretch of the clock replaces."""
 
-from collections.abc import Callable
-from math import ceil, cos, expm1, isfinite, log, log1p, pi
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, cos, expm1, log, log1p, pi
 
 from anybatch._errors import InvalidValueError
+from anybatch._numbers import positive, real, shown
 
 # The ramp (1 + t) / (_RAMP + 1 + t) of TensorFlow's moving averages, which timm, diffusers and torch_ema have too.
 _RAMP = 9
@@ -31,13 +33,31 @@ def half_life(span: float, *, base_batch: float | None = None) -> float:
         >>> anybatch.half_life(5_000_000, base_batch=256) == anybatch.half_life(5_000_000 / 256)
         True
     """
+    known = []
     for name, value in (("span", span), ("base_batch", 1 if base_batch is None else base_batch)):
-        if not (isfinite(value) and value > 0):
-            raise InvalidValueError(f"{name} must be positive and finite, got {value!r}.")
-    decay = float(0.5 ** ((1 if base_batch is None else base_batch) / span))
+        number = positive(value)
+        if number is None:
+            raise InvalidValueError(f"{name} must be positive and finite, got {shown(value)}.")
+        known.append(number)
+    decay = float(0.5 ** (known[1] / known[0]))
     if decay >= 1:
         raise InvalidValueError(f"A half-life of {span!r} is too long: its decay rounds to 1, an average that stays.")
     return decay
+
+
+def factors(decay: object) -> tuple[float, ...]:
+    """One decay or several, in [0, 1) each.
+
+    Raises:
+        InvalidValueError: something else, or two that are the same.
+    """
+    given = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str | bytes) else (decay,)
+    known = [number for number in map(real, given) if number is not None and 0 <= number < 1]
+    if len(known) != len(given):
+        raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {shown(decay)}.")
+    if not known or len(set(known)) < len(known):
+        raise InvalidValueError(f"Several decays must be different, and at least one, got {shown(decay)}.")
+    return tuple(known)
 
 
 def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[float], float]:
@@ -68,15 +88,25 @@ def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[f
         1. Its argument is the clock, base iterations, in place of steps: the same schedule at any batch size.
     """
     for name, value in (("start", start), ("end", end)):
-        if not 0 < value <= 1:
-            raise InvalidValueError(f"{name} is a decay in (0, 1], got {value!r}.")
-    if not (isfinite(total) and total > 0):
-        raise InvalidValueError(f"total must be positive and finite, got {total!r}.")
+        number = positive(value)
+        if number is None or number > 1:
+            raise InvalidValueError(f"{name} is a decay in (0, 1], got {shown(value)}.")
+    if positive(total) is None:
+        raise InvalidValueError(f"total must be positive and finite, got {shown(total)}.")
+    return _Cosine(start, total, end)
 
-    def decay(tau: float) -> float:
-        return end - (end - start) * (1 + cos(pi * min(max(tau / total, 0.0), 1.0))) / 2
 
-    return decay
+@dataclass(frozen=True)
+class _Cosine:
+    """The function of `cosine_decay`: an object of a class, so that it can be pickled."""
+
+    start: float
+    total: float
+    end: float
+
+    def __call__(self, tau: float) -> float:
+        done = min(max(tau / self.total, 0.0), 1.0)
+        return self.end - (self.end - self.start) * (1 + cos(pi * done)) / 2
 
 
 def scheduled_weight(decay: Callable[[float], float], *, iterations: float, tau: float) -> float:
@@ -93,9 +123,10 @@ def scheduled_weight(decay: Callable[[float], float], *, iterations: float, tau:
         return 0.0
     logs = []
     for i in range(2 * _PANELS + 1):
-        rho = float(decay(tau + iterations * i / (2 * _PANELS)))
-        if not 0 < rho <= 1:
-            raise InvalidValueError(f"A decay is in (0, 1], got {rho!r} at tau = {tau:g}.")
+        given = decay(tau + iterations * i / (2 * _PANELS))
+        rho = real(given)
+        if rho is None or not 0 < rho <= 1:
+            raise InvalidValueError(f"A decay is in (0, 1], got {shown(given)} at tau = {tau:g}.")
         logs.append(log(rho))
     mean = (logs[0] + logs[-1] + 4 * sum(logs[1:-1:2]) + 2 * sum(logs[2:-1:2])) / (6 * _PANELS)
     return -expm1(iterations * mean)

@@ -9,6 +9,7 @@ from torch import Tensor
 from anybatch._ema.model_ema import ModelEMA
 from anybatch._ema.tensors import clean
 from anybatch._errors import InvalidValueError, StateError
+from anybatch._numbers import shown, whole
 
 _KNOWN = (
     "torch.optim.swa_utils.AveragedModel, timm's ModelEmaV2 and V3, ema-pytorch, diffusers' EMAModel, torch_ema, and a "
@@ -49,8 +50,8 @@ def ema_state_from(state: Mapping[str, Any], *, ema: ModelEMA) -> dict[str, Any]
     own = ema.state_dict()
     if isinstance(own["decay"], list):
         raise InvalidValueError("The state has one average: give a ModelEMA with one decay.")
-    if not isinstance(state, Mapping):
-        raise StateError(f"A state dict is needed, got {type(state).__name__}: pass its state_dict().")
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise StateError(f"A state dict is needed, values by their names, got {shown(state)}: pass its state_dict().")
     names = list(own["averages"])
     listed, known = "shadow_params" in state, {clean(key) for key in ema._tensors.model.state_dict()}
     bare = not listed and set(names) <= {clean(key) for key in state}  # a "step" in it may be the model's own
@@ -62,13 +63,30 @@ def ema_state_from(state: Mapping[str, Any], *, ema: ModelEMA) -> dict[str, Any]
     missing = [name for name in names if name not in found]
     if missing:
         raise StateError(f"The state has no averages of {missing[:5]}: leave them out with ModelEMA(include=...).")
-    updates = next((float(state[counter]) for counter in counters if state[counter] is not None), inf)
+    for name in names:
+        ema._tensors.as_held(name, found[name])  # which raises if it does not fit
+    updates = _updates(state, counters)
     averages = {name: found[name] for name in names}
     return {**own, "tau": updates, "pending": 0.0, "waiting": 0, "averages": averages}
 
 
-def _listed(shadows: list[Tensor], ema: ModelEMA) -> dict[str, Tensor]:
+def _updates(state: Mapping[str, Any], counters: list[str]) -> float:
+    """How many updates the first counter that counts has seen; infinity without one."""
+    for counter in counters:
+        if state[counter] is not None:
+            count = whole(state[counter])
+            if count is None or count < 0:
+                raise StateError(
+                    f"The state is damaged: {counter} is a number of updates, got {shown(state[counter])}."
+                )
+            return float(count)
+    return inf
+
+
+def _listed(shadows: Any, ema: ModelEMA) -> dict[str, Tensor]:
     """A list in the order of the parameters: of all, or of those that are trained."""
+    if not isinstance(shadows, list | tuple) or not all(isinstance(shadow, Tensor) for shadow in shadows):
+        raise StateError(f"The state is damaged: shadow_params is a list of tensors, got {shown(shadows)}.")
     ema._tensors.reshard()
     parameters = [(clean(name), p) for name, p in ema._tensors.model.named_parameters()]
     trained = [(name, p) for name, p in parameters if p.requires_grad]

@@ -1,20 +1,27 @@
 """ModelEMA: a moving average of a model's weights whose memory is counted in base iterations."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybatch._ema.decay import new_weight, scheduled_weight
+from anybatch._ema.decay import factors, new_weight, scheduled_weight
 from anybatch._ema.lerp import Lerp
 from anybatch._ema.offload import Offload
 from anybatch._ema.state import averages_keys, checked_state, numbers
 from anybatch._ema.tensors import Snapshot, Tensors, is_sharded
 from anybatch._errors import InvalidValueError, UsageError
+from anybatch._numbers import positive, real, shown, whole
 from anybatch._scaling import Clock
+
+
+def _all(_: str) -> bool:
+    """The default of `include`; a function with a name, so that it can be pickled."""
+    return True
 
 
 class ModelEMA:
@@ -78,30 +85,40 @@ class ModelEMA:
         decay: float | Sequence[float] | Callable[[float], float],
         *,
         clock: Clock | None = None,
-        include: Callable[[str], bool] = lambda _: True,
+        include: Callable[[str], bool] = _all,
         base_batch: float | None = None,
         update_every: int = 1,
         warmup: bool = False,
         average_statistics: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidValueError(f"model is the torch.nn.Module to average, got {shown(model)}.")
+        if clock is not None and not isinstance(clock, Clock):
+            raise InvalidValueError(
+                f"clock is controller.clock, or None to call update() yourself; got {shown(clock)}."
+            )
+        if not callable(include):
+            raise InvalidValueError(f"include is a function of a parameter's name, got {shown(include)}.")
+        for name, switch in (("warmup", warmup), ("average_statistics", average_statistics)):
+            if not isinstance(switch, bool):
+                raise InvalidValueError(f"{name} is True or False, got {shown(switch)}.")
         self._schedule = decay if callable(decay) else None
-        given = (0.0,) if callable(decay) else decay if isinstance(decay, Sequence) else (decay,)
-        self._decays = tuple(float(d) for d in given)
+        self._decays = (0.0,) if callable(decay) else factors(decay)
         self.decay = decay if isinstance(decay, Sequence) or callable(decay) else self._decays[0]
         if warmup and self._schedule is not None:
             raise InvalidValueError("A decay that is a function of tau is its own warm-up: leave out warmup=True.")
-        if not all(isfinite(d) and 0 <= d < 1 for d in self._decays):
-            raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {decay!r}.")
-        if not self._decays or len(set(self._decays)) < len(self._decays):
-            raise InvalidValueError(f"Several decays must be different, and at least one, got {decay!r}.")
-        if base_batch is not None and not (isfinite(base_batch) and base_batch > 0):
-            raise InvalidValueError(f"base_batch must be positive and finite, got {base_batch!r}.")
-        if update_every < 1:
-            raise InvalidValueError(f"update_every is a number of updates, at least 1, got {update_every!r}.")
-        self._base_batch, self._update_every, self._warmup = base_batch, update_every, warmup
+        if base_batch is not None and positive(base_batch) is None:
+            raise InvalidValueError(f"base_batch must be positive and finite, got {shown(base_batch)}.")
+        every = whole(update_every)
+        if every is None or every < 1:
+            raise InvalidValueError(f"update_every is a number of updates, at least 1, got {shown(update_every)}.")
+        try:
+            self._device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise InvalidValueError(f'device is a device of torch, such as "cpu", got {shown(device)}.') from None
+        self._base_batch, self._update_every, self._warmup = base_batch, every, warmup
         self._tensors = Tensors(model, include, statistics=average_statistics)
-        self._device = None if device is None else torch.device(device)
         first = self._tensors.local()
         with torch.inference_mode(False):
             self._averages = [[_first(tensor.detach(), self._device) for tensor in first] for _ in self._decays]
@@ -112,10 +129,47 @@ class ModelEMA:
         self._own: Snapshot | None = None
         self._unsubscribe = None if clock is None else clock.subscribe(self.update)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelEMA":
+        """With a copy of the model; it follows no clock.
+
+        Raises:
+            UsageError: inside of `applied()`, or the model is sharded.
+        """
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._portable(), memo))
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy.deepcopy` copies: a copy follows no clock, and so cannot stop this object."""
+        """What `pickle` writes, the model included; what is read follows no clock.
+
+        Raises:
+            UsageError: inside of `applied()`, the model is sharded, or a function given here has no name to find it by.
+        """
+        for function in (self._tensors.include, self._schedule):
+            try:
+                pickle.dumps(function)
+            except Exception:
+                raise UsageError(
+                    f"{shown(function)} cannot be pickled: give ModelEMA a function with a name in a module, not a "
+                    "lambda; or save state_dict(), which needs no function."
+                ) from None
+        return self._portable()
+
+    def _portable(self) -> dict[str, Any]:
+        """What a copy has: no clock, for it could stop this object, and no prepared lists of this model's tensors."""
+        if self._own is not None:
+            raise UsageError(
+                "There is no copy inside of applied(): its model would never get its own weights back. Leave it first, "
+                "or copy in `with ema.withdrawn():`."
+            )
+        if self._tensors.sharded:
+            raise UsageError(
+                "A sharded model's average is not copied, as its shards belong to this process group: save "
+                "state_dict() by torch.distributed.checkpoint, and load it into a new ModelEMA."
+            )
         self._finish()
-        return {**self.__dict__, "_unsubscribe": None, "_lerp": None}
+        return {**self.__dict__, "_unsubscribe": None, "_lerp": None, "_addresses": []}
 
     def stop(self) -> None:
         """Follow the clock no longer."""
@@ -220,20 +274,22 @@ class ModelEMA:
         """Take saved averages, copied into this object's own tensors; a single decay stays the one given here.
 
         Raises:
-            StateError: other names, shapes or decays, or a newer version.
-            UsageError: inside of `applied()`.
+            StateError: other names, shapes or decays, a newer version, or something that no average has; nothing of it
+                was taken then.
+            UsageError: inside of `applied()`, or a parameter has another shape than when this object was made.
         """
         if self._own is not None:
             raise UsageError("A state cannot be loaded inside of applied(): the model holds the old averages there.")
-        self._finish()
         names = self._tensors.names
         state = checked_state(state, decays=self._decays, names=names)
         saved = [state[key] for key in averages_keys(self._decays)]
+        self._prepared()  # which raises if the averages do not fit any more
+        self._finish()
         loaded = [[self._tensors.as_held(name, values[name]) for name in names] for values in saved]
         for averages, values in zip(self._averages, loaded, strict=True):
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
-        self.tau, self._pending, self._waiting = float(state["tau"]), float(state["pending"]), int(state["waiting"])
+        self.tau, self._pending, self._waiting = state["tau"], state["pending"], state["waiting"]
 
     def _weights(self, moved: float) -> list[float]:
         """How much each average takes of the newest weights, after `moved` base iterations."""
@@ -251,16 +307,17 @@ class ModelEMA:
     def _counted(self, iterations: float | None, batch_size: float | None) -> float:
         if iterations is not None and batch_size is not None:
             raise InvalidValueError("update() takes iterations or batch_size, not both.")
-        name, value = ("iterations", 1.0 if iterations is None else iterations)
+        name, given, unit = "iterations", 1.0 if iterations is None else iterations, 1.0
         if batch_size is not None:
             if self._base_batch is None:
                 raise UsageError(
                     "update(batch_size=...) needs the batch of one base iteration: ModelEMA(base_batch=...)."
                 )
-            name, value = "batch_size", batch_size / self._base_batch
-        if not (isfinite(value) and value >= 0):
-            raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
-        return float(value)
+            name, given, unit = "batch_size", batch_size, self._base_batch
+        value = real(given)
+        if value is None or value < 0:
+            raise InvalidValueError(f"{name} must be finite and not negative, got {shown(given)}.")
+        return value / unit
 
     def _prepared(self) -> Lerp | Offload:
         """The lists to move, made anew when a tensor has come to lie somewhere else."""

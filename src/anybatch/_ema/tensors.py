@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._numbers import shown
 
 Slot = tuple[dict[str, Any], str]
 
@@ -51,7 +52,7 @@ class Tensors:
 
     def __init__(self, model: nn.Module, include: Callable[[str], bool], *, statistics: bool) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self._include, self._statistics = include, statistics
+        self.include, self._statistics = include, statistics
         self.reshard()
         self._slots = self._averaged()
         if not self._slots:
@@ -66,6 +67,11 @@ class Tensors:
                 raise InvalidValueError(f"{name} is on the meta device: give the model its weights before ModelEMA.")
             if is_sharded(tensor):
                 self._shards[name] = tensor
+
+    @property
+    def sharded(self) -> bool:
+        """Whether some of them are shards of FSDP2."""
+        return bool(self._shards)
 
     def check(self) -> None:
         """See whether the model has the averaged tensors, and no others, where they were found.
@@ -156,13 +162,19 @@ class Tensors:
         mesh, placements = whole.device_mesh, whole.placements
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
-    def as_held(self, name: str, saved: Tensor) -> Tensor:
+    def as_held(self, name: str, saved: Any) -> Tensor:
         """What this rank holds of a saved tensor.
 
         Raises:
-            StateError: another shape, or sharded in another way.
+            StateError: no tensor that can be copied, another shape, or sharded in another way.
         """
         whole: Any = self[name]
+        if not isinstance(saved, Tensor):
+            raise StateError(f"The state is damaged: {name} is no tensor, but {shown(saved)}.")
+        if saved.is_meta or saved.layout is not torch.strided:
+            raise StateError(f"The state's {name} has no values to copy: it is on {saved.device}, {saved.layout}.")
+        if saved.is_complex() != whole.is_complex() or not (saved.is_complex() or saved.is_floating_point()):
+            raise StateError(f"The state is of another model: {name} is of {saved.dtype}, for {whole.dtype}.")
         if saved.shape != whole.shape:
             shapes = f"{list(saved.shape)} for {list(whole.shape)}"
             raise StateError(f"The state is of another model: {name} has shape {shapes}.")
@@ -187,7 +199,7 @@ class Tensors:
         seen: set[int] = set()
         for name, (places, key) in _places(self.model, statistics=self._statistics):
             tensor = places[key]
-            if id(tensor) not in seen and (tensor.is_floating_point() or tensor.is_complex()) and self._include(name):
+            if id(tensor) not in seen and (tensor.is_floating_point() or tensor.is_complex()) and self.include(name):
                 seen.add(id(tensor))
                 found[name] = places, key
         return found

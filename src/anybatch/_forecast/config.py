@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from anybatch._record import positive
+from anybatch._numbers import real
 from anybatch._scaling import Estimator, Smoothing
 
 # How far training itself drifts, for each doubling from the record's scale to a larger one: the widest seen, down and
@@ -25,7 +25,7 @@ class RuleConfig:
     adascale: bool
     estimator: Estimator
     smoothing: Smoothing
-    noise_factor: float = 1.0
+    noise_factor: float
 
 
 def drift(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -44,15 +44,14 @@ def constant_momentum(config: Mapping[str, Any]) -> bool:
     return config.get("decays") == "constant" and any(memories)
 
 
-def rule_of(config: Mapping[str, Any]) -> RuleConfig:
+def rule_of(config: Mapping[str, Any], *, noise_factor: float) -> RuleConfig:
     """What the record says of the rule; AdaScale's defaults where it says nothing."""
-    estimator, smoothing = config.get("estimator"), config.get("smoothing")
-    theta: Smoothing = None
-    if smoothing == "paper" or (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
-        theta = smoothing
+    estimator, smoothing, rule = config.get("estimator"), config.get("smoothing"), config.get("rule", "AdaScale()")
+    number = real(smoothing)
+    theta: Smoothing = number if number is not None and 0 <= number < 1 else None
     return RuleConfig(
-        adascale=estimator is not None or "AdaScale" in str(config.get("rule", "AdaScale()")),
+        adascale=estimator is not None or (isinstance(rule, str) and "AdaScale" in rule),
         estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
-        smoothing=theta,
-        noise_factor=positive(config.get("noise_factor")) or 1.0,
+        smoothing="paper" if smoothing == "paper" else theta,
+        noise_factor=noise_factor,
     )

@@ -36,6 +36,7 @@ class Samples:
         steps: how many steps are in it.
         end: how far the run got, base iterations.
         total: base iterations of the whole run.
+        beyond: measured steps that began beyond the total, and are not in it.
     """
 
     tau: list[float]
@@ -45,6 +46,7 @@ class Samples:
     steps: list[int]
     end: float
     total: float
+    beyond: int
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,7 @@ class Curves:
         return variance, sqnorm
 
 
-def walk(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """The steps that moved the clock."""
-    return [s for s in steps if not s.skipped and isfinite(s.tau) and isfinite(s.iterations) and s.iterations > 0]
-
-
-def samples(steps: Sequence[StepRecord], *, total: float) -> Samples:
+def samples(steps: Sequence[StepRecord], *, total: float, record: str) -> Samples:
     """The raw moments of `steps`, as `walk` gives them.
 
     A step's weight is half of what the step before it and the step itself moved the clock. Its own alone would favour
@@ -88,23 +85,29 @@ def samples(steps: Sequence[StepRecord], *, total: float) -> Samples:
     measured = [s for s in steps if isfinite(s.raw_variance) and isfinite(s.raw_sqnorm)]
     if not measured:
         raise InvalidValueError(
-            "No step of this record shows a variance, so there is nothing to forecast from. Record a run with "
+            f"{record} has no step that shows a variance, so there is nothing to forecast from. Record a run with "
             "rule=AdaScale() and two or more gradients a step: accumulate, use several ranks, or anybatch.split(batch, "
             "2); scale 1 in two halves is enough."
         )
     bins: dict[int, list[float]] = {}
-    before = measured[0].iterations
+    before, beyond = measured[0].iterations, 0
     for step in measured:
-        start, weight = step.tau - step.iterations, (before + step.iterations) / 2
+        start, weight = max(step.tau - step.iterations, 0.0), (before + step.iterations) / 2
         before = step.iterations
+        if start >= total:
+            beyond += 1
+            continue
         found = bins.setdefault(int(start / total * _BINS), [0.0] * 5)
         for i, value in enumerate((weight * start, weight, weight * step.raw_variance, weight * step.raw_sqnorm, 1)):
             found[i] += value
+    if not bins:
+        raise InvalidValueError(
+            f"{record} shows a variance only beyond tau = {total:g}, the total that its header has: correct the header."
+        )
     rows = [bins[key] for key in sorted(bins)]
     tau, variance, sqnorm = ([row[i] / row[1] for row in rows] for i in (0, 2, 3))
-    return Samples(
-        tau, [r[1] for r in rows], variance, sqnorm, [int(r[4]) for r in rows], min(steps[-1].tau, total), total
-    )
+    weights, counts = [row[1] for row in rows], [int(row[4]) for row in rows]
+    return Samples(tau, weights, variance, sqnorm, counts, min(steps[-1].tau, total), total, beyond)
 
 
 def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
@@ -136,6 +139,11 @@ def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
         late_variance, late_sqnorm = (values[:, 1:] for values in quarters)
         variance = torch.cat([variance, late_variance.expand(-1, len(beyond))], 1)
         sqnorm = torch.cat([sqnorm, late_sqnorm * torch.exp(slope[:, None] * beyond)], 1)
+    if not (variance.isfinite().all() and sqnorm.isfinite().all()):
+        raise InvalidValueError(
+            "The record's steps are so unlike that they have no mean: iterations or moments of some are beyond all "
+            "digits of the others'. Look for lines that are damaged, and delete them."
+        )
     return Curves(variance, sqnorm, found.total)
 
 

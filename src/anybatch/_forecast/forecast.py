@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, isfinite, nan
-from os import PathLike
+from os import PathLike, fspath
 from statistics import median
 from typing import Any
 
 from anybatch._errors import InvalidValueError
+from anybatch._forecast.bounds import SECONDS, of_header, scale_within, walk, within
 from anybatch._forecast.config import RuleConfig, constant_momentum, drift, rule_of
-from anybatch._forecast.curve import Samples, samples, walk
+from anybatch._forecast.curve import Samples, samples
 from anybatch._forecast.steps import Estimate, StepForecast
 from anybatch._forecast.time import StepTime, step_time
-from anybatch._record import Run, positive, read_record
-from anybatch._scaling import check_positive
-
-_FARTHEST = 1e12  # a scale
+from anybatch._numbers import positive
+from anybatch._record import Run, read_record
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ def forecast(
         The forecast. Its notes say what it rests on, an unfinished run among others.
 
     Raises:
-        InvalidValueError: no step of the record shows a variance, a value is out of range, or the file is no record.
+        InvalidValueError: no step of the record shows a variance, a value is out of range, the file is no record, or a
+            step of it is none that a run takes.
         StateError: it was written by a newer anybatch.
 
     Example:
@@ -126,54 +126,40 @@ def forecast(
         (statistical efficiency, the time of a step).
     """
     run = record if isinstance(record, Run) else read_record(record)
-    wanted = sorted({_within_reach("scales", scale) for scale in scales})
+    name = "The record" if isinstance(record, Run) else f"The record {fspath(record)!r}"
+    wanted = sorted({scale_within("scales", scale) for scale in scales})
     if not wanted:
         raise InvalidValueError("scales is empty: give at least one, such as [1, 8, 64].")
-    if per_device is not None:
-        _within_reach("per_device", per_device)
-    if seconds_per_step is not None:
-        check_positive("seconds_per_step", seconds_per_step)
-    for name, value in (("sync_seconds", sync_seconds), ("price_per_device_hour", price_per_device_hour)):
-        if value is not None and not (isfinite(value) and value >= 0):
-            raise InvalidValueError(f"{name} must be finite and not negative, got {value!r}.")
-    steps = walk(run.steps)
-    if not steps:
-        raise InvalidValueError("The record holds no step, so there is nothing to forecast from.")
-    total = positive(run.config.get("total"))
+    share = None if per_device is None else scale_within("per_device", per_device)
+    full = None if seconds_per_step is None else within("seconds_per_step", seconds_per_step, least=1e-12, most=1e12)
+    sync = within("sync_seconds", sync_seconds, least=SECONDS[0], most=SECONDS[1])
+    price = (
+        None
+        if price_per_device_hour is None
+        else within("price_per_device_hour", price_per_device_hour, least=0, most=1e12)
+    )
+    steps = walk(run.steps, record=name)
+    total = of_header(run.config, "total", record=name)
     known = total is not None
     total = steps[-1].tau if total is None else total
-    time = step_time(
-        steps,
-        ranks=positive(run.config.get("ranks")) or 1.0,
-        per_device=per_device,
-        seconds_per_step=seconds_per_step,
-        sync_seconds=sync_seconds,
-    )
-    found = samples(steps, total=total)
-    rule = rule_of(run.config)
+    ranks = of_header(run.config, "ranks", record=name) or 1.0
+    time = step_time(steps, ranks=ranks, per_device=share, seconds_per_step=full, sync_seconds=sync)
+    found = samples(steps, total=total, record=name)
+    rule = rule_of(run.config, noise_factor=of_header(run.config, "noise_factor", record=name) or 1.0)
     recorded = median(step.scale for step in steps)
     steps_by_scale = StepForecast(
         found, wanted, rule=rule, time=time, on_clock=known, recorded=recorded, drift=drift(run.config)
     )
     table = steps_by_scale.table()
-    unit = positive(run.config.get("base_batch"))
+    unit = of_header(run.config, "base_batch", record=name)
     return Forecast(
-        scales=tuple(
-            _scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price_per_device_hour) for s in wanted
-        ),
+        scales=tuple(_scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price) for s in wanted),
         critical=steps_by_scale.critical(),
         total=total,
         recorded=recorded,
         unit="base batches" if unit is None else "examples",
         notes=tuple(_notes(run, found, known=known, rule=rule, time=time)),
     )
-
-
-def _within_reach(name: str, value: float) -> float:
-    """A scale whose numbers of steps and devices are still numbers."""
-    if not 1 / _FARTHEST <= check_positive(name, value) <= _FARTHEST:
-        raise InvalidValueError(f"{name} must be between {1 / _FARTHEST:g} and {_FARTHEST:g}, got {value!r}.")
-    return float(value)
 
 
 def _scale(
@@ -202,6 +188,8 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
             f"The record ends at {found.end / found.total:.0%} of the run: beyond it, its last quarter's moments go on "
             "with half of their trend, and the band spans none to all of it."
         )
+    if found.beyond:
+        notes.append(f"{found.beyond} steps that began beyond the total of {found.total:g} are left out.")
     if constant_momentum(run.config):
         notes.append(
             "Constant momentum is a longer memory at a larger scale, which changes training itself: runs there took "

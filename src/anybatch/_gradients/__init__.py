@@ -13,6 +13,7 @@ from anybatch._gradients.parameters import (
     trained_parameters,
 )
 from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, launch
+from anybatch._gradients.sizes import Sizes
 
 __all__ = [
     "Companion",
@@ -24,6 +25,7 @@ __all__ = [
     "Ranks",
     "Reduction",
     "Share",
+    "Sizes",
     "SquaredNorms",
     "check_in_use",
     "check_no_backward",

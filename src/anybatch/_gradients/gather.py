@@ -19,7 +19,7 @@ Nothing here knows what the observed gradients are a part of: `_reduce` turns a 
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
+from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.slots import Slots, total_of
 from anybatch._gradients.together import Together
 from anybatch._gradients.weighing import Weighing
@@ -55,6 +56,7 @@ class Gather:
         loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
         metric: Adam's, where norms are taken in it too.
+        sizes: what forwards show; `None` where no size was given.
     """
 
     def __init__(
@@ -68,8 +70,11 @@ class Gather:
         loss_scale: Callable[[], Tensor | None] = lambda: None,
         consecutive: bool = False,
         metric: Metric | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         self.micro_batch = 1.0
+        self.auto = False  # whether each forward tells the micro-batch's size
+        self._sizes = sizes
         self._measure = measure
         self._leaves_of = leaves
         self._reduced = reduced
@@ -149,7 +154,8 @@ class Gather:
             return
         self._paused, before = True, self._witness.fingerprint()
         try:
-            yield
+            with nullcontext() if self._sizes is None else self._sizes.paused():
+                yield
         finally:
             self._paused, stray, self._stray = False, self._stray, None
             if stray is not None and (before is None or before != self._witness.fingerprint()):
@@ -222,6 +228,8 @@ class Gather:
                 "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
             )
         backwards = self.pending
+        if self._sizes is not None:
+            self._sizes.check(backwards)
         measured = self._measure and not self._unmeasured and backwards > 0
         weighed = None if self._weighing is None else Weighed()
         if not measured:
@@ -262,6 +270,8 @@ class Gather:
         """Remove every hook."""
         for handle in [*self._handles, *self._handles_after]:
             handle.remove()
+        if self._sizes is not None:
+            self._sizes.detach()
         self._handles.clear()
         self._handles_after.clear()
 
@@ -397,6 +407,8 @@ class Gather:
 
     def _size(self) -> None:
         """Note the size of the micro-batches that came since the last call."""
+        if self.auto and self._sizes is not None and self.pending > self._sized:
+            self.micro_batch = self._sizes.micro_batch()
         self._inverse_sizes += (self.pending - self._sized) / self.micro_batch
         self._sized = self.pending
 

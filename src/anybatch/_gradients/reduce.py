@@ -23,6 +23,9 @@ from anybatch._gradients.window import Window
 # Equal norms, summed over ranks and divided again; gradients that nothing averaged differ by far more.
 _ROUNDING = 1e-12
 
+# The squared norm of a mean over the mean of squared norms is at most 1; sums in bfloat16 are off by less than this.
+_IMPOSSIBLE = 1.1
+
 Reduction = Literal["mean", "sum"]
 Share = Literal["all", "active"]
 
@@ -95,7 +98,7 @@ class Flight:
 
         Raises:
             UsageError: the ranks saw different numbers of backwards, have come to different clocks or averages, or hold
-                different gradients under DDP.
+                different gradients under DDP; or `.grad` is no mean.
         """
         if self.work is not None:
             self.work.wait()
@@ -225,10 +228,18 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
             grad /= backwards**2
         return SquaredNorms(samples / count, grad * share, count)
 
+    euclidean = norms(*numbers[:2])
+    if isfinite(euclidean.square_mean) and euclidean.square_mean > _IMPOSSIBLE * euclidean.mean_square:
+        raise UsageError(
+            f"The squared norm of .grad, {euclidean.square_mean:.4g}, is above the mean of the squared norms of the "
+            f"{count} gradients that it should be the mean of, {euclidean.mean_square:.4g}, which no mean is. Is .grad "
+            "a sum over the ranks (a communication hook, FSDP2's set_gradient_divide_factor), a sum over "
+            "micro-batches (attach(reduction='sum')), or changed by a hook after its accumulation?"
+        )
     weighed = None if window.weighed is None else norms(*numbers[-2:])
     if weighed is not None and not (isfinite(weighed.mean_square) and isfinite(weighed.square_mean)):
         weighed = None
-    return Observation(count, inverse_sizes, norms(*numbers[:2]), None, weighed)
+    return Observation(count, inverse_sizes, euclidean, None, weighed)
 
 
 def _check_same_gradients(mean: float, mean_square: float) -> None:

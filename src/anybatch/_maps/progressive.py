@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,7 +9,8 @@ from torch.optim import Optimizer
 from anybatch._errors import InvalidValueError, UsageError
 from anybatch._maps.maps import BetasRule
 from anybatch._maps.rescale import check_free, rescale
-from anybatch._scaling import Clock, ScheduleDriver, check_positive, position_of
+from anybatch._numbers import positive, real, shown
+from anybatch._scaling import Clock, ScheduleDriver, position_of
 
 # In the parameter groups, so that it is saved and loaded together with the values that it speaks of.
 _MARK = "anybatch_scale"
@@ -51,19 +51,28 @@ class Progressive:
 
     def __init__(self, scales: Mapping[float, float]) -> None:
         if not isinstance(scales, Mapping):
-            raise InvalidValueError(f"scales maps starts to scales, such as {{0: 1, 20: 4}}; got {scales!r}.")
+            raise InvalidValueError(f"scales maps starts to scales, such as {{0: 1, 20: 4}}; got {shown(scales)}.")
         for start, scale in scales.items():
-            check_positive("a scale", scale)
-            if isinstance(start, bool) or not isinstance(start, int | float) or not (isfinite(start) and start >= 0):
-                raise InvalidValueError(f"A start is a number of base iterations, at least 0; got {start!r}.")
+            if positive(scale) is None:
+                raise InvalidValueError(f"A scale is batch / base batch, positive and finite; got {shown(scale)}.")
+            tau = real(start)
+            if tau is None or tau < 0:
+                raise InvalidValueError(f"A start is a number of base iterations, at least 0; got {shown(start)}.")
         if 0 not in scales:
             raise InvalidValueError(f"scales needs a start at 0, got {sorted(scales)}.")
         self.scales = dict(sorted(scales.items()))
 
     def scale(self, tau: float) -> float:
-        """The scale at `tau`, up to the rounding of a long sum."""
+        """The scale at `tau`, base iterations, up to the rounding of a long sum.
+
+        Raises:
+            InvalidValueError: `tau` is negative, or no finite number.
+        """
+        now = real(tau)
+        if now is None or now < 0:
+            raise InvalidValueError(f"tau is a number of base iterations, at least 0; got {shown(tau)}.")
         clock = Clock()
-        clock.tau = tau
+        clock.tau = now
         return float(next(s for start, s in reversed(self.scales.items()) if clock.reached(start)))
 
     def apply(

@@ -1,6 +1,6 @@
 """What happened: one line of strict JSON for each step, written so that a kill loses nothing."""
 
-from anybatch._record.json import positive, strict
+from anybatch._record.json import strict
 from anybatch._record.logbook import Destination, Logbook
 from anybatch._record.progress import progress_bar
 from anybatch._record.provenance import run_config
@@ -15,7 +15,6 @@ __all__ = [
     "RunRecord",
     "StepRecord",
     "iter_record",
-    "positive",
     "progress_bar",
     "read_record",
     "run_config",

@@ -1,4 +1,4 @@
-"""Values as strict JSON has them, and numbers out of JSON that may hold anything."""
+"""Values as strict JSON has them."""
 
 import json
 from collections.abc import Mapping
@@ -26,15 +26,6 @@ def strict(value: Any) -> Any:
 def json_line(value: Mapping[str, Any]) -> bytes:
     """One line of a file of JSON lines: ASCII, so that no value can end the line or leave UTF-8."""
     return (json.dumps(strict(value), allow_nan=False) + "\n").encode("ascii")
-
-
-def positive(value: Any) -> float | None:
-    """A positive, finite number; `None` for what is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if isfinite(number) and number > 0 else None
 
 
 def _text(value: str) -> str:

@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from math import inf, nan
+from math import inf, isfinite, nan
 from operator import index
 from typing import Any
 
 from anybatch._errors import InvalidValueError, StateError
+from anybatch._numbers import real
 
 RECORD_VERSION = 2  # 2: metrics, and a header with provenance
 HEADER_START = b'{"kind": "header"'
@@ -226,18 +227,35 @@ def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
             return StepRecord(**{name: convert(line[name]) for name, convert in _STEP_FIELDS.items()})
         if kind == "metric":
             values = {name: _number(value) for name, value in line["values"].items()}
-            return MetricRecord(index(line["step"]), _number(line["tau"]), values)
+            return MetricRecord(_count(line["step"]), _number(line["tau"]), values)
         if kind == "header" and isinstance(line["config"], dict):
-            return {**line, "version": index(line["version"])}
+            return {**line, "version": _count(line["version"])}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass
     return None
 
 
 def _number(value: Any) -> float:
-    return nan if value is None else float(value)
+    """A number; nan where the file has null, or what another program writes for numbers that are not finite."""
+    unknown = value is None or (isinstance(value, float) and not isfinite(value))
+    number = nan if unknown else real(value)
+    if number is None:
+        raise ValueError
+    return number
 
 
-_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: index, bool: bool}
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or index(value) < 0:
+        raise ValueError
+    return index(value)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: _count, bool: _truth}
 _NEW_FIELDS = dict.fromkeys(("metric_variance", "metric_sqnorm"))  # which older records do not have
 _STEP_FIELDS = {f.name: _CONVERT[f.type] for f in fields(StepRecord)}

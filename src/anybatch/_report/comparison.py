@@ -55,7 +55,7 @@ def _comparison(runs: Sequence[Summary]) -> Comparison | None:
     for run in sources:
         try:
             steps = {s.scale: s.iterations for s in anybatch.forecast(run.path, scales).scales}
-        except (anybatch.AnybatchError, ArithmeticError) as error:
+        except anybatch.AnybatchError as error:
             notes.append(f"No forecast from {run.name}: {error}")
             continue
         forecasts.append((run, {s: e for s, e in steps.items() if not (run.constant and s == run.scale)}))
@@ -66,7 +66,10 @@ def _comparison(runs: Sequence[Summary]) -> Comparison | None:
 
 
 def _key(run: Summary) -> str:
-    return json.dumps(_bound(run.config), sort_keys=True)
+    try:
+        return json.dumps(_bound(run.config), sort_keys=True)
+    except RecursionError:  # so deep that it is compared with none
+        return str(run.path)
 
 
 def _bound(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The page about recorded runs: a table, curves, forecasts against what happened, and what differs between the runs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -11,25 +11,35 @@ from anybatch._report.comparison import Comparison, compare
 from anybatch._report.figures import charts, forecast_chart, legend
 from anybatch._report.page import Block, Fold, Grid, Heading, Table, Text, page
 from anybatch._report.summary import Summary, summarise
-from anybatch._report.words import LONG, duration, short_number, shorten
+from anybatch._report.words import LONG, duration, short_number, shorten, written
 
 _METRICS = 3  # columns of results
 _TASKS = 6  # sections of curves
 _SIDE_BY_SIDE = 6  # runs whose configurations are compared in columns
 _VALUES = 6  # else the values of a setting that are written out
+_UNREAD = 20  # records that cannot be read, each with its reason
 _SETTINGS = 80  # rows of a table of settings
 
 
-def report(paths: Sequence[Path]) -> str:
-    """The page about the records at `paths`, as HTML.
+def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: None) -> str:
+    """The page about the records at `paths`, as HTML; a record that cannot be read is named on it, with the reason.
+
+    Args:
+        paths: the records.
+        tell: called with a sentence for each record that cannot be read.
 
     Raises:
-        InvalidValueError: a file cannot be read, or is not a record.
-        StateError: it was written by a newer anybatch.
+        InvalidValueError: no record can be read, or none is one.
+        StateError: the only one was written by a newer anybatch.
     """
-    runs = summarise(paths)
+    unread: list[str] = []
+    runs = summarise(paths, unread=unread.append if len(paths) > 1 else None)
+    if not runs:
+        raise anybatch.InvalidValueError(f"None of the records can be read. {' '.join(unread)}")
+    for sentence in unread:
+        tell(sentence)
     tasks = _tasks(runs)
-    blocks: list[Block] = [Text(_sentence(runs, tasks)), *_table(runs)]
+    blocks: list[Block] = [Text(_sentence(runs, tasks)), *_missing(unread), *_table(runs)]
     for name, members in list(tasks.items())[:_TASKS]:
         blocks += _curves(members, name if len(tasks) > 1 else "")
     if len(tasks) > _TASKS:
@@ -40,12 +50,21 @@ def report(paths: Sequence[Path]) -> str:
     return page(shorten(runs[0].name) if len(runs) == 1 else f"{len(runs)} training runs", blocks)
 
 
+def _missing(unread: Sequence[str]) -> Iterator[Block]:
+    if unread:
+        many = "One record is" if len(unread) == 1 else f"{len(unread)} records are"
+        yield Text(f"{many} not on this page:")
+        yield from (Text(sentence, note=True) for sentence in unread[:_UNREAD])
+        if len(unread) > _UNREAD:
+            yield Text(f"and {len(unread) - _UNREAD} more.", note=True)
+
+
 def _tasks(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
     """Runs that are drawn together: those with as many parameters and, where one is named, one task."""
     tasks: dict[str, list[Summary]] = {}
     for run in runs:
         named, size = run.config.get("task"), _size(run)
-        words = [shorten(str(named))] if named is not None else []
+        words = [shorten(written(named))] if named is not None else []
         tasks.setdefault(", ".join(words + ([size] if size else [])) or "unnamed task", []).append(run)
     return tasks
 

@@ -1,6 +1,6 @@
 """A record → what a report says of the run: a few numbers, and curves that are short however long it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from os import fspath
@@ -9,9 +9,9 @@ from statistics import fmean, median
 from typing import Any
 
 import anybatch
-from anybatch._record import positive
-from anybatch._report.points import Point, thin
-from anybatch._report.words import short_number
+from anybatch._numbers import positive
+from anybatch._report.points import Point, seen, thin
+from anybatch._report.words import short_number, written
 
 QUANTITIES = ("gain", "learning rate", "noise scale")
 _DEEP = 4  # levels of a configuration that get a line of their own
@@ -85,36 +85,56 @@ class Summary:
         return positive(self.config.get("base_batch")) or nan
 
 
-def summarise(paths: Sequence[Path]) -> list[Summary]:
+def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = None) -> list[Summary]:
     """Read the records one after another, and forget each but for its summary. The same file counts once.
+
+    Args:
+        paths: the records.
+        unread: called with a sentence for each record that cannot be read; `None` to raise at the first.
 
     Raises:
         InvalidValueError: a file cannot be read, or is not a record.
         StateError: it was written by a newer anybatch.
     """
-    unique = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
-    return [_summary(path, name) for path, name in zip(unique, _names(unique), strict=True)]
+    unique = list({_place(path): path for path in reversed(paths)}.values())[::-1]
+    found = []
+    for path, name in zip(unique, _names(unique), strict=True):
+        try:
+            found.append(_summary(path, name))
+        except anybatch.AnybatchError as error:
+            if unread is None:
+                raise
+            unread(str(error))
+    return found
+
+
+def _place(path: Path) -> Path:
+    """Where a path leads, as far as that can be told."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a circle of links, which reading then says
+        return path.absolute()
 
 
 def _summary(path: Path, name: str) -> Summary:
     run = anybatch.read_record(path)
     steps = [step for step in run.steps if not step.skipped]
-    scales = [step.scale for step in steps if isfinite(step.scale)]
-    seconds = [step.seconds for step in run.steps if isfinite(step.seconds)]
-    gains = [step.gain for step in steps if isfinite(step.gain)]
+    scales = [step.scale for step in steps if seen(step.scale)]
+    seconds = [step.seconds for step in run.steps if seen(step.seconds)]
+    gains = [step.gain for step in steps if seen(step.gain)]
     results = {key: value for line in run.metrics for key, value in line.values.items()}
-    taus = [step.tau for step in steps if isfinite(step.tau)]
+    taus = [step.tau for step in steps if seen(step.tau)]
     return Summary(
         path=path,
         name=name,
-        rule=str(run.config.get("rule", "–")).partition("(")[0],
+        rule=written(run.config.get("rule", "–")).partition("(")[0],
         scales=_scales(scales),
         scale=median(scales) if scales else nan,
         constant=len(set(scales)) == 1,
         measured=any(isfinite(step.raw_variance) and isfinite(step.raw_sqnorm) for step in steps),
         iterations=len(steps),
         gain=fmean(gains) if gains else nan,
-        base_batches=sum(step.scale for step in run.steps if isfinite(step.scale)),
+        base_batches=sum(step.scale for step in run.steps if seen(step.scale)),
         seconds=sum(seconds) if seconds else nan,
         tau=taus[-1] if taus else 0.0,
         total=positive(run.config.get("total")) or nan,
@@ -164,7 +184,7 @@ def _curve(values: Sequence[tuple[float, int, float]]) -> Curve:
 
 def _facts(header: Mapping[str, Any]) -> dict[str, str]:
     """Versions, machine, seed and configuration, each with its full name."""
-    facts = {k: _text(v) for k, v in header.items() if k not in ("kind", "version", "time", "config")}
+    facts = {k: written(v) for k, v in header.items() if k not in ("kind", "version", "time", "config")}
     for name, value in _flat("", header["config"], depth=_DEEP):
         facts[name if name not in facts else f"config.{name}"] = value
     return facts
@@ -176,12 +196,5 @@ def _flat(name: str, value: Any, *, depth: int) -> list[tuple[str, str]]:
     elif depth and isinstance(value, list) and any(isinstance(child, dict) for child in value):
         children = [(f"{name}[{i}]", child) for i, child in enumerate(value)]
     else:
-        return [(name, _text(value))]
+        return [(name, written(value))]
     return [line for key, child in children for line in _flat(key, child, depth=depth - 1)]
-
-
-def _text(value: Any) -> str:
-    try:
-        return value if isinstance(value, str) else str(value)
-    except RecursionError:
-        return "(too deep to be shown)"

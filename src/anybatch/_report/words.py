@@ -27,3 +27,11 @@ def duration(seconds: float) -> str:
 def shorten(text: str, length: int = LONG) -> str:
     """A long text without its middle."""
     return text if len(text) <= length else f"{text[: 2 * length // 3]}…{text[-length // 4 :]}"
+
+
+def written(value: object) -> str:
+    """A value of a header as text."""
+    try:
+        return value if isinstance(value, str) else str(value)
+    except RecursionError:
+        return "(too deep to be shown)"

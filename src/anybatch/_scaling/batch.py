@@ -1,19 +1,19 @@
 """Base batch, micro-batch, ranks and accumulation: how big a step is, in base batches."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite, nan
 from typing import Any, Literal
 
 from torch import Tensor
 
 from anybatch._errors import InvalidValueError
+from anybatch._numbers import positive, shown
 
 _THE_THREE_WAYS = (
     "Say the scale of a step in exactly one way:\n"
     "  base_batch=256, micro_batch=64   the batch it was tuned for, and what each backward on each rank sees\n"
-    "                                   (both in examples, or both in tokens);\n"
+    "                                   (both in examples, or both in tokens),\n"
+    '                                   or micro_batch="auto": the first dimension of what each forward gets;\n'
     "  scale=16                         every step is 16 base batches;\n"
     '  scale="count"                    every backward on every rank is one base batch.'
 )
@@ -34,17 +34,17 @@ class BatchSize:
     """
 
     base_batch: float | None
-    micro_batch: float | None
+    micro_batch: float | Literal["auto"] | None
     scale: float | Literal["count"] | None
     examples: float | None = None
 
     def __post_init__(self) -> None:
         pair = (self.base_batch is not None, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
-            given = ", ".join(f"{n}={brief(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
+            given = ", ".join(f"{n}={shown(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
         for name, value in vars(self).items():
-            if value is not None and not (name == "scale" and value == "count"):
+            if value is not None and (name, value) not in (("scale", "count"), ("micro_batch", "auto")):
                 check_positive(name, value)
         if self.examples is not None and (self.base_batch is None or self.examples <= self.base_batch):
             raise InvalidValueError(
@@ -75,22 +75,10 @@ class BatchSize:
 
 def check_positive(name: str, value: object) -> float:
     """`value` as a float, or an error that names it."""
-    number = nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # an int beyond every float
-            number = float(value)
-    if not (isfinite(number) and number > 0):
-        raise InvalidValueError(f"{name} must be a positive, finite number, got {brief(value)}.")
+    number = positive(value)
+    if number is None:
+        raise InvalidValueError(f"{name} must be a positive, finite number, got {shown(value)}.")
     return number
-
-
-def brief(value: object) -> str:
-    """`repr` in at most 60 characters: python refuses to print an int of some thousand digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "an int of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def split(batch: Any, n: int) -> Iterator[Any]:

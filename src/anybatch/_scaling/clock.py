@@ -1,9 +1,10 @@
 """The scale-invariant clock: tau counts base iterations, and everything in training that has a rhythm hangs on it."""
 
 from collections.abc import Callable
-from math import floor, isfinite
+from math import floor
 
 from anybatch._errors import InvalidValueError, UsageError
+from anybatch._numbers import positive, real, shown
 
 Subscriber = Callable[[float], None]
 
@@ -23,7 +24,7 @@ class Clock:
         total: base iterations of the whole run, T_SI; positive, or `None` when training has no planned end.
 
     Raises:
-        InvalidValueError: `total` is not positive and finite.
+        InvalidValueError: `total` is not a positive, finite number.
 
     Example:
         >>> clock = anybatch.Clock(total=10)
@@ -38,8 +39,8 @@ class Clock:
     """
 
     def __init__(self, total: float | None = None) -> None:
-        if total is not None and not (isfinite(total) and total > 0):
-            raise InvalidValueError(f"total must be a positive number of base iterations, got {total}.")
+        if total is not None and positive(total) is None:
+            raise InvalidValueError(f"total must be a positive number of base iterations, got {shown(total)}.")
         self.total = total
         self.tau = 0.0
         self._subscribers: dict[int, Subscriber] = {}
@@ -53,7 +54,11 @@ class Clock:
     @property
     def iteration(self) -> int:
         """`floor(tau)`, the index into a schedule that was written for the base batch."""
-        return floor(self.tau + _SLACK * max(1.0, self.tau))
+        return self.count(1.0)
+
+    def count(self, length: float) -> int:
+        """How many stretches of `length` base iterations are done: epochs, say."""
+        return floor((self.tau + _SLACK * max(1.0, self.tau)) / length)
 
     @property
     def done(self) -> bool:
@@ -71,12 +76,27 @@ class Clock:
         return self.tau + _SLACK * max(1.0, abs(tau)) >= tau
 
     def advance(self, iterations: float) -> None:
-        """Move by `iterations` (finite, not negative) and tell every subscriber, in the order they came."""
-        if not (isfinite(iterations) and iterations >= 0):
-            raise InvalidValueError(f"The clock moves by a finite, non-negative amount, got {iterations}.")
-        self.tau += iterations
+        """Move by `iterations` (finite, not negative) and tell every subscriber, in the order they came.
+
+        All of them are told, also behind one that raises. An error is raised after that, several as a group.
+
+        Raises:
+            InvalidValueError: `iterations` is negative, or no finite number; the clock has not moved.
+        """
+        moved = real(iterations)
+        if moved is None or moved < 0:
+            raise InvalidValueError(f"The clock moves by a finite, non-negative amount, got {shown(iterations)}.")
+        self.tau += moved
+        errors: list[BaseException] = []
         for subscriber in list(self._subscribers.values()):
-            subscriber(iterations)
+            try:
+                subscriber(moved)
+            except BaseException as error:  # an interrupt, too, must not part the others from the clock
+                errors.append(error)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise BaseExceptionGroup(f"Several of those who follow the clock failed at tau = {self.tau:g}", errors)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(iterations)` after every move; returns a function that ends it."""

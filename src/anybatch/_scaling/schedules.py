@@ -5,14 +5,16 @@ because they are recursions.
 """
 
 import inspect
+import warnings
 from math import inf
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
-from anybatch._errors import InvalidValueError, UsageError
+from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 from anybatch._scaling.clock import Clock
+from anybatch._scaling.fit import misfit
 
 
 class ScheduleDriver:
@@ -24,21 +26,35 @@ class ScheduleDriver:
         scheduler: any scheduler of `torch.optim.lr_scheduler`, or an object with `step()` and `last_epoch`.
         optimizer: the optimizer that it must belong to.
         clock: what drives it.
+        every: base iterations of one scheduler step.
     """
 
-    def __init__(self, scheduler: Any, *, optimizer: Optimizer, clock: Clock) -> None:
+    def __init__(self, scheduler: Any, *, optimizer: Optimizer, clock: Clock, every: float = 1.0) -> None:
         if getattr(scheduler, "optimizer", optimizer) is not optimizer:
             raise InvalidValueError("The scheduler belongs to another optimizer than the one given to attach.")
         if not callable(getattr(scheduler, "step", None)):
             raise InvalidValueError(f"scheduler must have a step() method, got {type(scheduler).__name__}.")
         self._scheduler = scheduler
         self._clock = clock
+        self._every = every
         self._driven = not isinstance(scheduler, ReduceLROnPlateau)
         if self._driven:
             _check_steps_alone(scheduler)
         self._limit = _last_index(scheduler)
         self.resume(offset=position_of(scheduler) or 0)
+        if clock.total is not None:
+            self._warn_of_misfit(clock.total / every)
         self.stop = clock.subscribe(self._follow)
+
+    def _warn_of_misfit(self, length: float) -> None:
+        said = misfit(self._scheduler, length=length)
+        if said:
+            warnings.warn(
+                f"The schedule does not fit total: {said}. Both are counted in base iterations, optimizer steps at the "
+                "base batch; a scheduler that is stepped once an epoch needs attach(..., schedule_every='epoch').",
+                AnybatchWarning,
+                stacklevel=5,
+            )
 
     def resume(self, *, offset: int) -> None:
         """Take the clock as it is now; `offset` is the scheduler's position at tau = 0."""
@@ -71,7 +87,7 @@ class ScheduleDriver:
         self._at = target
 
     def _target(self) -> int:
-        return int(min(self.offset + self._clock.iteration, self._limit))
+        return int(min(self.offset + self._clock.count(self._every), self._limit))
 
 
 def _check_steps_alone(scheduler: Any) -> None:

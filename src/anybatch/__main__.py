@@ -1,0 +1,5 @@
+"""`python -m anybatch`: the same as the command."""
+
+from anybatch.cli import main
+
+main()

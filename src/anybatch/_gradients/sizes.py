@@ -1,0 +1,99 @@
+"""Sizes: what the forwards of a model show of a micro-batch's size."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from anybatch._errors import AnybatchWarning, UsageError
+
+_LOOKS = 3  # steps in which the sizes are compared; they cost a few microseconds a forward
+
+
+class Sizes:
+    """A hook before each forward of `model` that is part of training; a compiled forward shows nothing.
+
+    Args:
+        model: the outermost module, as the loop calls it.
+        given: the size of a micro-batch as `attach` was told; `None` to take the first dimension of what a forward
+            gets for it.
+    """
+
+    def __init__(self, model: nn.Module, *, given: float | None) -> None:
+        self._given = given
+        self._left = _LOOKS
+        self._shapes: list[torch.Size] = []
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def micro_batch(self) -> float:
+        """The size of the micro-batch whose backward has ended.
+
+        Raises:
+            UsageError: no forward was seen, or several of other sizes.
+        """
+        sizes = {shape[0] for shape in self._shapes}
+        self._shapes.clear()
+        if len(sizes) != 1:
+            seen = "no forward of the model" if not sizes else f"forwards of {sorted(sizes)} examples"
+            raise UsageError(
+                f'micro_batch="auto" saw {seen} before this backward, so it cannot tell the size: set '
+                "controller.micro_batch before the backward. (A compiled forward is not seen.)"
+            )
+        return float(sizes.pop())
+
+    def check(self, backwards: int) -> None:
+        """Compare a step's forwards with what `attach` was told, in the first steps."""
+        shapes, self._shapes = self._shapes, []
+        if self._given is None or not shapes or backwards == 0:
+            return
+        self._left -= 1
+        if self._left == 0:
+            self.detach()
+        said = _mismatch(shapes, backwards, self._given)
+        if said:
+            self.detach()
+            warnings.warn(said, AnybatchWarning, stacklevel=2)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch whose forwards are not training."""
+        before = list(self._shapes)
+        try:
+            yield
+        finally:
+            self._shapes = before
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0), None)
+        if shape is not None:
+            self._shapes.append(shape)
+
+
+def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
+    """In what the forwards of a step differ from what was said; empty where nothing is certain."""
+    first = shapes[0]
+    if any(shape != first for shape in shapes):
+        return ""
+    if backwards == 2 * len(shapes):
+        return (
+            f"There were {backwards} backwards after {len(shapes)} forwards. Each backward counts as a micro-batch: if "
+            "these are several losses of one, put their backwards into `with controller.together():`."
+        )
+    possible = {first[0], first.numel(), *(first[0] * n for n in first[1:2])}  # examples, entries, tokens
+    if len(shapes) != backwards or given in possible:
+        return ""
+    return (
+        f"micro_batch={given:g}, but each forward of the model got a tensor of shape {list(first)}. The scale of a "
+        "step is counted from micro_batch, what one backward on one rank sees, in the unit of base_batch: give "
+        f"{first[0]}, or micro_batch='auto', or set controller.micro_batch before each backward."
+    )
