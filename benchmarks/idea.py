@@ -146,8 +146,8 @@ def _moments(run: Run) -> Callable[[Any], None]:
         for name, label, hue in (("raw_variance", "noise sigma² of one base batch", "#c27a12"),
                                  ("raw_sqnorm", "signal mu²", "#2f7fdb")):  # fmt: skip
             axes.plot(taus, [_near(run, name, tau) for tau in taus], color=hue, label=label)
-        axes.set(yscale="log", xlabel="tau, base iterations", title="what a step measures")
-        axes.legend()
+        axes.set(yscale="log", xlabel="tau, base iterations", title="what a step measures", ylim=(1e-5, 10))
+        axes.legend(loc="lower left")
 
     return panel
 
@@ -166,10 +166,10 @@ def _gains(runs: Sequence[Run]) -> Callable[[Any], None]:
             axes.plot([s["tau"] for s in run.steps], [s["gain"] for s in run.steps], color=_colour(run.scale),
                       label=f"S = {run.scale}")  # fmt: skip
             axes.axhline(run.scale, color=_colour(run.scale), linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", xlabel="tau, base iterations", title="the gain (dotted: the scale)")
+        axes.set(yscale="log", xlabel="tau, base iterations", title="the gain (dotted: the scale)", ylim=(0.5, 40))
         axes.set_yticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
         axes.minorticks_off()
-        axes.legend(loc="center right")
+        axes.legend(loc="lower center", ncols=3)
 
     return panel
 
@@ -180,10 +180,10 @@ def _rates(adascale: Run, lsw: Run) -> Callable[[Any], None]:
                                       (lsw, "linear scaling: a warm-up by hand", "#dd5f4a", "--")):  # fmt: skip
             axes.plot([s["step"] for s in run.steps], [s["lr_factor"] for s in run.steps], dash, color=hue, label=label)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="as tuned at scale 1")
-        axes.set(yscale="log", xlabel="optimizer step", ylabel="times the tuned learning rate")
+        axes.set(yscale="log", xlabel="optimizer step", ylabel="times the tuned learning rate", ylim=(0.3, 40))
         axes.set_yticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
         axes.minorticks_off()
-        axes.legend(loc="center right")
+        axes.legend(loc="lower right")
 
     return panel
 
