@@ -36,6 +36,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pip check --disable-pip-version-check
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 format: $(STAMP)

@@ -1,7 +1,6 @@
 """ModelEMA: a moving average of a model's weights whose memory is counted in base iterations."""
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -147,13 +146,11 @@ class ModelEMA:
             UsageError: inside of `applied()`, the model is sharded, or a function given here has no name to find it by.
         """
         for function in (self._tensors.include, self._schedule):
-            try:
-                pickle.dumps(function)
-            except Exception:
+            if "<" in getattr(function, "__qualname__", ""):  # <lambda>, <locals>: not to be found by its name
                 raise UsageError(
                     f"{shown(function)} cannot be pickled: give ModelEMA a function with a name in a module, not a "
                     "lambda; or save state_dict(), which needs no function."
-                ) from None
+                )
         return self._portable()
 
     def _portable(self) -> dict[str, Any]:
