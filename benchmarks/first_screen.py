@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     parser.add_argument("--total", type=int, default=TOTAL, help="base iterations of a run")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--draw", action="store_true", help="draw the picture of what is there, without training")
     options = parser.parse_args()
+    if options.draw:
+        draw(json.loads((options.out / "first-screen.json").read_text())["rows"], options.out / "first-screen.png")
+        return
     rows = table(total=options.total, seeds=options.seeds)
     options.out.mkdir(parents=True, exist_ok=True)
     data = {"torch": torch.__version__, "total": options.total, "seeds": options.seeds, "rows": rows}
@@ -142,7 +146,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     base = next(row for row in rows if row["scale"] == "1")
     floor = 92.0
     with style.context(["default", looks]):
-        figure = Figure(figsize=(10.2, 3.3), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         accuracy, steps, examples = figure.subplots(1, 3)
         accuracy.axhspan(base["accuracy"] - (base["spread"] or 0), base["accuracy"] + (base["spread"] or 0),
                          color="#e8eef7", linewidth=0)  # fmt: skip
@@ -151,11 +155,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             scales = [int(row["scale"]) for row in mine]
             look = {"color": hue, "marker": mark, "markersize": 5, "linewidth": width, "label": NAMES[rule]}
             accuracy.errorbar(scales, [row["accuracy"] for row in mine], [row["spread"] or 0 for row in mine],
-                              capsize=2, **look)  # fmt: skip
+                              capsize=2, clip_on=True, **look)  # fmt: skip
             for row in mine:
                 if row["accuracy"] < floor:
-                    accuracy.annotate(f"{row['accuracy']:.0f} %", (int(row["scale"]), floor), color=hue, fontsize=8,
-                                      xytext=(-2, 3), textcoords="offset points", ha="right")  # fmt: skip
+                    place = (0.93 * int(row["scale"]), floor + (0.1 if rule == "lsw" else 0.6))
+                    accuracy.annotate(f"{row['accuracy']:.0f} %", place, color=hue, fontsize=9, ha="right")
             steps.plot(scales, [row["iterations"] for row in mine], **look)
             examples.plot(scales, [row["examples"] for row in mine], **look)
         accuracy.set(title="test accuracy, % (band: scale 1)", ylim=(floor, 99))
@@ -166,6 +170,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set(xlabel="batch size, times the tuned one", xscale="log")
             axes.set_xticks(SCALES, SCALES)
             axes.minorticks_off()
+            axes.margins(x=0.08)
         handles, labels = examples.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         figure.savefig(path, dpi=150)

@@ -60,7 +60,9 @@ def train(
         if controller.done:
             return run
         rows = torch.randint(len(x), (parts, size), generator=order)
-        controller.observe(gradients(net, x[rows], y[rows]))
+        with controller.paused():  # their forward is no micro-batch of its own
+            samples = gradients(net, x[rows], y[rows])
+        controller.observe(samples)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -180,7 +182,7 @@ def _rates(adascale: Run, lsw: Run) -> Callable[[Any], None]:
                                       (lsw, "linear scaling: a warm-up by hand", "#dd5f4a", "--")):  # fmt: skip
             axes.plot([s["step"] for s in run.steps], [s["lr_factor"] for s in run.steps], dash, color=hue, label=label)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="as tuned at scale 1")
-        axes.set(yscale="log", xlabel="optimizer step", ylabel="times the tuned learning rate", ylim=(0.3, 40))
+        axes.set(yscale="log", xlabel="optimizer step", ylabel="times the tuned learning rate", ylim=(0.2, 40))
         axes.set_yticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
         axes.minorticks_off()
         axes.legend(loc="lower right")
