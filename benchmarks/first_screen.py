@@ -62,13 +62,13 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw the picture of what is there, without training")
     options = parser.parse_args()
     if options.draw:
-        draw(json.loads((options.out / "first-screen.json").read_text())["rows"], options.out / "first-screen.png")
+        pictures(json.loads((options.out / "first-screen.json").read_text())["rows"], options.out)
         return
     rows = table(total=options.total, seeds=options.seeds)
     options.out.mkdir(parents=True, exist_ok=True)
     data = {"torch": torch.__version__, "total": options.total, "seeds": options.seeds, "rows": rows}
     (options.out / "first-screen.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    draw(rows, options.out / "first-screen.png")
+    pictures(rows, options.out)
     print("\n".join(markdown(rows)))
 
 
@@ -77,7 +77,7 @@ def table(*, total: int, seeds: int) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         plan = Plan(SCALES, ("adascale", "lsw", "lsw+"), seeds, total, 1, Path(folder))
         results = list(run(plan))
-    rows = [asdict(row) | {"examples": _examples(row.scale, row.iterations, total)} for row in summarise(results)]
+        rows = [asdict(row) | {"examples": _examples(plan, row.rule, row.scale)} for row in summarise(results)]
     base = [r.accuracy for r in results if r.task.scales == (1,)]
     torch.set_num_threads(1)
     for rule, name in ((anybatch.SquareRoot(), "sqrt"), (Unscaled(), "none")):
@@ -89,7 +89,7 @@ def table(*, total: int, seeds: int) -> list[dict[str, Any]]:
                 "scale": str(scale), "rule": name, "accuracy": fmean(accuracies),
                 "spread": stdev(accuracies) if seeds > 1 else None, "loss": fmean(loss for _, loss, _ in found),
                 "iterations": steps, "gain": None, "worse": significantly_below(accuracies, base),
-                "examples": _examples(str(scale), steps, total),
+                "examples": steps * scale / total,
             })  # fmt: skip
     return [{key: None if isinstance(v, float) and isnan(v) else v for key, v in row.items()} for row in rows]
 
@@ -115,9 +115,11 @@ def train(rule: anybatch.Rule, scale: int, *, seed: int, total: int) -> tuple[fl
         return accuracy, cross_entropy(net(x), y).item(), controller.steps
 
 
-def _examples(scale: str, steps: float, total: int) -> float | None:
-    """What a run saw, in units of what scale 1 saw; not known of a scale that changes."""
-    return steps * int(scale) / total if scale.isdigit() else None
+def _examples(plan: Plan, rule: str, scale: str) -> float:
+    """What the demo's runs saw, in units of what scale 1 sees: of their records, for a scale may change."""
+    names = [f"{rule}-S{scale.replace('→', '-')}-seed{seed}.jsonl" for seed in range(plan.seeds)]
+    steps = [anybatch.read_record(plan.out / "records" / name).steps for name in names]
+    return fmean(sum(step.scale for step in each) for each in steps) / plan.total
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,15 +129,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in sorted(rows, key=lambda r: ("→" in r["scale"], int(r["scale"].split("→")[0]), order.index(r["rule"]))):
         name = NAMES[row["rule"]] if row["scale"] != "1" else "(any)"
         mark = " *" if row["worse"] else ""
-        seen = "–" if row["examples"] is None else f"{row['examples']:.2f}"
         cells = (row["scale"], name, f"{row['accuracy']:.1f} ± {row['spread'] or 0:.1f}{mark}",
-                 f"{row['loss']:.4f}", f"{row['iterations']:.0f}", seen)  # fmt: skip
+                 f"{row['loss']:.4f}", f"{row['iterations']:.0f}", f"{row['examples']:.2f}")  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy close to scale 1's, the steps, and the price in examples."""
+def pictures(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """The picture for a wide page and for a narrow one."""
+    draw(rows, folder / "first-screen.png")
+    draw(rows, folder / "first-screen-narrow.png", tall=True)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path, *, tall: bool = False) -> None:
+    """Accuracy close to scale 1's, the steps, and the price in examples; below one another for a phone."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -146,15 +153,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     base = next(row for row in rows if row["scale"] == "1")
     floor = 92.0
     with style.context(["default", looks]):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-        accuracy, steps, examples = figure.subplots(1, 3)
+        figure = Figure(figsize=(4.2, 8.4) if tall else (9.0, 3.3), layout="constrained")
+        accuracy, steps, examples = figure.subplots(3, 1) if tall else figure.subplots(1, 3)
         accuracy.axhspan(base["accuracy"] - (base["spread"] or 0), base["accuracy"] + (base["spread"] or 0),
                          color="#e8eef7", linewidth=0)  # fmt: skip
         for rule, (hue, mark, width) in marks.items():
             mine = [base] + [row for row in rows if row["rule"] == rule and row["scale"].isdigit() and row is not base]
             scales = [int(row["scale"]) for row in mine]
             look = {"color": hue, "marker": mark, "markersize": 5, "linewidth": width, "label": NAMES[rule]}
-            accuracy.errorbar(scales, [row["accuracy"] for row in mine], [row["spread"] or 0 for row in mine],
+            aside = [
+                scale * (0.9 + 0.05 * list(marks).index(rule)) for scale in scales
+            ]  # or the spreads hide one another
+            accuracy.errorbar(aside, [row["accuracy"] for row in mine], [row["spread"] or 0 for row in mine],
                               capsize=2, clip_on=True, **look)  # fmt: skip
             for row in mine:
                 if row["accuracy"] < floor:
@@ -172,7 +182,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.minorticks_off()
             axes.margins(x=0.08)
         handles, labels = examples.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if tall else 4)
         figure.savefig(path, dpi=150)
 
 

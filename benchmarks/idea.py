@@ -88,8 +88,8 @@ def _draw(path: Path, panels: Sequence[Callable[[Any], None]]) -> Path:
     looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e6ea",
              "font.size": 10.0, "legend.frameon": False, "axes.titlesize": "medium"}  # fmt: skip
     with style.context(["default", looks]):
-        width = 3.6 * len(panels) if len(panels) > 1 else 5.5
-        figure = Figure(figsize=(width, 3.1), layout="constrained")
+        width = 3.1 * len(panels) if len(panels) > 1 else 5.5
+        figure = Figure(figsize=(width, 2.9), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(axes)
         figure.savefig(path, dpi=150)
