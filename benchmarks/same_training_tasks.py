@@ -188,7 +188,11 @@ def vectorised(source: beyond.Task) -> Train:
             else:
                 found = gradients(net, x, y)
                 controller.observe([g for g, p in zip(found, net.parameters(), strict=True) if p.requires_grad])
-            optimizer.step()
+            try:
+                optimizer.step()
+            except anybatch.DivergedError as error:
+                diverged = str(error)
+                break
             optimizer.zero_grad()
             if controller.done or controller.clock.reached(len(curve) * task.total / task.evaluations):
                 curve.append(_held_out(net, source, controller.tau))

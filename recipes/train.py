@@ -153,7 +153,10 @@ class Training:
                     loss = self.task.loss(self.model, batch)
                 self.scaler.scale(loss / accumulation).backward()
             self.losses += torch.stack([loss.detach().double(), torch.ones_like(self.losses[0])])
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except anybatch.DivergedError:
+            self.attempts.give_up()
         self.scaler.update()
         self.optimizer.zero_grad()
         self.used += accumulation * self.place.ranks * self.micro_batch

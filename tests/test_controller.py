@@ -301,6 +301,7 @@ def test_sgd_momentum_on_the_clock_keeps_the_buffer_of_base_iterations():
 # ---- skips and phantoms ----
 
 
+@pytest.mark.filterwarnings("ignore:The schedule does not fit total")
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("closure", [True, False])
 def test_trap_a_non_finite_gradient_moves_nothing(value, closure):

@@ -1,6 +1,8 @@
 """What a newcomer types in the first hour, and what the library says of it before money is lost."""
 
+import copy
 import math
+import pickle
 import warnings
 
 import oracle
@@ -260,6 +262,19 @@ def test_a_size_that_cannot_be_told_is_an_error(sizes):
     loss = sum(outs) if outs else sum(p.square().sum() for p in model.parameters())
     with pytest.raises(anybatch.UsageError, match="cannot tell the size"):
         loss.backward()
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_tells_nothing(made):
+    """A teacher, say, that sees other batches."""
+    model, optimizer, controller = build(base_batch=4, micro_batch="auto")
+    teacher = made(model)
+    for i in range(2):
+        x, y = oracle.micro_batch(0, i)
+        loss = oracle.loss_fn(model(x), y) + 0 * teacher(torch.ones(9, 6, dtype=torch.float64)).mean()
+        (loss / 2).backward()
+    optimizer.step()
+    assert controller.scale == 2
 
 
 def test_the_looks_end():

@@ -44,7 +44,7 @@ def test_resuming_is_bit_exact():
     model = oracle.make_model()
     for start, steps in ((0, 1), (1, 5), (6, 6)):
         optimizer, resumed = attach_task(model, lagged=True)
-        scheduler = resumed._driver._scheduler
+        scheduler = resumed._drivers[0]._scheduler
         if parts is not None:
             for part, state in zip((optimizer, scheduler, resumed), parts, strict=True):
                 part.load_state_dict(state)

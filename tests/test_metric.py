@@ -159,7 +159,7 @@ def test_large_parameters():
 def test_scale_1_and_the_bounds():
     for sample, low, high in ((0.25, 1.0, 1.0), (1.0, 1.0, 4.0), (8.0, 1.0, 32.0), (0.125, 0.5, 1.0)):
         model, optimizer = adam()
-        controller, _ = attach(optimizer, model, scale=None, base_batch=4 / sample, micro_batch=4)
+        controller, _ = attach(optimizer, model, total=1000, scale=None, base_batch=4 / sample, micro_batch=4)
         gains = train(model, optimizer, controller, READY + 10)
         assert all(low <= gain <= high for gain in gains)
         assert len(set(gains)) == 1 or low < high

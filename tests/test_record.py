@@ -191,6 +191,7 @@ def test_a_second_writer_is_refused_while_the_first_is_open(tmp_path):
         st.tuples(st.integers(0, 8), st.lists(st.sampled_from(["step", "skip", "metric"]), max_size=8)), max_size=6
     )
 )
+@pytest.mark.filterwarnings("ignore:The schedule does not fit total")
 def test_a_record_reads_as_the_steps_that_the_weights_went_through(tmp_path_factory, starts):
     """Each start goes back to a checkpoint some steps before the end; the oracle keeps a list and cuts it."""
     path = tmp_path_factory.mktemp("records") / "r.jsonl"
@@ -567,6 +568,7 @@ def test_logging_needs_a_record_and_numbers(tmp_path):
         controller.log(accuracy=1.0)
 
 
+@pytest.mark.filterwarnings("ignore:The schedule does not fit total")
 def test_a_run_is_recorded_as_it_happened(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)

@@ -56,6 +56,7 @@ def step(optimizer):
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:The schedule does not fit total")
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_driven_to_the_floor_of_tau(name, seed):

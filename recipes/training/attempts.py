@@ -28,6 +28,10 @@ class Attempts:
         self.skipped += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
+    def give_up(self) -> None:
+        """The weights are not finite."""
+        self.in_a_row = LIMIT
+
     @property
     def hopeless(self) -> bool:
         """Whether no finite gradient is to be expected any more."""

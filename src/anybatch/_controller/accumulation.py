@@ -212,7 +212,7 @@ class Seesaw(Accumulation):
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
         super().__init__(controller, bounds=bounds)
-        if controller._driver is None:
+        if not controller._drivers:
             raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
         self._state["peak"] = controller.base_lr
         self._start()

@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 from anybatch._controller.controller import Controller
 from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
+from anybatch._numbers import shown
 from anybatch._record import Destination
 from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, check_positive
 
 
 def attach(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     model: nn.Module,
     rule: Rule | None = None,
@@ -42,10 +43,13 @@ def attach(
 
     Args:
         optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
-            another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like.
+            another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like. Several that train one model,
+            Muon for its matrices and AdamW for the rest say, are a list: one gain, one clock, and a step of each after
+            the last backward.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
-        scheduler: a torch scheduler written for the base batch; driven to `floor(tau)`, never call its `step()`.
+        scheduler: a torch scheduler, or a list of them, written for the base batch; driven to `floor(tau)`: never call
+            its `step()`.
         schedule_every: base iterations of one scheduler step, where the schedule does not count them: 390, or
             `"epoch"`, which takes `examples / base_batch`.
         total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
@@ -69,7 +73,8 @@ def attach(
             whatever the accumulation.
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
-            finite is noticed one step late: without a `GradScaler`, its step counts.
+            finite is noticed one step late: without a `GradScaler`, its step counts. Over several ranks the mean size
+            of a micro-batch is that of the step before, too; the first step waits for it.
         patience: steps in a row that may not count, for gradients that are not finite or not there, before
             `DivergedError`; after 10 of them there is a warning.
         record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
@@ -99,8 +104,11 @@ def attach(
         Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
     """
     rule = AdaScale() if rule is None else rule
-    if not isinstance(optimizer, Optimizer):
-        raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(optimizers, list | tuple) or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {shown(optimizer)}.")
+    if not optimizers or len({id(each) for each in optimizers}) < len(optimizers):
+        raise InvalidValueError("Give at least one optimizer, and each once.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
     if not isinstance(model, nn.Module):
@@ -122,11 +130,12 @@ def attach(
         if total is not None:
             raise InvalidValueError(f"Give total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
         total = check_positive("epochs", epochs) * _epoch_of(batch, "epochs")
+    schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
     return Controller(
-        optimizer,
+        optimizers,
         model=model,
         rule=rule,
-        scheduler=scheduler,
+        schedulers=schedulers,
         schedule_every=check_positive("schedule_every", schedule_every),
         batch=batch,
         clock=Clock(total),

@@ -15,7 +15,7 @@ from anybatch._controller.loops import Loops
 from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.step import Stepper
 from anybatch._controller.tally import Readings, Tally
-from anybatch._errors import UsageError
+from anybatch._errors import UnsupportedError, UsageError
 from anybatch._gradients import (
     Companion,
     Gather,
@@ -48,11 +48,11 @@ class Controller(Readings, Loops, Companion):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         *,
         model: nn.Module,
         rule: Rule,
-        scheduler: Any,
+        schedulers: Sequence[Any],
         schedule_every: float,
         batch: BatchSize,
         clock: Clock,
@@ -63,21 +63,26 @@ class Controller(Readings, Loops, Companion):
         patience: int,
         record: Destination | Sequence[Destination] | None,
     ) -> None:
-        if optimizer in attached:
+        if any(optimizer in attached for optimizer in optimizers):
             raise UsageError("This optimizer has a controller already: detach() that one first.")
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._rule = rule
         self._batch = batch
         self._population = batch.population
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
         stated = (adascale.exponent, adascale.like) if adascale else (1.0, None)
-        family = family_of(optimizer, exponent=stated[0], like=stated[1])
+        families = [family_of(optimizer, exponent=stated[0], like=stated[1]) for optimizer in optimizers]
         # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
         total = None if adascale is None else clock.total
-        values = Hyperparameters(optimizer, family, rule.decays, total)
-        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values.exponent, noise_factor=family.noise_factor)
-        trained = trained_parameters(optimizer, model=model)
+        values = [
+            Hyperparameters(optimizer, family, rule.decays, total)
+            for optimizer, family in zip(optimizers, families, strict=True)
+        ]
+        # One gain for all of them: the more careful one, where their own noise factors differ.
+        noise_factor = min(family.noise_factor for family in families)
+        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values[0].exponent, noise_factor=noise_factor)
+        trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
         self._size = sum(p.numel() for p in trained)
         engine = engine_of(model, trained, process_group)
         check_same(
@@ -89,7 +94,7 @@ class Controller(Readings, Loops, Companion):
                 "examples": batch.examples,
                 "reduction": reduction,
                 "lagged": lagged,
-                "optimizer": type(optimizer).__name__,
+                "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
                 "number of trained parameters": self._size,
             },
             ranks=engine.ranks,
@@ -98,14 +103,15 @@ class Controller(Readings, Loops, Companion):
         foreseen = not lagged and grad_scaler is None
         metric, self._tally = None, Tally(clock=clock, batch=batch)
         if adascale is not None and adascale.metric == "adam":
-            entry, tally = second_moment_of(optimizer, family), self._tally
-            metric = Metric(optimizer, entry=entry, steps=lambda: tally.steps, part=engine.part)
+            if len(optimizers) > 1:
+                raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
+            entry, tally = second_moment_of(optimizers[0], families[0]), self._tally
+            metric = Metric(optimizers[0], entry=entry, steps=lambda: tally.steps, part=engine.part)
         super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen, weighed=metric is not None)
-        self._driver = (
-            None
-            if scheduler is None
-            else ScheduleDriver(scheduler, optimizer=optimizer, clock=clock, every=schedule_every)
-        )
+        self._drivers = [
+            ScheduleDriver(each, optimizer=optimizer, clock=clock, every=schedule_every)
+            for each, optimizer in _paired(schedulers, optimizers)
+        ]
         self._gather: Gather | None = None
         if counted:
             self._gather = Gather(
@@ -122,7 +128,7 @@ class Controller(Readings, Loops, Companion):
             self._gather.auto = batch.micro_batch == "auto"
             self._gather.micro_batch = _number(batch.micro_batch) or 1.0
         config = run_config(
-            optimizer,
+            optimizers,
             rule=rule,
             noise_factor=judge.noise_factor,
             total=clock.total,
@@ -136,13 +142,12 @@ class Controller(Readings, Loops, Companion):
             self._let_go()
             raise
         self._stepper = Stepper(
-            optimizer,
             model=model,
             values=values,
             judge=judge,
             engine=engine,
             gather=self._gather,
-            driver=self._driver,
+            drivers=self._drivers,
             tally=self._tally,
             logbook=self._logbook,
             reduction=reduction,
@@ -150,7 +155,8 @@ class Controller(Readings, Loops, Companion):
             patience=patience,
             share=self._share,
         )
-        attached.add(optimizer)
+        for optimizer in optimizers:
+            attached.add(optimizer)
         self._attached = True
 
     # ---- what a user calls ----
@@ -180,8 +186,7 @@ class Controller(Readings, Loops, Companion):
     def micro_batch(self, value: float) -> None:
         if self._gather is None or self._batch.micro_batch is None:
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
-        self._gather.micro_batch = check_positive("micro_batch", value)
-        self._gather.auto = False
+        self._gather.take_size(check_positive("micro_batch", value))
 
     @property
     def base_lr(self) -> float:
@@ -269,7 +274,7 @@ class Controller(Readings, Loops, Companion):
             "parameters": self._size,
             "base_batch": self._batch.base_batch or 0.0,
             **self._tally.numbers(),
-            "schedule_offset": 0 if self._driver is None else self._driver.offset,
+            "schedule_offset": self._drivers[0].offset if self._drivers else 0,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,8 +287,8 @@ class Controller(Readings, Loops, Companion):
         self._tally.adopt(values)
         self._stepper.forget()
         self._logbook.resume()
-        if self._driver is not None:
-            self._driver.resume(offset=int(values["schedule_offset"]))
+        for driver in self._drivers:
+            driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
@@ -291,7 +296,8 @@ class Controller(Readings, Loops, Companion):
         self._stepper.detach()
         self._let_go()
         self._logbook.close()
-        attached.discard(self._optimizer)
+        for optimizer in self._optimizers:
+            attached.discard(optimizer)
         self._attached = False
 
     def __repr__(self) -> str:
@@ -315,20 +321,26 @@ class Controller(Readings, Loops, Companion):
     def _let_go(self) -> None:
         if self._gather is not None:
             self._gather.detach()
-        if self._driver is not None:
-            self._driver.stop()
+        for driver in self._drivers:
+            driver.stop()
 
     @property
     def _followed(self) -> bool:
-        return self.clock.subscribers > (self._driver is not None)
+        return self.clock.subscribers > len(self._drivers)
 
     def _go_on(self, values: Mapping[str, float]) -> None:
         self._tally.adopt(values)
         self._stepper.forget()
-        if self._driver is not None:
-            self._driver.catch_up()
+        for driver in self._drivers:
+            driver.catch_up()
 
 
 def _number(value: float | str | None) -> float | None:
     """A size as a number; `None` where it is read off the forwards."""
     return None if value is None or isinstance(value, str) else value
+
+
+def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:
+    """Each scheduler with the optimizer that it moves; with the first where it does not tell."""
+    mine = {id(optimizer): optimizer for optimizer in optimizers}
+    return [(each, mine.get(id(getattr(each, "optimizer", None)), optimizers[0])) for each in schedulers]

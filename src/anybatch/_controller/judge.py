@@ -148,6 +148,10 @@ class Judge:
         scaling = _checked(self._rule, scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
         return Step(scale, count, raw or _UNKNOWN, known, gain, scaling)
 
+    def scaling(self, step: Step, *, exponent: Callable[[float], float]) -> Scaling:
+        """What the rule says of `step` for another optimizer, whose rate has this power of the gain."""
+        return _checked(self._rule, scale=step.scale, gain=step.gain, clock=self._clock, exponent=exponent(step.gain))
+
     def _raw(self, seen: Observation, *, scale: float, sample: float, known: bool) -> Moments | None:
         """This step's own moments; `None` where it shows no variance."""
         if seen.norms is not None:

@@ -7,18 +7,20 @@ has happened, so a step that raises leaves no trace. docs/architecture.md draws 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import nan
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from anybatch._controller.judge import Judge, Step
 from anybatch._controller.tally import Tally
-from anybatch._errors import AnybatchWarning, DivergedError
+from anybatch._errors import AnybatchWarning, DivergedError, UsageError
 from anybatch._gradients import (
     Engine,
     Flight,
@@ -40,16 +42,15 @@ _PATIENT = 10  # steps in a row that do not count before a warning: a GradScaler
 
 
 class Stepper:
-    """Takes an optimizer through its steps.
+    """Takes an optimizer, or several that train one model, through their steps.
 
     Args:
-        optimizer: the user's own.
-        model: what it trains.
-        values: what becomes of its hyperparameters in a step.
+        model: what they train.
+        values: what becomes of each optimizer's hyperparameters in a step.
         judge: from what a step showed to how far it may go.
         engine: one process, DDP or FSDP2.
         gather: what watches the backwards; `None` where nothing needs counting.
-        driver: keeps the schedule on the clock; `None` without one.
+        drivers: keep the schedules on the clock.
         tally: what the run has come to.
         logbook: where steps are written to.
         reduction: what `.grad` is at the step.
@@ -60,14 +61,13 @@ class Stepper:
 
     def __init__(
         self,
-        optimizer: Optimizer,
         *,
         model: nn.Module,
-        values: Hyperparameters,
+        values: Sequence[Hyperparameters],
         judge: Judge,
         engine: Engine,
         gather: Gather | None,
-        driver: ScheduleDriver | None,
+        drivers: Sequence[ScheduleDriver],
         tally: Tally,
         logbook: Logbook,
         reduction: Reduction,
@@ -75,13 +75,12 @@ class Stepper:
         patience: int,
         share: Callable[[], Share | None],
     ) -> None:
-        self._optimizer = optimizer
         self._model = model
         self._values = values
         self._judge = judge
         self._engine = engine
         self._gather = gather
-        self._driver = driver
+        self._drivers = drivers
         self._tally = tally
         self._logbook = logbook
         self._reduction: Reduction = reduction
@@ -93,20 +92,27 @@ class Stepper:
         self._landed: Moments | None = None
         self._inverse_size: float | None = None
         self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
+        self._taken: dict[
+            int, bool
+        ] = {}  # by the optimizers that stepped in this window, whether one skipped by itself
+        self._lr = nan  # as the first of them had it in this window
         self._warned: set[str] = set()
         self._restore_values: Callable[[], None] | None = None
-        self._handles = [
-            # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
-            optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
-        ]
+        self._handles: list[RemovableHandle] = []
+        for index, each in enumerate(values):
+            optimizer = each.optimizer
+            self._handles += [
+                # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
+                optimizer.register_step_pre_hook(torch.compiler.disable(partial(self._before, index))),
+                optimizer.register_step_post_hook(torch.compiler.disable(partial(self._after, index))),
+                optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
+                optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
+            ]
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate as it is now; nan for an optimizer without one."""
-        return float(self._optimizer.param_groups[0].get("lr", nan))
+        """The first group's learning rate as it is now."""
+        return float(self._values[0].optimizer.param_groups[0]["lr"])
 
     def restore(self) -> None:
         """Put the base values back; after a step that raised, at the next opportunity."""
@@ -131,6 +137,7 @@ class Stepper:
     def forget(self) -> None:
         """Nothing is under way: a state was loaded."""
         self._flight = self._landed = self._judged = self._inverse_size = None
+        self._taken.clear()
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -140,53 +147,69 @@ class Stepper:
 
     # ---- before ----
 
-    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.restore()
         self._pending = None
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         if closure is None:
-            self._prepare()
+            self._prepare(index)
             return None
 
         def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
             loss = closure()
             self.restore()
-            self._prepare()
+            self._prepare(index)
             return loss
 
         if len(args) < 2:
             return args, {**kwargs, "closure": closure_then_prepare}
         return (args[0], closure_then_prepare, *args[2:]), kwargs
 
-    def _prepare(self) -> None:
+    def _prepare(self, index: int) -> None:
+        values = self._values[index]
+        if index in self._taken:
+            raise UsageError(
+                f"{type(values.optimizer).__name__} steps again, and another optimizer of the same controller has not "
+                "stepped yet: a window is one step of each, after its last backward."
+            )
+        step = self._judged[1] if self._taken and self._judged else self._judge_window(values.optimizer)
+        if step is None:
+            return
+        self._pending = step
+        if step.skipped:
+            return
+        scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
+        held = ExitStack()
+        held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
+        self._restore_values = held.close
+
+    def _judge_window(self, optimizer: Optimizer) -> Step | None:
+        """How far the steps of this window may go; `None` where it is none of training."""
         if self._gather is not None:
             check_no_backward()
-            self._gather.follow(trainable(self._optimizer))
+            self._gather.follow(self._trainable())
         emptied = self._gather is not None and self._empty(self._gather)
         seen = self._gather is not None and self._gather.pending
-        if not seen and not emptied and is_phantom(self._optimizer, counted=self._gather is not None):
-            return
-        check_base(self._optimizer)
+        if not seen and not emptied and is_phantom(optimizer, counted=self._gather is not None):
+            return None
+        for each in self._values:
+            check_base(each.optimizer)
         self._check_run()
-        if self._driver is not None:
-            self._driver.check()
+        for driver in self._drivers:
+            driver.check()
         share = self._share()
         if self._gather is not None:
             self._engine.check(share is not None)
             if not self._gather.pending:
-                check_in_use(self._optimizer, model=self._model)
+                check_in_use(optimizer, model=self._model)
         stamp = None if self._gather is None else self._gather.stamp
         if stamp is None or self._judged is None or self._judged[0] != stamp:
             self._judged = stamp, self._observe(share)
         # Else the same window again, after a step() that raised, or from one that calls another step(): it is judged.
-        self._pending = step = self._judged[1]
-        if step.skipped:
-            return
-        held = ExitStack()
-        held.enter_context(
-            self._values.scaled(lr_factor=step.scaling.lr_factor, iterations=step.scaling.iterations, scale=step.scale)
-        )
-        self._restore_values = held.close
+        return self._judged[1]
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for each in self._values for p in trainable(each.optimizer)]
 
     def _empty(self, gather: Gather) -> bool:
         """Drop a window whose gradients were cleared before the step: the step has nothing to go by."""
@@ -211,7 +234,7 @@ class Stepper:
         Raises:
             DivergedError: the weights are not finite.
         """
-        if self._tally.in_a_row and not all(bool(p.isfinite().all()) for p in trainable(self._optimizer)):
+        if self._tally.in_a_row and not all(bool(p.isfinite().all()) for p in self._trainable()):
             raise DivergedError(
                 f"The weights are not finite after step {self._tally.steps}, at tau = {self._tally.clock.tau:g}: no "
                 "step will count now. The learning rate is too high, or a loss not finite: go back to a checkpoint."
@@ -221,7 +244,9 @@ class Stepper:
                 "A step after the end: the clock has reached total, and the schedule with it. Train `while not "
                 "controller.done`, or give attach the total, in base iterations, that is meant."
             )
-        if self._driver is None and getattr(self._optimizer.step, "_wrapped_by_lr_sched", False):  # by torch's own
+        driven = {id(driver.optimizer) for driver in self._drivers}
+        mine = [each.optimizer for each in self._values if id(each.optimizer) not in driven]
+        if any(hasattr(optimizer.step, "_wrapped_by_lr_sched") for optimizer in mine):  # by torch's schedulers
             self._warn(
                 "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "
                 "by the loop it does not come to its end. Give attach(scheduler=...), and do not step it."
@@ -256,6 +281,7 @@ class Stepper:
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._tally.known)
+        self.land()
         checksum = 0 if ranks.group is None else self._tally.checksum()
         flight = launch(
             window, ranks=ranks, reduction=self._reduction, checksum=checksum, ahead=self._lagged, share=share
@@ -264,10 +290,11 @@ class Stepper:
             self._gather.average()
         if not self._lagged:
             return self._judge.step(self._tally.known, flight.land())
-        self.land()
         raw, self._landed = self._landed, None
         self._flight = flight, self._tally.clock.tau
         count = window.backwards * ranks.size  # on every rank as many, or landing raises
+        if count == 0:
+            return self._judge.nothing(self._tally.known)
         if ranks.group is None:
             inverse_size = window.inverse_sizes / window.backwards
         elif self._inverse_size is None:  # the first step waits for the sizes on the other ranks
@@ -279,20 +306,27 @@ class Stepper:
 
     # ---- after ----
 
-    def _after(self, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+    def _after(self, index: int, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
         step, self._pending = self._pending, None
         if step is None:
             return
-        lr = self.lr if self._logbook.writes else nan
+        if index == 0 and self._logbook.writes:
+            self._lr = self.lr
         self.restore()
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
-        skipped = step.skipped or (found_inf is not None and bool(found_inf))
+        self._taken[index] = found_inf is not None and bool(found_inf)
+        if len(self._taken) == len(self._values):
+            self._finish(step, skipped=step.skipped or any(self._taken.values()))
+
+    def _finish(self, step: Step, *, skipped: bool) -> None:
+        """Every optimizer has stepped."""
+        self._taken.clear()
         if self._gather is not None:
             self._gather.close(forget=skipped)
         try:
             self._tally.add(step, skipped=skipped)
         finally:  # the step has happened, whatever those who follow the clock make of it
             if self._logbook.writes:
-                self._logbook.step(self._tally.line(step, lr=lr, skipped=skipped))
+                self._logbook.step(self._tally.line(step, lr=self._lr, skipped=skipped))
         if skipped:
             self._complain(step)

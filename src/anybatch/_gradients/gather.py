@@ -191,6 +191,8 @@ class Gather:
             )
         if self.pending:
             raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
+        if self.auto:
+            raise UsageError('observe() sees no forward, so micro_batch="auto" is nothing to it: give attach a number.')
         n = samples[0].shape[0]
         for p, sample in zip(self._parameters, samples, strict=True):
             if sample.shape != (n, *p.shape) or n == 0:
@@ -201,6 +203,8 @@ class Gather:
         self._witness.renewed()
         self.stamp += 1
         self._backwards = n
+        if self._sizes is not None:
+            self._sizes.forget()
         self._size()
         with torch.no_grad():
             for p, sample in zip(self._parameters, samples, strict=True):
@@ -214,6 +218,13 @@ class Gather:
                 self._weighing.samples(samples)
                 self._weighing.grads()
             self._remember(single=n == 1)
+
+    def take_size(self, value: float) -> None:
+        """Each micro-batch to come is of `value`."""
+        self.micro_batch = value
+        if self._sizes is not None:
+            self._sizes.detach()
+            self._sizes, self.auto = None, False
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step.

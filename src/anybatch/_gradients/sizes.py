@@ -1,6 +1,7 @@
 """Sizes: what the forwards of a model show of a micro-batch's size."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,8 @@ class Sizes:
         self._given = given
         self._left = _LOOKS
         self._shapes: list[torch.Size] = []
-        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._model = model
+        self._handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
 
     def micro_batch(self) -> float:
         """The size of the micro-batch whose backward has ended.
@@ -67,16 +69,38 @@ class Sizes:
         finally:
             self._shapes = before
 
+    def forget(self) -> None:
+        """What was seen has nothing to do with the micro-batches of this step."""
+        self._shapes.clear()
+
     def detach(self) -> None:
         """Remove the hook."""
         self._handle.remove()
 
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins."""
+        if model is not self._model or not torch.is_grad_enabled():
             return
         shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0), None)
         if shape is not None:
             self._shapes.append(shape)
+
+
+class _Hook:
+    """What the model holds; copied or pickled with it, it does nothing: the copy has no controller."""
+
+    def __init__(self, sizes: Sizes | None) -> None:
+        self._sizes = sizes if sizes is None else weakref.ref(sizes)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._sizes is None or torch.compiler.is_compiling():
+            return
+        sizes = self._sizes()
+        if sizes is not None:
+            sizes.see(model, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
 
 
 def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
@@ -89,8 +113,8 @@ def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
             f"There were {backwards} backwards after {len(shapes)} forwards. Each backward counts as a micro-batch: if "
             "these are several losses of one, put their backwards into `with controller.together():`."
         )
-    possible = {first[0], first.numel(), *(first[0] * n for n in first[1:2])}  # examples, entries, tokens
-    if len(shapes) != backwards or given in possible:
+    tokens = {first[i] * first[i + 1] for i in range(len(first) - 1)}
+    if len(shapes) != backwards or given in {*first, *tokens, first.numel()}:
         return ""
     return (
         f"micro_batch={given:g}, but each forward of the model got a tensor of shape {list(first)}. The scale of a "

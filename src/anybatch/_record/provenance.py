@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def run_config(
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     *,
     rule: object,
     noise_factor: float,
@@ -44,8 +44,8 @@ def run_config(
         "rule": repr(rule),
         **{name: getattr(rule, name, None) for name in ("estimator", "smoothing", "decays")},
         "noise_factor": noise_factor,
-        "optimizer": type(optimizer).__name__,
-        "param_groups": [_hyperparameters(group) for group in optimizer.param_groups],
+        "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
+        "param_groups": [_hyperparameters(group) for optimizer in optimizers for group in optimizer.param_groups],
         "total": total,
         **vars(batch),
         "ranks": ranks,

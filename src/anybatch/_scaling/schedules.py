@@ -34,6 +34,7 @@ class ScheduleDriver:
             raise InvalidValueError("The scheduler belongs to another optimizer than the one given to attach.")
         if not callable(getattr(scheduler, "step", None)):
             raise InvalidValueError(f"scheduler must have a step() method, got {type(scheduler).__name__}.")
+        self.optimizer = optimizer
         self._scheduler = scheduler
         self._clock = clock
         self._every = every
