@@ -17,7 +17,7 @@ SCALES = (1, 8, 32)
 # The example, its quality and what it counts its data in, and what its `train` is given beside the scale and the seed.
 TASKS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("images", "accuracy", "images", {}),
-    ("language", "loss", "bytes", {"total": 2000}),
+    ("language", "loss", "bytes", {"total": 1000}),
 )
 
 
@@ -28,19 +28,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     for name, quality, unit, more in TASKS:
         train = runpy.run_path(str(FOLDER / "examples" / f"{name}.py"))["train"]
         for scale in SCALES:
+            if any((row["example"], row["scale"]) == (name, scale) for row in rows):
+                continue
             runs = [train(scale=scale, seed=seed, **more) for seed in range(options.seeds)]
             values = [run[quality] for run in runs]
             rows.append({
                 "example": name, "scale": scale, "quality": quality, "mean": fmean(values), "spread": stdev(values),
                 "steps": fmean(run["steps"] for run in runs), "unit": unit, "seen": fmean(run[unit] for run in runs),
             })  # fmt: skip
-            print(line(rows[-1], rows), flush=True)
-    data = {"torch": torch.__version__, "seeds": options.seeds, "rows": rows}
-    options.json.write_text(json.dumps(data, indent=1) + "\n")
+            data = {"torch": torch.__version__, "seeds": options.seeds, "rows": rows}
+            options.json.write_text(json.dumps(data, indent=1) + "\n")
+    print("\n".join(line(row, rows) for row in rows))
 
 
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
