@@ -17,7 +17,7 @@ SCALES = (1, 8, 32)
 # The example, its quality and what it counts its data in, and what its `train` is given beside the scale and the seed.
 TASKS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("images", "accuracy", "images", {}),
-    ("language", "loss", "bytes", {"total": 1000}),
+    ("language", "loss", "bytes", {"total": 500}),
 )
 
 

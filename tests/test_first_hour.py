@@ -36,7 +36,7 @@ def step(model, optimizer, t=0, *, size=4, n=1, factor=1.0):
 
 
 def test_a_diverged_run_ends():
-    """A rate too high: the weights overflow, and the first step after that is an error."""
+    """A rate too high: a finite gradient takes the weights beyond all floats, and the next step but one says so."""
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
     controller = anybatch.attach(optimizer, model=model, total=1000, scale="count")
@@ -48,6 +48,17 @@ def test_a_diverged_run_ends():
             optimizer.step()
             optimizer.zero_grad()
     assert controller.steps < 10
+
+
+def test_weights_that_are_not_finite_end_the_run_at_once():
+    model, optimizer, controller = build()
+    step(model, optimizer, n=2)
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    step(model, optimizer, n=2)
+    with pytest.raises(anybatch.DivergedError, match="weights are not finite after step 1, at tau = "):
+        step(model, optimizer, n=2)
+    assert (controller.steps, controller.skipped) == (1, 1)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])

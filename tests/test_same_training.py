@@ -117,6 +117,7 @@ def test_a_candidate_that_the_library_refuses_is_said_before_any_training(tiny, 
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.filterwarnings("ignore:10 steps in a row")
 def test_a_run_without_finite_gradients_is_a_result(tmp_path):
     run = same_training.Run("digits-sgd", "constant", 1e6, 8, 0)
     result = same_training.train(run, same_training.Place(tmp_path, tmp_path, 1))

@@ -193,17 +193,18 @@ def test_a_compiled_model_trains_alike(monkeypatch):
     assert runs[0]["tau"] == pytest.approx(runs[1]["tau"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "skipped"), [("fp32", 2), ("fp16", 100)])
-def test_a_run_without_a_finite_gradient_ends_once_and_says_so(precision, skipped, tmp_path):
-    """The controller sees the weights; under fp16 the GradScaler skips the steps, and the controller hears of none."""
+@pytest.mark.filterwarnings("ignore:10 steps in a row")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_without_a_finite_gradient_ends_once_and_says_so(precision, tmp_path):
+    """Under fp16 the GradScaler skips the steps, and the controller does not hear of them."""
     options = Options(scale="8", lr=1e20, total=TOTAL, precision=precision, out=tmp_path)
     summary = run(Digits(), options)
     assert summary["diverged"]
-    assert summary["skipped"] == skipped
+    assert summary["skipped"] == 100
     assert read(tmp_path / "summary.json")[0]["train_loss"] is None  # strict JSON
     again = run(Digits(), options, watch=lambda *_: pytest.fail("trained again"))
     assert again["diverged"]
-    assert (again["skipped"], again["examples"]) == (skipped, summary["examples"])
+    assert (again["skipped"], again["examples"]) == (100, summary["examples"])
 
 
 def test_an_average_without_memory_is_the_model():

@@ -33,6 +33,7 @@ from anybatch._gradients import (
     is_phantom,
     launch,
     trainable,
+    withheld,
 )
 from anybatch._maps import check_base
 from anybatch._record import Logbook
@@ -176,12 +177,13 @@ class Stepper:
         if step is None:
             return
         self._pending = step
+        held = ExitStack()
+        self._restore_values = held.close
         if step.skipped:
+            held.enter_context(withheld(values.optimizer))
             return
         scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
-        held = ExitStack()
         held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
-        self._restore_values = held.close
 
     def _judge_window(self, optimizer: Optimizer) -> Step | None:
         """How far the steps of this window may go; `None` where it is none of training."""

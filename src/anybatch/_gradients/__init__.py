@@ -11,6 +11,7 @@ from anybatch._gradients.parameters import (
     is_phantom,
     trainable,
     trained_parameters,
+    withheld,
 )
 from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, launch
 from anybatch._gradients.sizes import Sizes
@@ -35,4 +36,5 @@ __all__ = [
     "launch",
     "trainable",
     "trained_parameters",
+    "withheld",
 ]

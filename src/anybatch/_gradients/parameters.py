@@ -1,5 +1,8 @@
 """The parameters that an optimizer trains, and whether a `step()` of it is a step of training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,6 +37,20 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
             "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
         )
     return trained
+
+
+@contextmanager
+def withheld(optimizer: Optimizer) -> Iterator[None]:
+    """Hide the gradients: torch's optimizers leave parameters without one as they are, and their state too."""
+    kept = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    try:
+        for p, _ in kept:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in kept:
+            if p.grad is None:
+                p.grad = grad
 
 
 def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
