@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 # Two workers with one thread each beat one worker with two threads on the small tensors of the tests.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test faults check format docs bench evidence clean
+.PHONY: help demo test faults mutants check format docs bench evidence clean
 help:
 	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
 	@echo "make test    the whole test suite"
 	@echo "make faults  the long form of tests/faults: a hundred killed runs, 26,000 damaged files; 20 minutes"
+	@echo "make mutants   a hundred changes of the core, one at a time, that the tests must notice; an hour, and goes on"
 	@echo "make check   lint, types and import levels"
 	@echo "make docs    the documentation's site, into site/; strict, and nothing from the network"
 	@echo "make bench   the benchmarks, each with its table"
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 faults: $(STAMP)
 	FAULTS=long $(TEST) tests/faults
+
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutants.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

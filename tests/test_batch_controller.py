@@ -206,3 +206,17 @@ def test_seesaw_under_adascale_stops_at_the_noise_scale():
         optimizer.step()
     assert set(before) == {2}
     assert batch.accumulation == pytest.approx(9, abs=2)  # variance 450 over sqnorm 50, and not 2000
+
+
+def test_without_a_total_pure_noise_doubles_the_batch_in_a_thousand_base_iterations():
+    """2 * 2 ** (tau / 1000) comes to 3 at tau = 1000 * log2(1.5) = 585, up to one step of 2."""
+    model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = anybatch.attach(optimizer, model=model, scale="count")
+    batch = anybatch.BatchController(controller, efficiency=0.5, bounds=(2, 8))
+    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    while batch.accumulation == 2:
+        controller.observe([opposite[:, None, :]])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 585 <= controller.tau <= 587

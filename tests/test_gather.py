@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
+from anybatch._gradients import Gather
 
 
 def attached(model, parameters=None, lr=0.0, **options):
@@ -260,15 +261,29 @@ def test_parameters_added_later_are_followed():
 
 
 def test_memory_no_parameter_sized_buffer():
-    """Norms live in one float64 number a parameter and micro-batch."""
+    """A backward leaves one number; what waits for its end are small gradients, and of large ones the rows' norms."""
     model = nn.Linear(1000, 1000)
     optimizer, controller = attached(model)
+    gather, waiting = controller._gather, []
+    model.weight.register_post_accumulate_grad_hook(
+        lambda _: waiting.append(sum(t.numel() for t in gather._samples.waiting + gather._samples._rows))
+    )
     for _ in range(3):
         (model(torch.randn(2, 1000)).square().mean() / 3).backward()
+        assert gather._samples.waiting == []
+    assert all(0 < entries <= 1000 + 1_000_000 // 512 + 1 for entries in waiting)
+    assert [t.numel() for t in gather._samples.squares] == [1, 1, 1]
     optimizer.step()
-    sizes = [t.numel() for slots in controller._gather._slots for t in slots.views]
-    assert len(sizes) == 6
-    assert controller._gather._consecutive is None
+    assert gather._samples.squares == []
+
+
+def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():
+    p = nn.Parameter(torch.ones(2))
+    gather = Gather([p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
+    (2 * p).sum().backward()
+    window = gather.window()
+    assert window.samples_square.item() == pytest.approx(2)
+    assert window.grad_square is None
 
 
 @pytest.mark.parametrize("wrong", ["count", "shape", "empty", "after a backward", "sum"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
+from anybatch._gradients.norms import norm_into, total_squared_norm
 
 
 def exact(tensor):
@@ -82,10 +82,3 @@ def test_total_of_many():
     tensors = [make() for make in TENSORS.values()]
     assert float(total_squared_norm(tensors)) == pytest.approx(sum(map(exact, tensors)), rel=1e-7)
     assert float(total_squared_norm([])) == 0
-
-
-@pytest.mark.parametrize("shape", [(5,), (5, 7), (4, 3, 2, 6)])
-def test_samples(shape):
-    torch.manual_seed(0)
-    samples = torch.randn(shape)
-    assert float(sample_squared_norm(samples)) == pytest.approx(exact(samples), rel=1e-6)

@@ -165,23 +165,28 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_every_configuration_of_torchs_database_at_scale_one_is_bitwise_the_bare_optimizer(name):
+def test_every_configuration_of_torchs_database_at_scale_one_is_bitwise_the_bare_optimizer(name, record_property):
     info = database(name)
     compared = set()
+    counts = dict.fromkeys(("compared", "that torch refuses"), 0)
     for options in configurations(name, info):
         for kind, problem in problems(name, info).items():
             try:
                 bare = run(EXPORTED[name], problem, options)
             except (RuntimeError, ValueError, AssertionError):  # torch refuses this combination
+                counts["that torch refuses"] += 1
                 continue
             assert all(p.isfinite().all() for p in bare[0])
             for rule, trips in ((anybatch.AdaScale(), {}), (anybatch.AdaScale(), TRIPS), (anybatch.Linear(), TRIPS)):
                 assert same(bare, run(EXPORTED[name], problem, options, rule=rule, trips=trips)), (kind, options)
+            counts["compared"] += 1
             compared.add((kind, str({k: v for k, v in options.items() if k != "lr"}), type(options["lr"])))
     plain = {str({k: v for k, v in entry.kwargs.items() if k != "lr"}) for entry in info.optim_inputs_func("cpu")}
     assert {kind for kind, *_ in compared} == set(problems(name, info))
     assert plain <= {entry for _, entry, _ in compared}
     assert {lr for *_, lr in compared} == {float, torch.Tensor}
+    for what, count in counts.items():
+        record_property(f"number of optimizer configurations {what}", count)
 
 
 # ---- a scale above one: the values inside of the step ----
@@ -421,7 +426,7 @@ def test_subclasses_have_the_row_of_their_class():
     controller = anybatch.attach(Mine(model.parameters()), model=model, scale="count")
     for i in range(2):
         (model(0, i) / 2).backward()
-    controller._optimizer.step()
+    controller._optimizers[0].step()
     assert controller.lr_factor == pytest.approx(math.sqrt(controller.gain))
 
 
@@ -513,7 +518,7 @@ def test_a_class_of_ones_own_that_is_like_adamw_is_scaled_as_it_is():
     assert runs[0][:2] == pytest.approx(runs[1][:2], rel=1e-8)  # torch counts steps in float32
     assert runs[0][1] == pytest.approx(controller.gain**0.5)
     for theirs, own in zip(runs[0][2], runs[1][2], strict=True):
-        torch.testing.assert_close(own, theirs, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(own, theirs, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, Own, "AdamW"])

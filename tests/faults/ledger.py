@@ -87,7 +87,8 @@ def faults(request):
     return ledger
 
 
-def pytest_terminal_summary(terminalreporter):
+def summary(terminalreporter):
+    """One line of what was injected and what came of it."""
     total = dict.fromkeys(("injected", "survived", "lost", "wrong"), 0)
     for outcome in ("passed", "failed", "xfailed"):
         for report in terminalreporter.stats.get(outcome, []):

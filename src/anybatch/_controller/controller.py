@@ -72,7 +72,9 @@ class Controller(Readings, Loops, Companion):
         self._reduction: Reduction = reduction
         adascale = rule if isinstance(rule, AdaScale) else None
         stated = (adascale.exponent, adascale.like) if adascale else (1.0, None)
-        families = [family_of(optimizer, exponent=stated[0], like=stated[1]) for optimizer in optimizers]
+        families = []
+        for optimizer in optimizers:  # a comprehension is a frame more, or not, between a warning and its cause
+            families.append(family_of(optimizer, exponent=stated[0], like=stated[1]))  # noqa: PERF401
         # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
         total = None if adascale is None else clock.total
         values = [

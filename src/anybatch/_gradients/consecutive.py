@@ -1,5 +1,7 @@
 """Consecutive: with one gradient a step, the one before is the second sample."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,20 +13,27 @@ class Consecutive:
     """Keeps a copy of the last step's gradient: the one buffer of the parameters' size in this library."""
 
     def __init__(self) -> None:
-        self._previous: list[Tensor] | None = None
+        self._previous: dict[int, Tensor] | None = None  # by the parameter; what is not there is zero
 
     def forget(self) -> None:
-        """The next gradient has no predecessor: this one was not finite, not alone in its step, or not whole."""
+        """The next gradient has no predecessor: this one was not finite, or not alone in its step."""
         self._previous = None
 
-    def pair(self, grads: list[Tensor]) -> Pair | None:
-        """The norms of `grads` and of those of the last call; `None` at the first."""
+    def pair(self, grads: Mapping[int, Tensor]) -> Pair | None:
+        """The norms of the gradients, by their parameters, and of those of the last call; `None` at the first."""
         if self._previous is None:
-            self._previous = [g.detach().clone() for g in grads]
+            self._previous = {index: g.detach().clone() for index, g in grads.items()}
             return None
-        before = total_squared_norm(self._previous)
-        now = total_squared_norm(grads)
-        torch._foreach_add_(self._previous, grads)  # the buffer holds the sum for a moment: no second copy
-        together = total_squared_norm(self._previous)
-        torch._foreach_copy_(self._previous, grads)
+        held = self._previous
+        before, now = total_squared_norm(held.values()), total_squared_norm(grads.values())
+        both = [index for index in grads if index in held]
+        if both:  # the buffer holds the sum for a moment: no second copy
+            torch._foreach_add_([held[index] for index in both], [grads[index] for index in both])
+        held.update({index: g.detach().clone() for index, g in grads.items() if index not in held})
+        together = total_squared_norm(held.values())
+        for index, buffer in held.items():
+            if index in grads:
+                buffer.copy_(grads[index])
+            else:
+                buffer.zero_()
         return Pair((before + now) / 2, together / 4)

@@ -1,10 +1,10 @@
 """Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
 
 [Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
-on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
-`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
-back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
-communication hook of the user's runs as it is.
+on one device, under DDP (before its reduction) and under `no_sync` alike; `samples` has their norms. The squared norm
+of their sum is taken from `.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP
+has averaged and written back, before the user unscales or clips. So both norms are of the same gradients in the same
+units, and any communication hook of the user's runs as it is.
 
 Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
 the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
-from anybatch._gradients.norms import norm_into, sample_squared_norm, total_squared_norm
+from anybatch._gradients.norms import total_squared_norm
+from anybatch._gradients.samples import Samples
 from anybatch._gradients.sizes import Sizes
-from anybatch._gradients.slots import Slots, total_of
 from anybatch._gradients.together import Together
 from anybatch._gradients.weighing import Weighing
 from anybatch._gradients.window import Pair, Weighed, Window
@@ -75,7 +76,7 @@ class Gather:
         self.micro_batch = 1.0
         self.auto = False  # whether each forward tells the micro-batch's size
         self._sizes = sizes
-        self._measure = measure
+        self._measuring = measure
         self._leaves_of = leaves
         self._reduced = reduced
         self._arrived = arrived
@@ -92,10 +93,12 @@ class Gather:
         self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
         self._leaves: list[Tensor] = []
         self._hooks: list[Callable[[Tensor], None]] = []
-        self._handles: list[RemovableHandle] = []  # of the hooks before the accumulation
-        self._handles_after: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []
-        self._slots: list[Slots] = []  # [backwards of the longest window so far]
+        self._waits: list[bool] = []  # for each parameter, whether its gradient may
+        self._samples = Samples()
+        self._shortest = 0  # backwards of the shortest window so far; not known yet
+        self._written = False  # whether `.grad` was ever written to between a backward and the step
         self._witness = Witness()
         self._observed_square: Tensor | None = None
         self._grad_square: Tensor | None = None
@@ -126,10 +129,10 @@ class Gather:
             self._known.add(id(p))
             self._leaves.append(leaf)
             self._fires.append(0)
-            self._slots.clear()
-            self._hooks.append(self._before_accumulation(index))
+            waits = self._measuring and self._samples.admits(leaf)
+            self._waits.append(waits)
+            self._hooks.append(self._hook(index, waits=waits))
             self._handles.append(leaf.register_hook(self._hooks[index]))
-            self._handles_after.append(leaf.register_post_accumulate_grad_hook(self._after_accumulation(index)))
             self._unmeasured = True
         self._newest_hook = RemovableHandle.next_id
 
@@ -153,6 +156,7 @@ class Gather:
             yield
             return
         self._paused, before = True, self._witness.fingerprint()
+        self._task = -1
         try:
             with nullcontext() if self._sizes is None else self._sizes.paused():
                 yield
@@ -168,11 +172,12 @@ class Gather:
             yield
             return
         self._together = together = Together()
+        self._task = -1
         try:
             yield
-            for index, total in together.sums.items() if self._measure else ():
+            for index, total in together.sums.items() if self._measuring else ():
                 self._measure_sample(self._fires[index] - 1, index, total)
-            if self._measure and together.sums:
+            if self._measuring and together.sums:
                 self._remember(single=self._alone)
         except BaseException:
             self._unmeasured = True
@@ -209,9 +214,8 @@ class Gather:
         with torch.no_grad():
             for p, sample in zip(self._parameters, samples, strict=True):
                 p.grad = sample.mean(0)
-            if self._measure:
-                squares = [sample_squared_norm(sample) for sample in samples]
-                self._observed_square = torch.stack(squares).sum() / n**2
+            if self._measuring:
+                self._observed_square = total_squared_norm(samples) / n**2
                 self._grad_square = total_squared_norm(self._grads())
             if self._weighing is not None:
                 self._weighing.open()
@@ -241,7 +245,13 @@ class Gather:
         backwards = self.pending
         if self._sizes is not None:
             self._sizes.check(backwards)
-        measured = self._measure and not self._unmeasured and backwards > 0
+        self._samples.measure()
+        measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
+        if measured:
+            self._written = self._written or self._witness.written()
+            if self._late and not self._written:
+                self._measure_grad()
+            measured = not self._late
         weighed = None if self._weighing is None else Weighed()
         if not measured:
             return Window(backwards, self._inverse_sizes, None, None, None, weighed)
@@ -272,6 +282,7 @@ class Gather:
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._witness.stepped()
+        self._shortest = min(self._shortest or self.pending, self.pending)
         if forget and self._consecutive is not None:
             self._consecutive.forget()
         self._unmeasured = False
@@ -279,12 +290,11 @@ class Gather:
 
     def detach(self) -> None:
         """Remove every hook."""
-        for handle in [*self._handles, *self._handles_after]:
+        for handle in self._handles:
             handle.remove()
         if self._sizes is not None:
             self._sizes.detach()
         self._handles.clear()
-        self._handles_after.clear()
 
     # ---- the window ----
 
@@ -295,64 +305,79 @@ class Gather:
         self._sized = 0
         self._backwards = 0
         self._nested_only = False
-        self._accumulated = False
         self._here = True  # whether `.grad` has the last backward
+        self._piecewise = False  # whether `.grad` was not the average after some backward
+        self._late = False  # whether the norm of `.grad` is left to the step
+        self._samples.clear()
         self._observed_square = None
         self._grad_square = None
         if self._weighing is not None:
             self._weighing.clear()
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
+        self._task = -1  # the one whose gradients are measured in the plain way now
         self._witness.open()
         self._scale: Tensor | None = None
 
-    # The hooks hold this object weakly: torch's garbage collector does not look into post-accumulation hooks, so that a
-    # strong reference would keep parameters, and under DDP the process group's threads, alive for good.
-
-    def _before_accumulation(self, index: int) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, *, waits: bool) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
-        measure = self._measure
+        measure = self._measuring
+        # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
+        # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
+        samples, wait, note = self._samples, self._samples.waiting.append, self._samples.versions.append
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
             gather = reference()
-            if gather is None or gather._paused:
-                return
-            task = current_task()
-            if task not in gather._tasks:
-                gather._begin_backward(task, gather._parameters[index])
-            if gather._together is not None:
-                gather._together.come(index, grad)
-            elif measure:
-                gather._measure_sample(gather._fires[index], index, grad)
-
-        return hook
-
-    def _after_accumulation(self, index: int) -> Callable[[Tensor], None]:
-        # Counting here, not in the hook before, leaves out torch.autograd.grad: it computes gradients that nothing
-        # accumulates, and their norms are overwritten by the next backward.
-        reference = weakref.ref(self)
-
-        def hook(_: Tensor) -> None:
-            gather = reference()
             if gather is None:
                 return
-            if gather._paused:
-                gather._stray = gather._parameters[index]
+            task = current_task()
+            if task != gather._task and not gather._enter(task, index, grad):
                 return
-            if gather._together is None or gather._together.take(index):
-                gather._fires[index] += 1
-            gather._accumulated = True
+            gather._fires[index] += 1
+            if waits and not grad.is_sparse:
+                wait(grad)
+                note(grad._version)
+            elif measure:
+                samples.take(grad)
 
         return hook
 
+    def _enter(self, task: int, index: int, grad: Tensor) -> bool:
+        """Whether the hook goes on: not where nothing is accumulated, while paused, or where all is done here."""
+        if self._paused:
+            if self._stray is None and _accumulates(self._leaves[index]):
+                self._stray = self._parameters[index]
+            return False
+        if task not in self._tasks:
+            if not _accumulates(self._leaves[index]):
+                return False
+            self._begin_backward(task, self._parameters[index])
+        if self._together is not None:
+            self._fires[index] += self._together.add(index, grad)
+            return False
+        if self._measuring and (self._weighing is not None or not self._samples.patient):
+            self._fires[index] += 1
+            self._measure_sample(self._fires[index] - 1, index, grad)
+            return False
+        self._task = task
+        return True
+
     def _measure_sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Take the norm of what parameter `index` got from micro-batch `row`."""
-        if row >= len(self._slots):
-            self._slots.append(Slots(self._leaves))
-        norm_into(self._slots[row].views[index], grad)
+        """Take the norms of what parameter `index` got from micro-batch `row`."""
+        if self._waits[index] and self._samples.patient and not grad.is_sparse:
+            self._samples.waiting.append(grad)
+            self._samples.versions.append(grad._version)
+        else:
+            self._samples.take(grad)
         if self._weighing is not None:
             self._weighing.sample(row, index, grad)
+
+    def _measure_grad(self) -> None:
+        self._late = False
+        self._grad_square = total_squared_norm(self._grads())
+        if self._weighing is not None:
+            self._weighing.grads()
 
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -372,6 +397,7 @@ class Gather:
         if self._weighing is not None and self.pending == 0:
             self._weighing.open()
         self._tasks.add(task)
+        self._queue(self._samples.measure, 1)  # while DDP's last reduction is under way
         self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
 
     def _queue(self, callback: Callable[[], None], chain: int) -> None:
@@ -381,31 +407,38 @@ class Gather:
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
         self._tasks.discard(task)
-        if not self._accumulated:  # torch.autograd.grad
-            if self.pending == 0:
-                self._witness.forget()
-            return
         self.stamp += 1
         if nested:
             self._nested_only = self._backwards == 0
         else:
             if self._together is None or self._together.first():
                 self._backwards += 1
-            self._accumulated = self._nested_only = False
+            self._nested_only = False
         self._here = self._arrived()
         self._witness.confirm(arrived=self._here)
         self._size()
-        if not self._measure:
+        if not self._measuring:
             return
         scale = self._loss_scale()
         self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
         self._grad_square = None
-        if not self._alone and (self._reduced is None or self._reduced()):
-            self._grad_square = total_squared_norm(self._grads())
-            if self._weighing is not None:
-                self._weighing.grads()
+        averaged = self._reduced is None or self._reduced()
+        self._piecewise = self._piecewise or not averaged
+        self._late = averaged and not self._alone
+        if self._late and self._is_last():
+            self._measure_grad()
         if self._together is None:
             self._remember(single=self._alone)
+
+    def _is_last(self) -> bool:
+        """Whether `.grad` is to be read after this backward, because the step may come now.
+
+        A read that another backward follows is in vain, and one at the step is too late if the user has clipped or
+        unscaled by then. So it is read after as many backwards as the shortest window had; at the step if that comes
+        earlier; and always once somebody has written to it in between. Where that first happens in a window that is
+        shorter than all before, the window is not measured.
+        """
+        return self._piecewise or self._written or self.pending >= self._shortest
 
     @property
     def _alone(self) -> bool:
@@ -432,16 +465,24 @@ class Gather:
                 "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
                 "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        return total_of(self._slots[:most], self._fires)
+        return self._samples.total()
 
     def _remember(self, *, single: bool) -> None:
         if self._consecutive is None:
             return
-        grads = self._grads()
-        if single and len(grads) == len(self._parameters):
+        if single:
+            grads = {index: local_of(p.grad) for index, p in enumerate(self._parameters) if p.grad is not None}
             self._pair = self._consecutive.pair(grads)
         else:
             self._consecutive.forget()
+
+
+def _accumulates(leaf: Tensor) -> bool:
+    """Whether the engine's run adds to `.grad`: torch.autograd.grad does not, and the engine refuses the question."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
+    except RuntimeError:
+        return False
 
 
 def _inside_a_backward() -> bool:

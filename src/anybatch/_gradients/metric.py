@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anybatch._gradients.norms import norm_into, real_of, sample_squared_norm
+from anybatch._gradients.norms import norm_into, real_of, total_squared_norm
 from anybatch._gradients.witness import local_of
 
 # Squares in every v before it counts: the relative error of an average of k squares is sqrt(2 / k), here 0.45; with one
@@ -89,7 +89,7 @@ class Metric:
         root = self._root(parameter, samples)
         if root is None:
             return None
-        return sample_squared_norm(real_of(samples) / root.divisor) * root.unit
+        return total_squared_norm([real_of(samples) / root.divisor]) * root.unit
 
     def _weigh(self, out: Tensor, parameter: Tensor, grad: Tensor) -> bool:
         root = self._root(parameter, grad)

@@ -12,7 +12,6 @@ class Together:
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
-        self._coming: dict[int, Tensor] = {}
         self._begun = False
 
     def first(self) -> bool:
@@ -20,13 +19,9 @@ class Together:
         begun, self._begun = self._begun, True
         return not begun
 
-    def come(self, index: int, grad: Tensor) -> None:
-        """A gradient of parameter `index` was computed; whether it is accumulated shows in `take`."""
-        self._coming[index] = grad.detach()
-
-    def take(self, index: int) -> bool:
-        """It was; true for the parameter's first in this micro-batch."""
-        grad = self._coming.pop(index)
+    def add(self, index: int, grad: Tensor) -> bool:
+        """Add a gradient of parameter `index`; true for its first in this micro-batch."""
+        grad = grad.detach()
         if index in self._sums:
             self._sums[index] = self._sums[index] + grad
             return False

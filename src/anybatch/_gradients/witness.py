@@ -56,10 +56,12 @@ class Seen:
     def cleared(self) -> bool:
         """Whether it is gone, or zero where it was not."""
         grad = self.parameter.grad
-        if grad is None:
-            return True
-        changed = self.grad() is not grad or _versions(grad) != self.versions
-        return (changed or self.nonzero is True) and is_zero(grad)
+        return grad is None or ((self.changed() or self.nonzero is True) and is_zero(grad))
+
+    def changed(self) -> bool:
+        """Whether it is another object, or was written to."""
+        grad = self.parameter.grad
+        return grad is None or self.grad() is not grad or _versions(grad) != self.versions
 
 
 def see(parameter: Tensor) -> Seen | None:
@@ -110,10 +112,6 @@ class Witness:
         if self._parameter is None:
             self._parameter = parameter
 
-    def forget(self) -> None:
-        """The backward accumulated nothing."""
-        self._parameter, self._mixed = None, False
-
     def confirm(self, *, arrived: bool) -> None:
         """A backward has ended; `arrived` tells whether its gradients are in `.grad` already.
 
@@ -150,6 +148,10 @@ class Witness:
         """A number of the open window's `.grad`, to tell whether it is what it was; waits for the device."""
         grad = None if self._parameter is None else self._parameter.grad
         return None if grad is None else total_squared_norm([local_of(grad)]).item()
+
+    def written(self) -> bool:
+        """Whether somebody has written to `.grad` since the last backward."""
+        return self._seen is not None and self._seen.changed()
 
     def _remains(self) -> bool:
         return self._stale is not None and self._stale.remains()

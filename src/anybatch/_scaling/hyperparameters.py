@@ -121,6 +121,11 @@ class Hyperparameters:
             for entries, divisor in self._state_entries(k, own):
                 torch._foreach_mul_(entries, divisor)
 
+    @property
+    def _on_clock(self) -> bool:
+        """Whether averages, step counts and a decoupled weight decay follow the clock."""
+        return (self.family.decays if self.decays == "auto" else self.decays) not in ("constant", 0)
+
     def _power(self, iterations: float) -> float:
         """Base iterations by which the averages of the class move: betas, alpha, step counts."""
         return clock_power(self.family.decays if self.decays == "auto" else self.decays, iterations)
@@ -150,6 +155,9 @@ class Hyperparameters:
                     changed["dampening"] = 1 - (1 - group["dampening"]) * entering
                 else:
                     changed["lr"] = group["lr"] * (lr_factor * entering)
+        decoupled = family.decoupled or group.get("decoupled_weight_decay")
+        if self._on_clock and decoupled and group.get("weight_decay") and lr_factor and k != lr_factor:
+            changed["weight_decay"] = group["weight_decay"] * (k / lr_factor)
         if k == 1:
             return changed
         for name in family.names:
@@ -163,9 +171,6 @@ class Hyperparameters:
                 f"{float(changed['betas'][1]):.3g}; RAdam needs more than {family.least:.3g}. Use decays='constant', "
                 "or AdamW."
             )
-        decoupled = family.decoupled or group.get("decoupled_weight_decay")
-        if decoupled and group.get("weight_decay") and lr_factor:
-            changed["weight_decay"] = group["weight_decay"] * (k / lr_factor)
         return changed
 
     def _prepare_momentum(self, group: dict[str, Any], momentum: float) -> None:
