@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Two workers with one thread each beat one worker with two threads on the small tensors of the tests.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test faults mutants check format bench evidence clean
+.PHONY: help demo test faults mutants check format docs bench evidence clean
 help:
 	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
 	@echo "make test    the whole test suite"
 	@echo "make faults  the long form of tests/faults: a hundred killed runs, 26,000 damaged files; 20 minutes"
 	@echo "make mutants   a hundred changes of the core, one at a time, that the tests must notice; an hour, and goes on"
 	@echo "make check   lint, types and import levels"
+	@echo "make docs    the documentation's site, into site/; strict, and nothing from the network"
 	@echo "make bench   the benchmarks, each with its table"
 	@echo "make evidence   every rule against scale 1 on all tasks: hours, and goes on where it was stopped"
 
@@ -51,6 +52,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet
+	$(BIN)/python -m pytest -q tests/test_site.py
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.smoothing
@@ -59,9 +64,12 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.record
 	$(BIN)/python -m benchmarks.forecast
 	$(BIN)/python -m benchmarks.beyond
+	$(BIN)/python -m benchmarks.idea
+	$(BIN)/python -m benchmarks.first_screen
+	$(BIN)/python -m benchmarks.examples
 
 evidence: $(STAMP)
 	$(BIN)/python -m benchmarks.same_training --json docs/same-training/results.json --figure docs/same-training/frontier.png
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo site

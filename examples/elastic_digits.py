@@ -32,11 +32,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import anybatch
-from anybatch._demo import digits, network
 
 BASE_BATCH = 8
 BACKWARDS = 4  # of one base batch each, on every rank
@@ -120,6 +122,21 @@ def images(n: int, *, seed: int, step: int, rank: int, ranks: int) -> torch.Tens
     """The rows of a step on this rank, `[BACKWARDS, BASE_BATCH]`: made from the step's number, so never saved."""
     draw = torch.Generator().manual_seed(1_000_003 * seed + step)
     return torch.randint(n, (ranks, BACKWARDS, BASE_BATCH), generator=draw)[rank]
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The 1797 images, 75 % for training; pixels standardised."""
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    x_train, x_test, y_train, y_test = (torch.as_tensor(part) for part in parts)
+    mean, std = x_train.mean(), x_train.std()
+    return ((x_train - mean) / std).float(), y_train, ((x_test - mean) / std).float(), y_test
+
+
+def network(seed: int) -> nn.Sequential:
+    """A multilayer perceptron, initialised from `seed`."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def save(path: Path, state: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """The demo keeps its promises: on the real digits, at the README's own settings."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,21 @@ def test_linear_scaling_with_warm_up_does_not(table):
         assert rows[scale, "lsw"].accuracy < rows["1", "adascale"].accuracy - 20
         assert rows[scale, "lsw"].worse
         assert rows[scale, "lsw+"].iterations == pytest.approx(rows[scale, "adascale"].iterations, abs=1)
+
+
+@pytest.mark.slow
+def test_the_readmes_rows_are_these_on_any_machine(table):
+    """Float rounding alone moves an accuracy by tenths; of fixed rules the number of steps is arithmetic."""
+    _, _, rows = table
+    told = json.loads((Path(__file__).parent.parent / "docs/figures/first-screen.json").read_text())["rows"]
+    for row in told:
+        if (row["scale"], row["rule"]) in rows:
+            mine = rows[row["scale"], row["rule"]]
+            assert mine.iterations == pytest.approx(row["iterations"], rel=0.05)
+            assert mine.worse == row["worse"]
+            if not row["worse"]:
+                assert mine.accuracy == pytest.approx(row["accuracy"], abs=0.8)
+    assert len(rows) == 12
 
 
 @pytest.mark.slow

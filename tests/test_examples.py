@@ -1,0 +1,86 @@
+"""The examples run as they stand, by public names alone, and come to what they say."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anybatch
+
+pytest.importorskip("sklearn")
+
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+SECONDS = 300  # on a machine many times slower than one where each takes two
+
+
+def run(name, *options, ranks=0, folder):
+    """The last line that the example prints, as JSON; under torchrun with `ranks`."""
+    source = str(Path(anybatch.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    found = subprocess.run(
+        [sys.executable, *launcher, str(FOLDER / f"{name}.py"), *map(str, options)],
+        capture_output=True, text=True, cwd=folder, timeout=SECONDS, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(found.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_public_names_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "anybatch":
+            assert node.attr in (*anybatch.__all__, "sinks"), f"anybatch.{node.attr}"
+        assert not any(part.startswith("_") for name in names for part in name.split(".") if part != "__future__")
+
+
+@pytest.mark.slow
+def test_language_learns_at_any_batch(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    one, eight = (run("language", "--total", 120, "--scale", s, "--text", text, folder=tmp_path) for s in (1, 8))
+    assert one["steps"] == 120
+    assert eight["steps"] < 80
+    assert one["bytes"] == 120 * 4 * 32
+    assert max(one["loss"], eight["loss"]) < 3.5  # 5.5 nats at the first weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_other_ranks(name, tmp_path):
+    first = run(name, "--total", 300, "--stop-at", 100, ranks=2, folder=tmp_path)
+    second = run(name, "--total", 300, ranks=3, folder=tmp_path)
+    assert 100 <= first["tau"] == second["from"] < 110
+    assert second["tau"] >= 300 > first["tau"]
+    assert second["scale"] == first["scale"] / 2 * 3
+    assert second["accuracy"] > max(70, first["accuracy"])
+
+
+@pytest.mark.slow
+def test_the_batch_grows(tmp_path):
+    found = run("growing_batch", "--total", 600, folder=tmp_path)
+    sizes = [size for _, size in found["batches"]]
+    assert sizes[0] == 16
+    assert sizes == sorted(sizes)
+    assert sizes[-1] >= 24
+    assert found["steps"] < 600 / 1.5
+    assert found["accuracy"] > 75
+
+
+@pytest.mark.slow
+def test_the_noise_scale_is_measured_and_forecast(tmp_path):
+    found = run("noise_scale", "--total", 200, "--record", tmp_path / "run.jsonl", folder=tmp_path)
+    assert found["steps"] == 200
+    assert all(4 < noise < 1000 for _, noise in found["noise_scale"])
+    record = anybatch.read_record(tmp_path / "run.jsonl")
+    assert {(step.gain, step.scale, step.lr_factor) for step in record.steps} == {(1.0, 1.0, 1.0)}
+    forecast = anybatch.forecast(tmp_path / "run.jsonl", [1, 8])
+    assert forecast.scales[0].iterations.value == 200 > forecast.scales[1].iterations.value >= 25
