@@ -135,13 +135,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def pictures(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def pictures(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """The picture for a wide page and for a narrow one."""
-    draw(rows, folder / "first-screen.png")
-    draw(rows, folder / "first-screen-narrow.png", tall=True)
+    return [
+        draw(rows, folder / "first-screen.png"),
+        draw(rows, folder / "first-screen-narrow.png", tall=True),
+    ]
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, *, tall: bool = False) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path, *, tall: bool = False) -> Path:
     """Accuracy close to scale 1's, the steps, and the price in examples; below one another for a phone."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -184,6 +186,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, tall: bool = False) -> N
         handles, labels = examples.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2 if tall else 4)
         figure.savefig(path, dpi=150)
+    return path
 
 
 if __name__ == "__main__":

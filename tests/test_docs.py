@@ -12,6 +12,7 @@ FRAGMENTS = ("ema.md", "hyperparameters.md")  # their code is of a larger progra
 WITH_CODE = [
     page for page in sorted(ROOT.glob("docs/*.md")) if page.name not in FRAGMENTS and "```python" in page.read_text()
 ]
+FIRST_SCREEN = json.loads((ROOT / "docs/figures/first-screen.json").read_text())
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")])
 
 
@@ -60,3 +61,33 @@ def test_the_reproduced_table_is_that_of_the_results():
         star = " *" if row["worse"] else ""
         assert f"{row['metric']:.1f} ± {row['spread']:.1f}{star} |" in text
         assert f"{row['iterations']:.0f}" in text
+
+
+def test_the_examples_table_is_that_of_the_results():
+    lines = [line for line in (ROOT / "docs/examples.md").read_text().splitlines() if " ± " in line]
+    rows = json.loads((ROOT / "docs/examples.json").read_text())["rows"]
+    assert len(lines) == len(rows) == 6
+    for line, row in zip(lines, rows, strict=True):
+        script, scale, quality, steps, seen, times = (cell.strip() for cell in line.strip("|").split("|"))
+        assert (script, scale) == (f"`{row['example']}.py`", str(row["scale"]))
+        digits = 1 if row["example"] == "images" else 3
+        assert quality.startswith(f"{row['mean']:.{digits}f} ± {row['spread']:.{digits}f}")
+        assert (steps, seen.split()[0]) == (f"{row['steps']:,.0f}", f"{row['seen']:,.0f}")
+        assert times == f"{row['seen'] / next(r['seen'] for r in rows if r['example'] == row['example']):.2f}"
+
+
+@pytest.mark.slow
+def test_the_pictures_are_made_from_runs(tmp_path):
+    for name in ("matplotlib", "sklearn"):
+        pytest.importorskip(name)
+    from benchmarks import first_screen, idea
+
+    made = [*idea.pictures(tmp_path, total=60), *first_screen.pictures(FIRST_SCREEN["rows"], tmp_path)]
+    assert len(made) == 5
+    for path in made:
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert (ROOT / "docs/figures" / path.name).is_file()
+    accuracy, loss, steps = first_screen.train(first_screen.Unscaled(), 8, seed=0, total=80)
+    assert steps == 10
+    assert 0 <= accuracy <= 100
+    assert loss > 0

@@ -43,6 +43,15 @@ def test_public_names_alone(path):
 
 
 @pytest.mark.slow
+def test_images_learn_in_epochs(tmp_path):
+    found = run("images", "--epochs", 3, "--scale", 4, folder=tmp_path)
+    assert 3 * 168 / 4 <= found["steps"] < 3 * 168 / 2
+    assert found["images"] == found["steps"] * 8 * 4
+    assert 2 < found["gain"] <= 4
+    assert found["accuracy"] > 85
+
+
+@pytest.mark.slow
 def test_language_learns_at_any_batch(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
