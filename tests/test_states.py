@@ -146,7 +146,7 @@ def test_the_steps_go_on_after_every_state_that_was_taken():
             controller.load_state_dict(damaged(controller.state_dict(), draw))
         except anybatch.StateError:
             continue
-        optimizer, model = controller._optimizer, controller._optimizer.param_groups[0]["params"]
+        optimizer, model = controller._optimizers[0], controller._optimizers[0].param_groups[0]["params"]
         before = controller.tau
         controller.observe([torch.randn(3, *p.shape) for p in model])
         optimizer.step()
@@ -163,7 +163,7 @@ def test_a_damaged_state_of_who_chooses_the_batch(kind):
         batch = anybatch.Seesaw(controller, bounds=(2, 64))
     for _ in range(4):
         controller.observe([torch.randn(3, 1, 4), torch.randn(3, 1)])
-        controller._optimizer.step()
+        controller._optimizers[0].step()
     taken, refused = loads(batch, [damaged(batch.state_dict(), draw) for _ in range(400)] + NO_STATES)
     assert refused > 200
     assert len(taken) > 20

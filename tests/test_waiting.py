@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._gradients import gather as gathering
 from anybatch._gradients import samples as sampling
 
 
@@ -235,75 +234,3 @@ def test_a_sparse_gradient_of_a_small_table_does_not_wait():
     counts = torch.bincount(words).double()
     assert waiting == [0]
     assert float(controller._gather.window().samples_square) == pytest.approx(float(2 * counts.square().sum()))
-
-
-# ---- when `.grad` is read ----
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    found = []
-    measure = gathering.Gather._measure_grad
-    monkeypatch.setattr(gathering.Gather, "_measure_grad", lambda self: (found.append(self.pending), measure(self))[1])
-    return found
-
-
-class Straight(nn.Linear):
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(7, 3, dtype=torch.float64)
-
-    def forward(self, x):
-        return super().forward(x.double()).square().mean()
-
-
-def variance_of(model, indices):
-    n = len(indices)
-    samples, total = squares(model, indices)  # of gradients that were divided by n
-    return n / (n - 1) * (n * samples - total)
-
-
-def step(model, optimizer, controller, indices, clip=False):
-    accumulate(model, indices)
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    optimizer.step()
-    optimizer.zero_grad()
-    return controller.variance
-
-
-def test_the_sum_is_read_once_a_step_while_nobody_writes_to_it(reads):
-    model = Straight()
-    optimizer, controller = attached(model)
-    for n, expected in (
-        (4, [2, 3, 4]),  # nothing is known of the window's length
-        (4, [4]),
-        (3, [3]),  # shorter: at the step
-        (5, [3, 4, 5]),
-        (3, [3]),
-    ):
-        reads.clear()
-        assert step(model, optimizer, controller, range(n)) == pytest.approx(variance_of(model, range(n)), rel=1e-9)
-        assert reads == expected
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_clipped_gradients_are_read_before_they_are_clipped(first, reads):
-    """Whoever writes to `.grad` before the step is read after every backward from then on."""
-    model = Straight()
-    optimizer, controller = attached(model)
-    for t, n in enumerate((4, 4, 3, 4, 2)):
-        reads.clear()
-        found = step(model, optimizer, controller, range(n), clip=t >= first)
-        assert found == pytest.approx(variance_of(model, range(n)), rel=1e-9)
-        if t > first:
-            assert reads == list(range(2, n + 1))
-
-
-def test_a_shorter_window_that_is_the_first_to_be_clipped_is_not_measured():
-    """What was clipped cannot be read any more, and is not taken for something else."""
-    model = Straight()
-    optimizer, controller = attached(model)
-    before = step(model, optimizer, controller, range(4))
-    assert step(model, optimizer, controller, range(5, 8), clip=True) == before
-    assert step(model, optimizer, controller, range(5, 8), clip=True) == pytest.approx(variance_of(model, range(5, 8)))

@@ -145,7 +145,11 @@ def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -
         controller.micro_batch = examples / parts
         for part in anybatch.split(batch, parts):
             (experiment.loss(model, part) / parts).backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except anybatch.DivergedError:
+            attempts.give_up()
+            break
         optimizer.zero_grad()
         attempts.count(controller)
         if how.ema != "clock":

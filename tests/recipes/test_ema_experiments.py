@@ -233,6 +233,7 @@ def test_kappa_1_is_always_run_and_8_need_not_be(tmp_path):
     assert (tmp_path / "ema_pseudo.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore:10 steps in a row")
 @pytest.mark.parametrize("arm", ["adascale", "rule"])
 def test_a_run_that_takes_no_step_any_more_ends(arm):
     config = replace(pseudo.CONFIGS["small"], rate=1e30, total=64)

@@ -97,8 +97,6 @@ class Gather:
         self._fires: list[int] = []
         self._waits: list[bool] = []  # for each parameter, whether its gradient may
         self._samples = Samples()
-        self._shortest = 0  # backwards of the shortest window so far; not known yet
-        self._written = False  # whether `.grad` was ever written to between a backward and the step
         self._witness = Witness()
         self._observed_square: Tensor | None = None
         self._grad_square: Tensor | None = None
@@ -247,11 +245,6 @@ class Gather:
             self._sizes.check(backwards)
         self._samples.measure()
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
-        if measured:
-            self._written = self._written or self._witness.written()
-            if self._late and not self._written:
-                self._measure_grad()
-            measured = not self._late
         weighed = None if self._weighing is None else Weighed()
         if not measured:
             return Window(backwards, self._inverse_sizes, None, None, None, weighed)
@@ -282,7 +275,6 @@ class Gather:
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._witness.stepped()
-        self._shortest = min(self._shortest or self.pending, self.pending)
         if forget and self._consecutive is not None:
             self._consecutive.forget()
         self._unmeasured = False
@@ -306,8 +298,6 @@ class Gather:
         self._backwards = 0
         self._nested_only = False
         self._here = True  # whether `.grad` has the last backward
-        self._piecewise = False  # whether `.grad` was not the average after some backward
-        self._late = False  # whether the norm of `.grad` is left to the step
         self._samples.clear()
         self._observed_square = None
         self._grad_square = None
@@ -373,12 +363,6 @@ class Gather:
         if self._weighing is not None:
             self._weighing.sample(row, index, grad)
 
-    def _measure_grad(self) -> None:
-        self._late = False
-        self._grad_square = total_squared_norm(self._grads())
-        if self._weighing is not None:
-            self._weighing.grads()
-
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
             raise UnsupportedError("compiled autograd: its graph has no room for what a backward shows")
@@ -422,23 +406,12 @@ class Gather:
         scale = self._loss_scale()
         self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
         self._grad_square = None
-        averaged = self._reduced is None or self._reduced()
-        self._piecewise = self._piecewise or not averaged
-        self._late = averaged and not self._alone
-        if self._late and self._is_last():
-            self._measure_grad()
+        if not self._alone and (self._reduced is None or self._reduced()):
+            self._grad_square = total_squared_norm(self._grads())
+            if self._weighing is not None:
+                self._weighing.grads()
         if self._together is None:
             self._remember(single=self._alone)
-
-    def _is_last(self) -> bool:
-        """Whether `.grad` is to be read after this backward, because the step may come now.
-
-        A read that another backward follows is in vain, and one at the step is too late if the user has clipped or
-        unscaled by then. So it is read after as many backwards as the shortest window had; at the step if that comes
-        earlier; and always once somebody has written to it in between. Where that first happens in a window that is
-        shorter than all before, the window is not measured.
-        """
-        return self._piecewise or self._written or self.pending >= self._shortest
 
     @property
     def _alone(self) -> bool:

@@ -149,10 +149,6 @@ class Witness:
         grad = None if self._parameter is None else self._parameter.grad
         return None if grad is None else total_squared_norm([local_of(grad)]).item()
 
-    def written(self) -> bool:
-        """Whether somebody has written to `.grad` since the last backward."""
-        return self._seen is not None and self._seen.changed()
-
     def _remains(self) -> bool:
         return self._stale is not None and self._stale.remains()
 
