@@ -135,6 +135,17 @@ def test_a_schedule_that_fits_is_not(make):
     build(total=2700, scheduler=make)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # no optimizer steps here
+def test_a_schedule_that_is_taken_over_half_way_fits():
+    def half_done(optimizer):
+        scheduler = ls.CosineAnnealingLR(optimizer, 100)
+        for _ in range(60):
+            scheduler.step()
+        return scheduler
+
+    build(total=40, scheduler=half_done)
+
+
 def test_a_schedule_in_epochs_moves_once_an_epoch():
     """30 epochs of 96 examples at a base batch of 8 are 360 base iterations; the rate falls in the tenth and 20th."""
     model, optimizer, controller = build(

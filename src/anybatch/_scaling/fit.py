@@ -10,7 +10,7 @@ _LOWEST = 1e-8  # a factor on the rate below which no one anneals
 
 
 def misfit(scheduler: Any, *, length: float) -> str:
-    """In what a schedule does not fit a run of `length` scheduler steps; empty where it does, or nothing is known."""
+    """In what a schedule does not fit a run that ends at its step `length`; empty where it does or nothing is known."""
     for kind, name in _ENDS.items():
         if type(scheduler) is not kind:
             continue

@@ -44,7 +44,7 @@ class ScheduleDriver:
         self._limit = _last_index(scheduler)
         self.resume(offset=position_of(scheduler) or 0)
         if clock.total is not None:
-            self._warn_of_misfit(clock.total / every)
+            self._warn_of_misfit(self.offset + clock.total / every)
         self.stop = clock.subscribe(self._follow)
 
     def _warn_of_misfit(self, length: float) -> None:
