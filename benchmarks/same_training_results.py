@@ -277,10 +277,15 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     families = list(dict.fromkeys(r.family for r in compared))
     if not families:
         raise ValueError("There is nothing to draw yet.")
-    size = (5 * len(families), 4.6)
-    drawing, panels = plt.subplots(1, len(families), figsize=size, squeeze=False, layout="constrained")
+    columns = min(2, len(families))
+    lines = -(-len(families) // columns)
+    size = (5 * columns, 4.6 * lines)
+    drawing, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = grid.flatten()
+    for unused in panels[len(families) :]:
+        unused.remove()
     shapes = dict(zip(sorted({r.scale for r in compared}), "os^Dv", strict=False))
-    for panel, family in zip(panels[0], families, strict=True):
+    for panel, family in zip(panels, families, strict=False):
         mine = [r for r in compared if r.family == family]
         for number, label in enumerate(dict.fromkeys(r.candidate for r in mine)):
             panel.scatter([], [], color=f"C{number}", marker="o", label=label)
@@ -289,15 +294,15 @@ def figure(rows: Sequence[Row], path: Path) -> None:
                 panel.scatter(x, r.relative, color=f"C{number}", marker=shapes[r.scale], alpha=0.8, linewidth=0)
         panel.axhline(1, color="gray", linewidth=0.8)
         panel.set(xscale="log", yscale="log", title=family, xlabel="steps / (scale 1's / S)")
+        panel.set_ylabel("held-out loss / scale 1's")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if axis is panel.xaxis else tuple(range(1, 10))))
             axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(ticker.NullLocator())
         panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False)
     for scale, shape in shapes.items():
-        panels[0][0].scatter([], [], color="gray", marker=shape, label=f"S = {scale}")
-    panels[0][0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
-    panels[0][0].set_ylabel("held-out loss / scale 1's")
+        panels[0].scatter([], [], color="gray", marker=shape, label=f"S = {scale}")
+    panels[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=130)
     plt.close(drawing)
