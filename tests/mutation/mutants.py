@@ -35,9 +35,9 @@ RESULTS = ROOT / "mutants.json"
 BUSY, WAITING = 300, 3600  # seconds for a mutant's tests: of work, which a busy machine does not stretch, and of clock
 # The tests that know a wing, the fastest and nearest first; before them those that are named as the file, or as here.
 NEAR = {
-    "_gradients": "gather norms lagged scenarios accumulation",
+    "_gradients": "gather waiting trust norms lagged scenarios accumulation",
     "_scaling": "rules batch clock laws momentum schedules scenarios",
-    "_controller": "lagged controller scenarios gates",
+    "_controller": "lagged controller first_hour several_optimizers trust scenarios gates",
     "_ema": "ema ema_clock ema_changes ema_import ema_model",
 }
 FEW = [f"tests/test_scenarios.py::test_a_random_training_is_the_plain_loops[{seed}]" for seed in range(60)]
@@ -48,9 +48,10 @@ FIRST = {
     "weighing": "metric",
 }
 RANKS = {  # those of several ranks that know a file
-    "engine": "scenarios ddp fsdp", "fsdp": "scenarios fsdp metric", "join": "routes ddp", "witness": "scenarios fsdp",
-    "reduce": "scenarios routes ddp", "gather": "scenarios ddp fsdp", "metric": "metric", "weighing": "metric",
-    "controller": "routes checkpoint", "step": "scenarios routes", "tally": "scenarios ddp", "hyperparameters": "zero",
+    "engine": "scenarios trust ddp fsdp", "fsdp": "scenarios trust fsdp metric", "join": "routes ddp",
+    "witness": "scenarios trust fsdp", "reduce": "scenarios trust routes ddp", "gather": "scenarios trust ddp fsdp",
+    "metric": "metric", "weighing": "metric", "controller": "trust routes checkpoint", "step": "scenarios trust routes",
+    "tally": "scenarios trust ddp", "hyperparameters": "zero",
     "families": "zero", "tensors": "ema_sharded", "model_ema": "ema_sharded", "state": "ema_sharded",
 }  # fmt: skip
 SWAPS = {
