@@ -91,6 +91,12 @@ def test_steps_that_do_not_count_are_warned_of_and_then_end_the_run(factor):
     assert (controller.steps, controller.skipped) == (1, 25)
 
 
+def test_a_run_may_have_no_patience():
+    model, optimizer, _ = build(patience=1)
+    with pytest.raises(anybatch.DivergedError, match="1 steps in a row"):
+        step(model, optimizer, n=2, factor=math.nan)
+
+
 def test_a_step_that_counts_ends_the_row():
     model, optimizer, controller = build(patience=12)
     for _ in range(3):

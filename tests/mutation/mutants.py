@@ -42,6 +42,19 @@ NEAR = {
 }
 FEW = [f"tests/test_scenarios.py::test_a_random_training_is_the_plain_loops[{seed}]" for seed in range(60)]
 FIRST = {
+    "accumulation": "batch_controller states wrong_types",
+    "consecutive": "scenarios",
+    "decay": "ema_clock wrong_types",
+    "fit": "first_hour",
+    "importers": "ema_import states",
+    "lerp": "ema_model",
+    "loops": "first_hour",
+    "metric": "metric",
+    "sizes": "first_hour",
+    "state": "states",
+    "tensors": "ema_model ema_changes",
+    "together": "trust",
+    "window": "metric",
     "families": "optimizers maps",
     "hyperparameters": "momentum optimizers",
     "moments": "laws",
