@@ -287,3 +287,10 @@ def test_a_schedule_in_steps_of_any_length_is_the_product_of_its_base_iterations
 def test_schedules_out_of_range(make):
     with pytest.raises(anybatch.InvalidValueError):
         make()
+
+
+def test_a_cosine_is_at_its_ends_and_between_them():
+    """Half of the way in the middle, a quarter of pi at a quarter; beyond its ends it stands still."""
+    decay = anybatch.cosine_decay(0.96, total=200)
+    for tau, expected in ((-5, 0.96), (0, 0.96), (50, 1 - 0.04 * (1 + 0.5**0.5) / 2), (100, 0.98), (200, 1), (300, 1)):
+        assert decay(tau) == pytest.approx(expected, rel=1e-12)
