@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import anybatch
+from anybatch._gradients import witness
 
 
 def sgd(model, **options):
@@ -263,6 +264,13 @@ def test_every_way_to_clear_gradients_is_seen(clear):
             counts.append(controller.count)
         clear(optimizer)
     assert counts == [2] * 5
+
+
+@pytest.mark.parametrize("clear", [clear_to_none, clear_to_zero, replace])
+def test_clearing_is_seen_without_a_look_too(clear, monkeypatch):
+    """As on a device, where nothing looks at a gradient that seems untouched."""
+    monkeypatch.setattr(witness, "_on_host", lambda _: False)
+    test_every_way_to_clear_gradients_is_seen(clear)
 
 
 @CLEARINGS
