@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from statistics import fmean
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import anybatch
@@ -18,8 +19,18 @@ Row = tuple[str, int, Callable[[int], Losses]]
 def train(
     make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, *, base: int, total: int, scale: int, seed: int
 ) -> Losses:
-    """Steps, training loss and test loss of one run; the learning rate decays exponentially to 1 %."""
+    """Steps, training loss and test loss of one run."""
+    net, steps = trained(make, rule, base=base, total=total, scale=scale, seed=seed)
     x, y, x_test, y_test = digits()
+    with torch.no_grad():
+        return steps, cross_entropy(net(x), y).item(), cross_entropy(net(x_test), y_test).item()
+
+
+def trained(
+    make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, *, base: int, total: int, scale: int, seed: int
+) -> tuple[nn.Module, int]:
+    """The network after one run, and its steps; the learning rate decays exponentially to 1 %."""
+    x, y, _, _ = digits()
     net = network(seed)
     optimizer = make(net.parameters())
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / total))
@@ -30,8 +41,7 @@ def train(
         controller.observe(gradients(net, x[rows], y[rows]))
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        return controller.steps, cross_entropy(net(x), y).item(), cross_entropy(net(x_test), y_test).item()
+    return net, controller.steps
 
 
 def table(description: str | None, rows: Callable[[], Iterable[Row]]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isnan
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,17 +24,15 @@ from torch.nn.functional import cross_entropy
 import anybatch
 from anybatch._demo import (
     BASE_BATCH,
-    LAST_RATE,
     LEARNING_RATE,
     MOMENTUM,
     Plan,
     digits,
-    gradients,
-    network,
     run,
     significantly_below,
     summarise,
 )
+from benchmarks.digits import trained
 
 SCALES, SEEDS, TOTAL = (1, 8, 32, 128), 3, 4000
 NAMES = {
@@ -96,23 +95,12 @@ def table(*, total: int, seeds: int) -> list[dict[str, Any]]:
 
 def train(rule: anybatch.Rule, scale: int, *, seed: int, total: int) -> tuple[float, float, int]:
     """Test accuracy, training loss and steps of one run, on the demo's task."""
+    make = partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM)
+    net, steps = trained(make, rule, base=BASE_BATCH, total=total, scale=scale, seed=seed)
     x, y, x_test, y_test = digits()
-    net = network(seed)
-    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / total))
-    controller = anybatch.attach(
-        optimizer, model=net, rule=rule, scheduler=scheduler, total=total, base_batch=BASE_BATCH, micro_batch=BASE_BATCH
-    )
-    order = torch.Generator().manual_seed(seed)
-    while not controller.done:
-        rows = torch.randint(len(x), (scale, BASE_BATCH), generator=order)
-        controller.observe(gradients(net, x[rows], y[rows]))
-        optimizer.step()
-        optimizer.zero_grad()
-    controller.detach()
     with torch.no_grad():
         accuracy = 100 * (net(x_test).argmax(1) == y_test).double().mean().item()
-        return accuracy, cross_entropy(net(x), y).item(), controller.steps
+        return accuracy, cross_entropy(net(x), y).item(), steps
 
 
 def _examples(plan: Plan, rule: str, scale: str) -> float:

@@ -46,3 +46,15 @@ def counted_all_reduces():
         yield calls
     finally:
         dist.all_reduce = original
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise ZeroDivisionError

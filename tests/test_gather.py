@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+from common import Fails
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,15 +89,6 @@ def test_a_window_thrown_away_is_not_counted(set_to_none, measure, thrown):
 
 
 def test_a_backward_that_raised_is_not_counted():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise ZeroDivisionError
-
     model = oracle.make_model()
     optimizer, controller = attached(model)
     x, y = oracle.micro_batch(0, 0)

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from common import Fails
 from torch import nn
 
 import anybatch
@@ -202,15 +203,6 @@ def test_a_gradient_written_to_while_it_waits_is_noticed():
 
 
 def test_a_failed_backward_leaves_nothing_waiting_for_the_next():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise ZeroDivisionError
-
     model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 3)).double()
     optimizer, controller = attached(model)
     with pytest.raises(ZeroDivisionError):

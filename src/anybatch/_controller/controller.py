@@ -125,10 +125,8 @@ class Controller(Readings, Loops, Companion):
                 loss_scale=lambda: getattr(grad_scaler, "_scale", None),
                 consecutive=adascale is not None and adascale.consecutive,
                 metric=metric,
-                sizes=None if batch.micro_batch is None else Sizes(model, given=_number(batch.micro_batch)),
+                sizes=Sizes(model, given=batch.micro_batch),
             )
-            self._gather.auto = batch.micro_batch == "auto"
-            self._gather.micro_batch = _number(batch.micro_batch) or 1.0
         config = run_config(
             optimizers,
             rule=rule,
@@ -182,13 +180,13 @@ class Controller(Readings, Loops, Companion):
     @property
     def micro_batch(self) -> float | None:
         """What each backward sees; set it before a backward where batches vary."""
-        return self._gather.micro_batch if self._gather and self._batch.micro_batch else None
+        return self._gather.sizes.now if self._gather and self._batch.micro_batch else None
 
     @micro_batch.setter
     def micro_batch(self, value: float) -> None:
         if self._gather is None or self._batch.micro_batch is None:
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
-        self._gather.take_size(check_positive("micro_batch", value))
+        self._gather.sizes.set(check_positive("micro_batch", value))
 
     @property
     def base_lr(self) -> float:
@@ -335,11 +333,6 @@ class Controller(Readings, Loops, Companion):
         self._stepper.forget()
         for driver in self._drivers:
             driver.catch_up()
-
-
-def _number(value: float | str | None) -> float | None:
-    """A size as a number; `None` where it is read off the forwards."""
-    return None if value is None or isinstance(value, str) else value
 
 
 def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:

@@ -75,9 +75,8 @@ class Judge:
         exponent: Callable[[float], float],
         noise_factor: float,
     ) -> None:
-        _checked(
-            rule, scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0)
-        )  # a rule that cannot work here says so now
+        # A rule that cannot work here says so now.
+        _checked(rule, scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))
         self._rule = rule
         self._adascale = rule if isinstance(rule, AdaScale) else None
         self._batch = batch

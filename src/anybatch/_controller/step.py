@@ -93,9 +93,9 @@ class Stepper:
         self._landed: Moments | None = None
         self._inverse_size: float | None = None
         self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
-        self._taken: dict[
-            int, bool
-        ] = {}  # by the optimizers that stepped in this window, whether one skipped by itself
+        driven = {id(driver.optimizer) for driver in drivers}
+        self._not_driven = [each.optimizer for each in values if id(each.optimizer) not in driven]
+        self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
         self._lr = nan  # as the first of them had it in this window
         self._warned: set[str] = set()
         self._restore_values: Callable[[], None] | None = None
@@ -246,9 +246,7 @@ class Stepper:
                 "A step after the end: the clock has reached total, and the schedule with it. Train `while not "
                 "controller.done`, or give attach the total, in base iterations, that is meant."
             )
-        driven = {id(driver.optimizer) for driver in self._drivers}
-        mine = [each.optimizer for each in self._values if id(each.optimizer) not in driven]
-        if any(hasattr(optimizer.step, "_wrapped_by_lr_sched") for optimizer in mine):  # by torch's schedulers
+        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in self._not_driven):  # by torch's schedulers
             self._warn(
                 "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "
                 "by the loop it does not come to its end. Give attach(scheduler=...), and do not step it."

@@ -1,5 +1,6 @@
 """What a backward shows: squared norms of gradient samples, on one process, DDP and FSDP2 alike."""
 
+from anybatch._gradients.autograd import check_no_backward
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
@@ -7,7 +8,6 @@ from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import SquaredNorms
 from anybatch._gradients.parameters import (
     check_in_use,
-    check_no_backward,
     is_phantom,
     trainable,
     trained_parameters,

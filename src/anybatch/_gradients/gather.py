@@ -16,19 +16,16 @@ Re-entrant checkpointing runs the engine from inside of the engine: such nested 
 Nothing here knows what the observed gradients are a part of: `_reduce` turns a window into the norms of samples.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
+from anybatch._gradients.autograd import LAST, accumulates, at_end, inside_a_backward
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import total_squared_norm
@@ -38,10 +35,6 @@ from anybatch._gradients.together import Together
 from anybatch._gradients.weighing import Weighing
 from anybatch._gradients.window import Pair, Weighed, Window
 from anybatch._gradients.witness import Witness, is_zero, local_of
-
-# DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
-# callback queued from a callback runs after those already queued, so the third in a chain comes after both.
-_CALLBACK_CHAIN = 3
 
 
 class Gather:
@@ -57,7 +50,7 @@ class Gather:
         loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
         metric: Adam's, where norms are taken in it too.
-        sizes: what forwards show; `None` where no size was given.
+        sizes: of the micro-batches; `None` where they do not matter.
     """
 
     def __init__(
@@ -73,9 +66,7 @@ class Gather:
         metric: Metric | None = None,
         sizes: Sizes | None = None,
     ) -> None:
-        self.micro_batch = 1.0
-        self.auto = False  # whether each forward tells the micro-batch's size
-        self._sizes = sizes
+        self.sizes = Sizes() if sizes is None else sizes
         self._measuring = measure
         self._leaves_of = leaves
         self._reduced = reduced
@@ -156,7 +147,7 @@ class Gather:
         self._paused, before = True, self._witness.fingerprint()
         self._task = -1
         try:
-            with nullcontext() if self._sizes is None else self._sizes.paused():
+            with self.sizes.paused():
                 yield
         finally:
             self._paused, stray, self._stray = False, self._stray, None
@@ -194,7 +185,7 @@ class Gather:
             )
         if self.pending:
             raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
-        if self.auto:
+        if self.sizes.auto:
             raise UsageError('observe() sees no forward, so micro_batch="auto" is nothing to it: give attach a number.')
         n = samples[0].shape[0]
         for p, sample in zip(self._parameters, samples, strict=True):
@@ -206,9 +197,8 @@ class Gather:
         self._witness.renewed()
         self.stamp += 1
         self._backwards = n
-        if self._sizes is not None:
-            self._sizes.forget()
-        self._size()
+        self.sizes.forget()
+        self.sizes.count(n)
         with torch.no_grad():
             for p, sample in zip(self._parameters, samples, strict=True):
                 p.grad = sample.mean(0)
@@ -220,13 +210,6 @@ class Gather:
                 self._weighing.samples(samples)
                 self._weighing.grads()
             self._remember(single=n == 1)
-
-    def take_size(self, value: float) -> None:
-        """Each micro-batch to come is of `value`."""
-        self.micro_batch = value
-        if self._sizes is not None:
-            self._sizes.detach()
-            self._sizes, self.auto = None, False
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step.
@@ -241,13 +224,12 @@ class Gather:
                 "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
             )
         backwards = self.pending
-        if self._sizes is not None:
-            self._sizes.check(backwards)
+        self.sizes.check(backwards)
         self._samples.measure()
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
         weighed = None if self._weighing is None else Weighed()
         if not measured:
-            return Window(backwards, self._inverse_sizes, None, None, None, weighed)
+            return Window(backwards, self.sizes.inverse, None, None, None, weighed)
         samples, grad, pair = self._samples_square(), self._grad_square, self._pair
         if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
@@ -258,7 +240,7 @@ class Gather:
             samples, grad = samples / unit, None if grad is None else grad / unit
             pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
             weighed = None if weighed is None else weighed.over(unit)
-        return Window(backwards, self._inverse_sizes, samples, grad, pair, weighed)
+        return Window(backwards, self.sizes.inverse, samples, grad, pair, weighed)
 
     def emptied(self) -> bool:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
@@ -284,8 +266,7 @@ class Gather:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
-        if self._sizes is not None:
-            self._sizes.detach()
+        self.sizes.detach()
         self._handles.clear()
 
     # ---- the window ----
@@ -293,8 +274,7 @@ class Gather:
     def _open(self) -> None:
         self.stamp += 1
         self._fires = [0] * len(self._parameters)
-        self._inverse_sizes = 0.0
-        self._sized = 0
+        self.sizes.open()
         self._backwards = 0
         self._nested_only = False
         self._here = True  # whether `.grad` has the last backward
@@ -336,11 +316,11 @@ class Gather:
     def _enter(self, task: int, index: int, grad: Tensor) -> bool:
         """Whether the hook goes on: not where nothing is accumulated, while paused, or where all is done here."""
         if self._paused:
-            if self._stray is None and _accumulates(self._leaves[index]):
+            if self._stray is None and accumulates(self._leaves[index]):
                 self._stray = self._parameters[index]
             return False
         if task not in self._tasks:
-            if not _accumulates(self._leaves[index]):
+            if not accumulates(self._leaves[index]):
                 return False
             self._begin_backward(task, self._parameters[index])
         if self._together is not None:
@@ -356,8 +336,7 @@ class Gather:
     def _measure_sample(self, row: int, index: int, grad: Tensor) -> None:
         """Take the norms of what parameter `index` got from micro-batch `row`."""
         if self._waits[index] and self._samples.patient and not grad.is_sparse:
-            self._samples.waiting.append(grad)
-            self._samples.versions.append(grad._version)
+            self._samples.wait(grad)
         else:
             self._samples.take(grad)
         if self._weighing is not None:
@@ -366,7 +345,7 @@ class Gather:
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
             raise UnsupportedError("compiled autograd: its graph has no room for what a backward shows")
-        nested = _inside_a_backward()
+        nested = inside_a_backward()
         if not nested:
             if task < self._newest:
                 raise UsageError(
@@ -381,13 +360,8 @@ class Gather:
         if self._weighing is not None and self.pending == 0:
             self._weighing.open()
         self._tasks.add(task)
-        self._queue(self._samples.measure, 1)  # while DDP's last reduction is under way
-        self._queue(lambda: self._end_backward(task, nested=nested), _CALLBACK_CHAIN)
-
-    def _queue(self, callback: Callable[[], None], chain: int) -> None:
-        """Run `callback` at the end of this engine run, after the callbacks that others queued."""
-        later = callback if chain == 1 else lambda: self._queue(callback, chain - 1)
-        Variable._execution_engine.queue_callback(later)
+        at_end(self._samples.measure)  # while DDP's last reduction is under way
+        at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
         self._tasks.discard(task)
@@ -400,7 +374,7 @@ class Gather:
             self._nested_only = False
         self._here = self._arrived()
         self._witness.confirm(arrived=self._here)
-        self._size()
+        self.sizes.count(self.pending)
         if not self._measuring:
             return
         scale = self._loss_scale()
@@ -422,13 +396,6 @@ class Gather:
         """This rank's part of every `.grad`."""
         return [local_of(p.grad) for p in self._parameters if p.grad is not None]
 
-    def _size(self) -> None:
-        """Note the size of the micro-batches that came since the last call."""
-        if self.auto and self._sizes is not None and self.pending > self._sized:
-            self.micro_batch = self._sizes.micro_batch()
-        self._inverse_sizes += (self.pending - self._sized) / self.micro_batch
-        self._sized = self.pending
-
     def _samples_square(self) -> Tensor:
         if self._observed_square is not None:
             return self._observed_square
@@ -448,21 +415,3 @@ class Gather:
             self._pair = self._consecutive.pair(grads)
         else:
             self._consecutive.forget()
-
-
-def _accumulates(leaf: Tensor) -> bool:
-    """Whether the engine's run adds to `.grad`: torch.autograd.grad does not, and the engine refuses the question."""
-    try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
-    except RuntimeError:
-        return False
-
-
-def _inside_a_backward() -> bool:
-    """Whether the engine was started from inside of a custom function's backward, as re-entrant checkpointing does."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

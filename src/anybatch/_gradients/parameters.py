@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,19 +64,6 @@ def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
             "The model has other parameters than those that this optimizer trains: they were replaced after attach, by "
             "load_state_dict(assign=True) or to_empty() say. Make the optimizer of the model's present parameters, and "
             "attach that one."
-        )
-
-
-def check_no_backward() -> None:
-    """Raise if the autograd engine is running in this thread.
-
-    Raises:
-        UsageError: it is.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        raise UsageError(
-            "optimizer.step() was called during a backward, and what a step measures is complete only at its end. Call "
-            "it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
         )
 
 

@@ -9,7 +9,7 @@ by A), so a micro-batch's own gradient is A times the observed one; or it is the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, nan
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,19 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process is the first of them."""
         return self.group is None or dist.get_rank(self.group) == 0
+
+
+class Sums(NamedTuple):
+    """What the ranks add up, in this order; behind it come two more norms in Adam's metric."""
+
+    samples: float
+    grad: float
+    backwards: float
+    backwards_squared: float
+    inverse_sizes: float
+    checksum: float
+    checksum_squared: float
+    grad_squared: float
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
 def shadow(ranks: Ranks, *, weighed: bool) -> None:
     """Take part in `launch` on the other ranks with nothing to add."""
     if ranks.group is not None:
-        numbers = torch.zeros(10 if weighed else 8, dtype=torch.float64, device=_device_of(ranks.group))
+        numbers = torch.zeros(len(Sums._fields) + 2 * weighed, dtype=torch.float64, device=_device_of(ranks.group))
         dist.all_reduce(numbers, group=ranks.group)
 
 
@@ -196,25 +209,26 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
     backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
     share = 1.0
     if ranks.group is not None:
-        count, inverse_sizes = round(numbers[2]), numbers[4]
+        sums = Sums(*numbers[: len(Sums._fields)])
+        count, inverse_sizes = round(sums.backwards), sums.inverse_sizes
         active = ranks.size
         if flight.share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
-            active = round(numbers[2] ** 2 / numbers[3]) if numbers[3] else 1
+            active = round(sums.backwards**2 / sums.backwards_squared) if sums.backwards_squared else 1
             mean = ranks.size / active if flight.share == "all" else 1.0
             share = ranks.replicas / active * mean**2
-        if active * numbers[3] != numbers[2] ** 2:
+        if active * sums.backwards_squared != sums.backwards**2:
             raise UsageError(
                 f"The ranks saw different numbers of backwards before this step (this rank: {backwards}, all "
                 f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "
                 "data even."
             )
-        if round(numbers[6]) * active != round(numbers[5]) ** 2:
+        if round(sums.checksum_squared) * active != round(sums.checksum) ** 2:
             raise UsageError(
                 "The ranks have come to different clocks or averages, so their steps and then their weights differ: "
                 "load the same state of the controller on every rank, and train every rank with the same steps."
             )
         if window.samples_square is not None and ranks.replicas == ranks.size:
-            _check_same_gradients(numbers[1] * ranks.size / active, numbers[7] / active)
+            _check_same_gradients(sums.grad * ranks.size / active, sums.grad_squared / active)
     if window.samples_square is None:
         return Observation(count, inverse_sizes, None, None)
     if count == 1:

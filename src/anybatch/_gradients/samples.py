@@ -43,6 +43,11 @@ class Samples:
         self._room -= size
         return True
 
+    def wait(self, grad: Tensor) -> None:
+        """A gradient that may; the hook does the same in place."""
+        self.waiting.append(grad)
+        self.versions.append(grad._version)
+
     def take(self, grad: Tensor) -> None:
         """A gradient that may not wait."""
         if grad.numel() >= SMALL:

@@ -1,14 +1,15 @@
-"""Sizes: what the forwards of a model show of a micro-batch's size."""
+"""Sizes: of the micro-batches of a window, as given, or as the forwards of the model show them."""
 
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import AnybatchWarning, UsageError
 
@@ -20,23 +21,44 @@ class Sizes:
 
     Args:
         model: the outermost module, as the loop calls it.
-        given: the size of a micro-batch as `attach` was told; `None` to take the first dimension of what a forward
-            gets for it.
+        given: the size of a micro-batch as `attach` was told, or `"auto"` to take the first dimension of what a forward
+            gets for it; `None` where sizes do not matter.
     """
 
-    def __init__(self, model: nn.Module, *, given: float | None) -> None:
-        self._given = given
+    def __init__(self, model: nn.Module | None = None, *, given: float | Literal["auto"] | None = None) -> None:
+        self.auto = given == "auto"
+        self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
+        self._given = None if given is None or self.auto else self.now  # what forwards are compared with
         self._left = _LOOKS
         self._shapes: list[torch.Size] = []
         self._model = model
-        self._handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        self._handle: RemovableHandle | None = None
+        if model is not None and given is not None:
+            self._handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        self.open()
 
-    def micro_batch(self) -> float:
-        """The size of the micro-batch whose backward has ended.
+    def open(self) -> None:
+        """A new window."""
+        self.inverse = 0.0  # sum over its micro-batches of one over their size
+        self._counted = 0
+
+    def count(self, backwards: int) -> None:
+        """The window has come to so many backwards: note the size of those since the last call.
 
         Raises:
             UsageError: no forward was seen, or several of other sizes.
         """
+        if self.auto and backwards > self._counted:
+            self.now = self._shown()
+        self.inverse += (backwards - self._counted) / self.now
+        self._counted = backwards
+
+    def set(self, value: float) -> None:
+        """Each micro-batch to come is of `value`, and no forward need tell."""
+        self.now, self.auto, self._given = value, False, None
+        self.detach()
+
+    def _shown(self) -> float:
         sizes = {shape[0] for shape in self._shapes}
         self._shapes.clear()
         if len(sizes) != 1:
@@ -75,7 +97,8 @@ class Sizes:
 
     def detach(self) -> None:
         """Remove the hook."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins."""

@@ -118,11 +118,11 @@ class Witness:
         Raises:
             UsageError: it added to gradients of something else.
         """
-        self.check()
+        self._check()
         self._stale = None
         self._seen = see(self._parameter) if arrived and self._parameter is not None else None
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Look whether `.grad` is of this window alone.
 
         Raises:
@@ -132,13 +132,13 @@ class Witness:
             raise UsageError(self._text)
 
     def end(self) -> None:
-        """The step comes now: as `check`, and nothing may have been added since the last backward.
+        """The step comes now: `.grad` must be of this window alone, also what was added since the last backward.
 
         Raises:
             UsageError: something was.
         """
         self._mixed = self._mixed or (self._seen is not None and self._remains())
-        self.check()
+        self._check()
 
     def emptied(self) -> bool:
         """Whether `.grad`, on a host, is zero and was not; on a device nobody looks."""

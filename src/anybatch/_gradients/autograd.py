@@ -1,0 +1,53 @@
+"""What the autograd engine is doing, and what it shall do when it has done it."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+from anybatch._errors import UsageError
+
+# DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
+# callback queued from a callback runs after those already queued, so the third in a chain comes after both.
+LAST = 3
+
+
+def at_end(callback: Callable[[], None], *, chain: int = 1) -> None:
+    """Run `callback` at the end of this engine run, after the callbacks that others queued."""
+    later = callback if chain == 1 else lambda: at_end(callback, chain=chain - 1)
+    Variable._execution_engine.queue_callback(later)
+
+
+def check_no_backward() -> None:
+    """Raise if the autograd engine is running in this thread.
+
+    Raises:
+        UsageError: it is.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise UsageError(
+            "optimizer.step() was called during a backward, and what a step measures is complete only at its end. Call "
+            "it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
+        )
+
+
+def accumulates(leaf: Tensor) -> bool:
+    """Whether the engine's run adds to `.grad`: torch.autograd.grad does not, and the engine refuses the question."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
+    except RuntimeError:
+        return False
+
+
+def inside_a_backward() -> bool:
+    """Whether the engine was started from inside of a custom function's backward, as re-entrant checkpointing does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
