@@ -16,6 +16,7 @@ WITH_EXAMPLES = [
     "AdaScale",
     "BatchController",
     "Clock",
+    "HeldScheduler",
     "Identity",
     "Linear",
     "ModelEMA",

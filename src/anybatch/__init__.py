@@ -17,6 +17,7 @@ from anybatch._record import MetricRecord, Run, RunRecord, StepRecord, iter_reco
 from anybatch._scaling import (
     AdaScale,
     Clock,
+    HeldScheduler,
     Identity,
     Linear,
     Moments,
@@ -40,6 +41,7 @@ __all__ = [
     "DivergedError",
     "Estimate",
     "Forecast",
+    "HeldScheduler",
     "Identity",
     "InvalidValueError",
     "Linear",

@@ -13,7 +13,7 @@ from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._numbers import shown
 from anybatch._record import Destination
-from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, check_positive
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
 
 
 def attach(
@@ -45,11 +45,12 @@ def attach(
         optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
             another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like. Several that train one model,
             Muon for its matrices and AdamW for the rest say, are a list: one gain, one clock, and a step of each after
-            the last backward.
+            the last backward. What Accelerate, Fabric or Lightning put around it is seen through.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
-        scheduler: a torch scheduler, or a list of them, written for the base batch; driven to `floor(tau)`: never call
-            its `step()`.
+        scheduler: a torch scheduler, one of timm's, or a list of them, written for the base batch; driven to
+            `floor(tau)`: never call its `step()`. A framework's wrapper around one (Accelerate's, Lightning's) is seen
+            through, and the wrapper's own `step()` does nothing until `detach()`.
         schedule_every: base iterations of one scheduler step, where the schedule does not count them: 390, or
             `"epoch"`, which takes `examples / base_batch`.
         total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
@@ -107,12 +108,13 @@ def attach(
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
     if not isinstance(optimizers, list | tuple) or not all(isinstance(each, Optimizer) for each in optimizers):
         raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {shown(optimizer)}.")
-    if not optimizers or len({id(each) for each in optimizers}) < len(optimizers):
+    if not optimizers or len({id(bare_optimizer(each)) for each in optimizers}) < len(optimizers):
         raise InvalidValueError("Give at least one optimizer, and each once.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}.")
+    refuse_deepspeed(model)
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise InvalidValueError(
             f"process_group must be a torch.distributed.ProcessGroup with this rank in it, got {process_group!r}."

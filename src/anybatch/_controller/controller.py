@@ -35,8 +35,10 @@ from anybatch._scaling import (
     Rule,
     ScheduleDriver,
     attached,
+    bare_optimizer,
     check_positive,
     family_of,
+    held_by,
     second_moment_of,
 )
 
@@ -63,6 +65,7 @@ class Controller(Readings, Loops, Companion):
         patience: int,
         record: Destination | Sequence[Destination] | None,
     ) -> None:
+        given, optimizers = optimizers, [bare_optimizer(optimizer) for optimizer in optimizers]
         if any(optimizer in attached for optimizer in optimizers):
             raise UsageError("This optimizer has a controller already: detach() that one first.")
         self._optimizers = optimizers
@@ -143,6 +146,7 @@ class Controller(Readings, Loops, Companion):
             raise
         self._stepper = Stepper(
             model=model,
+            given=given,
             values=values,
             judge=judge,
             engine=engine,
@@ -155,6 +159,8 @@ class Controller(Readings, Loops, Companion):
             patience=patience,
             share=self._share,
         )
+        for driver in self._drivers:
+            driver.hold()
         for optimizer in optimizers:
             attached.add(optimizer)
         self._attached = True
@@ -338,4 +344,5 @@ class Controller(Readings, Loops, Companion):
 def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:
     """Each scheduler with the optimizer that it moves; with the first where it does not tell."""
     mine = {id(optimizer): optimizer for optimizer in optimizers}
-    return [(each, mine.get(id(getattr(each, "optimizer", None)), optimizers[0])) for each in schedulers]
+    moved = [getattr(held_by(each)[0], "optimizer", optimizers[0]) for each in schedulers]
+    return [(each, mine.get(id(bare_optimizer(m)), optimizers[0])) for each, m in zip(schedulers, moved, strict=True)]

@@ -47,6 +47,7 @@ class Stepper:
 
     Args:
         model: what they train.
+        given: the optimizers as attach got them: a framework's wrappers, say, around those of `values`.
         values: what becomes of each optimizer's hyperparameters in a step.
         judge: from what a step showed to how far it may go.
         engine: one process, DDP or FSDP2.
@@ -64,6 +65,7 @@ class Stepper:
         self,
         *,
         model: nn.Module,
+        given: Sequence[Optimizer],
         values: Sequence[Hyperparameters],
         judge: Judge,
         engine: Engine,
@@ -94,7 +96,12 @@ class Stepper:
         self._inverse_size: float | None = None
         self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
         driven = {id(driver.optimizer) for driver in drivers}
-        self._not_driven = [each.optimizer for each in values if id(each.optimizer) not in driven]
+        self._not_driven = [
+            each
+            for wrapper, value in zip(given, values, strict=True)
+            for each in (wrapper, value.optimizer)
+            if id(value.optimizer) not in driven
+        ]
         self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
         self._lr = nan  # as the first of them had it in this window
         self._warned: set[str] = set()

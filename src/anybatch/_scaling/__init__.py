@@ -8,6 +8,7 @@ from anybatch._scaling.moments import EPSILON, Averages, Estimator, Moments, Smo
 from anybatch._scaling.momentum import averaged_exponent
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
 from anybatch._scaling.schedules import ScheduleDriver, position_of
+from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
 
 __all__ = [
     "EPSILON",
@@ -17,6 +18,7 @@ __all__ = [
     "Clock",
     "Estimator",
     "Family",
+    "HeldScheduler",
     "Hyperparameters",
     "Identity",
     "Linear",
@@ -28,13 +30,16 @@ __all__ = [
     "SquareRoot",
     "attached",
     "averaged_exponent",
+    "bare_optimizer",
     "careful",
     "check_positive",
     "family_of",
     "gain",
+    "held_by",
     "local_of",
     "moments",
     "position_of",
+    "refuse_deepspeed",
     "row_of",
     "second_moment_of",
     "split",

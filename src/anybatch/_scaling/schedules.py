@@ -6,6 +6,7 @@ because they are recursions.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPla
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 from anybatch._scaling.clock import Clock
 from anybatch._scaling.fit import misfit
+from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by
 
 
 class ScheduleDriver:
@@ -23,15 +25,19 @@ class ScheduleDriver:
     `ReduceLROnPlateau` runs on a metric, not on a clock: it is left alone, and its user steps it as ever.
 
     Args:
-        scheduler: any scheduler of `torch.optim.lr_scheduler`, or an object with `step()` and `last_epoch`.
+        scheduler: any scheduler of `torch.optim.lr_scheduler`, an object with `step()` and `last_epoch`, one of timm's,
+            or a framework's wrapper around one.
         optimizer: the optimizer that it must belong to.
         clock: what drives it.
         every: base iterations of one scheduler step.
     """
 
     def __init__(self, scheduler: Any, *, optimizer: Optimizer, clock: Clock, every: float = 1.0) -> None:
-        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-            raise InvalidValueError("The scheduler belongs to another optimizer than the one given to attach.")
+        scheduler, self._holder = held_by(scheduler)
+        if bare_optimizer(getattr(scheduler, "optimizer", optimizer)) is not optimizer:
+            raise InvalidValueError(
+                "The scheduler belongs to another optimizer than the one given to attach: make it of that optimizer."
+            )
         if not callable(getattr(scheduler, "step", None)):
             raise InvalidValueError(f"scheduler must have a step() method, got {type(scheduler).__name__}.")
         self.optimizer = optimizer
@@ -39,16 +45,31 @@ class ScheduleDriver:
         self._clock = clock
         self._every = every
         self._driven = not isinstance(scheduler, ReduceLROnPlateau)
-        if self._driven:
+        self._jump = _jump_of(scheduler, every=every)
+        if self._driven and self._jump is None:
             _check_steps_alone(scheduler)
         self._limit = _last_index(scheduler)
-        self.resume(offset=position_of(scheduler) or 0)
-        if clock.total is not None:
-            self._warn_of_misfit(self.offset + clock.total / every)
-        self.stop = clock.subscribe(self._follow)
+        self._ahead = position_of(scheduler) or 0  # of the clock, if this is no resumed run
+        self.resume(offset=self._ahead)
+        if not self._ahead:
+            self._warn_of_misfit()
+        self._unsubscribe = clock.subscribe(self._follow)
 
-    def _warn_of_misfit(self, length: float) -> None:
-        said = misfit(self._scheduler, length=length)
+    def hold(self) -> None:
+        """Let the wrapper that has the scheduler step it no more."""
+        if self._holder is not None and self._driven:
+            self._holder.scheduler = HeldScheduler(self._scheduler)
+
+    def stop(self) -> None:
+        """Leave the scheduler to whoever had it."""
+        self._unsubscribe()
+        if self._holder is not None:
+            self._holder.scheduler = self._scheduler
+
+    def _warn_of_misfit(self) -> bool:
+        if self._clock.total is None:
+            return False
+        said = misfit(self._scheduler, length=self.offset + self._clock.total / self._every)
         if said:
             warnings.warn(
                 f"The schedule does not fit total: {said}. Both are counted in base iterations, optimizer steps at the "
@@ -56,6 +77,20 @@ class ScheduleDriver:
                 AnybatchWarning,
                 stacklevel=5,
             )
+        return bool(said)
+
+    def _warn_if_ahead(self) -> None:
+        """Once, at the first step: until then the clock's state may still be loaded."""
+        ahead, self._ahead = self._ahead, 0
+        if not ahead or self._clock.tau or not self._driven or self._clock.total is None or self._warn_of_misfit():
+            return
+        warnings.warn(
+            f"The schedule is ahead of the clock: attach found the scheduler at {ahead}, and the clock begins at 0, so "
+            "the schedule ends before the run. In a resumed run, load the controller's state as well; in a new one, "
+            "make a new scheduler.",
+            AnybatchWarning,
+            stacklevel=2,
+        )
 
     def resume(self, *, offset: int) -> None:
         """Take the clock as it is now; `offset` is the scheduler's position at tau = 0."""
@@ -72,6 +107,9 @@ class ScheduleDriver:
         Raises:
             UsageError: somebody else steps it too, or its state was not restored together with the clock's.
         """
+        self._warn_if_ahead()
+        if self._jump is not None:  # it cannot tell where it is: whatever a loop or a resume made of it, it is here now
+            self._jump(self._at)
         position = position_of(self._scheduler)
         if self._driven and position is not None and position != self._at:
             raise UsageError(
@@ -82,13 +120,41 @@ class ScheduleDriver:
 
     def _follow(self, _: float) -> None:
         target = self._target()
-        if self._driven:
+        if self._jump is not None:
+            self._jump(target)
+        elif self._driven:
             for _step in range(target - self._at):
                 self._scheduler.step()
         self._at = target
 
     def _target(self) -> int:
         return int(min(self.offset + self._clock.count(self._every), self._limit))
+
+
+def _jump_of(scheduler: Any, *, every: float) -> Callable[[int], object] | None:
+    """What takes a scheduler of timm's kind to a position; `None` for one that is stepped and tells where it is.
+
+    Raises:
+        InvalidValueError: it tells no position, and takes none; or it counts epochs, and nobody said how long they are.
+    """
+    if position_of(scheduler) is not None:
+        return None
+    jump: Callable[[int], object] | None = getattr(scheduler, "step_update", None)
+    if jump is None:
+        raise InvalidValueError(
+            f"{type(scheduler).__name__} does not tell its position (last_epoch, as torch's schedulers have it), and "
+            "takes none (step_update, as timm's do): anybatch could not see who else steps it. Leave it out of attach, "
+            "and set its values yourself from controller.clock."
+        )
+    if not getattr(scheduler, "t_in_epochs", False):
+        return jump
+    if every == 1:
+        raise InvalidValueError(
+            f"{type(scheduler).__name__} counts epochs: say how long one is, attach(..., schedule_every='epoch'), or "
+            "make it with t_in_epochs=False."
+        )
+    by_epoch: Callable[[int], object] = scheduler.step
+    return by_epoch
 
 
 def _check_steps_alone(scheduler: Any) -> None:
