@@ -200,6 +200,29 @@ class Controller(Readings, Loops, Companion):
         self._stepper.restore()
         return self._stepper.lr
 
+    def peek(self) -> float:
+        """The gain that `step()` would have now, between the last backward and the step; later backwards change it.
+
+        Where no backward came since the last step it is `gain`, the last step's. It waits for the norms; over several
+        ranks it is the step's own all-reduce, ahead of time: call it on every rank.
+
+        Raises:
+            UsageError: as `step()` would, such as for gradients that are not averaged over the ranks.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale="count")
+            >>> for x in torch.randn(2, 8, 4):
+            ...     (model(x).square().mean() / 2).backward()
+            >>> coming = controller.peek()
+            >>> optimizer.step()
+            >>> controller.gain == coming
+            True
+        """
+        step = self._stepper.peek()
+        return self.gain if step is None else step.gain
+
     def paused(self) -> AbstractContextManager[None]:
         """A context whose backwards are not training: neither counted nor measured."""
         return nullcontext() if self._gather is None else self._gather.paused()

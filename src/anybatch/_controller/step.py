@@ -9,6 +9,7 @@ has happened, so a step that raises leaves no trace. docs/architecture.md draws 
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 from typing import Any
@@ -40,6 +41,23 @@ from anybatch._record import Logbook
 from anybatch._scaling import Hyperparameters, Moments, ScheduleDriver
 
 _PATIENT = 10  # steps in a row that do not count before a warning: a GradScaler may take some to find its factor
+
+
+@dataclass
+class _Judged:
+    """A window and what was made of it.
+
+    Args:
+        stamp: of the window; `None` where nothing watches one.
+        step: how far it may go.
+        flight: lagged, the reduction of its own numbers.
+        used: whether a step has begun with it.
+    """
+
+    stamp: int | None
+    step: Step
+    flight: Flight | None
+    used: bool = False
 
 
 class Stepper:
@@ -94,7 +112,7 @@ class Stepper:
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
         self._inverse_size: float | None = None
-        self._judged: tuple[int | None, Step] | None = None  # with the stamp of its window
+        self._judged: _Judged | None = None
         driven = {id(driver.optimizer) for driver in drivers}
         self._not_driven = [
             each
@@ -180,10 +198,11 @@ class Stepper:
                 f"{type(values.optimizer).__name__} steps again, and another optimizer of the same controller has not "
                 "stepped yet: a window is one step of each, after its last backward."
             )
-        step = self._judged[1] if self._taken and self._judged else self._judge_window(values.optimizer)
-        if step is None:
+        judged = self._judged if self._taken else self._judge_window(values.optimizer)
+        if judged is None:
             return
-        self._pending = step
+        self._use(judged)
+        step = self._pending = judged.step
         held = ExitStack()
         self._restore_values = held.close
         if step.skipped:
@@ -192,7 +211,14 @@ class Stepper:
         scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
         held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
 
-    def _judge_window(self, optimizer: Optimizer) -> Step | None:
+    def peek(self) -> Step | None:
+        """How far a step would go now; `None` where nothing was seen since the last."""
+        if self._gather is not None and not self._gather.pending and self._engine.ranks.group is None:
+            return None
+        judged = self._judge_window(self._values[0].optimizer)
+        return None if judged is None or judged.step.count == 0 else judged.step
+
+    def _judge_window(self, optimizer: Optimizer) -> "_Judged | None":
         """How far the steps of this window may go; `None` where it is none of training."""
         if self._gather is not None:
             check_no_backward()
@@ -212,10 +238,22 @@ class Stepper:
             if not self._gather.pending:
                 check_in_use(optimizer, model=self._model)
         stamp = None if self._gather is None else self._gather.stamp
-        if stamp is None or self._judged is None or self._judged[0] != stamp:
-            self._judged = stamp, self._observe(share)
-        # Else the same window again, after a step() that raised, or from one that calls another step(): it is judged.
-        return self._judged[1]
+        if stamp is None or self._judged is None or self._judged.stamp != stamp:
+            self._judged = _Judged(stamp, *self._observe(share))
+        # Else the same window again: after a look at it, a step() that raised, or from one that calls another step().
+        return self._judged
+
+    def _use(self, judged: "_Judged") -> None:
+        """The window is stepped by: what a look at it leaves as it was, once."""
+        if judged.used:
+            return
+        judged.used = True
+        if self._gather is not None:
+            self._gather.sizes.check(self._gather.pending)
+            if self._reduction == "sum":
+                self._gather.average()
+        if judged.flight is not None:
+            self._flight, self._landed = (judged.flight, self._tally.clock.tau), None
 
     def _trainable(self) -> list[Tensor]:
         return [p for each in self._values for p in trainable(each.optimizer)]
@@ -281,27 +319,25 @@ class Stepper:
                 "number of them that may be."
             )
 
-    def _observe(self, share: Share | None) -> Step:
-        """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last."""
+    def _observe(self, share: Share | None) -> tuple[Step, Flight | None]:
+        """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last, with
+        the reduction of its own under way.
+        """
         if self._gather is None:
-            return self._judge.step(self._tally.known, None)
+            return self._judge.step(self._tally.known, None), None
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
-            return self._judge.nothing(self._tally.known)
+            return self._judge.nothing(self._tally.known), None
         self.land()
         checksum = 0 if ranks.group is None else self._tally.checksum()
         flight = launch(
             window, ranks=ranks, reduction=self._reduction, checksum=checksum, ahead=self._lagged, share=share
         )
-        if self._reduction == "sum":
-            self._gather.average()
         if not self._lagged:
-            return self._judge.step(self._tally.known, flight.land())
-        raw, self._landed = self._landed, None
-        self._flight = flight, self._tally.clock.tau
+            return self._judge.step(self._tally.known, flight.land()), None
         count = window.backwards * ranks.size  # on every rank as many, or landing raises
         if count == 0:
-            return self._judge.nothing(self._tally.known)
+            return self._judge.nothing(self._tally.known), flight
         if ranks.group is None:
             inverse_size = window.inverse_sizes / window.backwards
         elif self._inverse_size is None:  # the first step waits for the sizes on the other ranks
@@ -309,7 +345,8 @@ class Stepper:
             inverse_size = self._inverse_size or 0.0
         else:
             inverse_size = self._inverse_size
-        return self._judge.decide(self._tally.known, count=count, inverse_sizes=count * inverse_size, raw=raw)
+        inverse_sizes = count * inverse_size
+        return self._judge.decide(self._tally.known, count=count, inverse_sizes=inverse_sizes, raw=self._landed), flight
 
     # ---- after ----
 

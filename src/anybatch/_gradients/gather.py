@@ -224,7 +224,6 @@ class Gather:
                 "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
             )
         backwards = self.pending
-        self.sizes.check(backwards)
         self._samples.measure()
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
         weighed = None if self._weighing is None else Weighed()
