@@ -1,0 +1,89 @@
+"""Training loops of Accelerate, on one process or several. In a module of its own, so that processes can import it."""
+
+import oracle
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader
+
+import anybatch
+from integrations import task
+
+
+def prepared(*, accumulation, total=task.TOTAL, base_batch=task.SIZE, around=False):
+    """An accelerator and what it has prepared, with a controller; the loader is sharded by Accelerate."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = oracle.make_model()
+    optimizer = task.optimizer_of(model)
+    scheduler = None if around else task.scheduler_of(optimizer, total)
+    loader = DataLoader(task.examples(), batch_size=task.SIZE)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    scheduler = task.scheduler_of(optimizer, total) if around else accelerator.prepare(scheduler)
+    controller = anybatch.attach(
+        optimizer, model=model, scheduler=scheduler, total=total, base_batch=base_batch, micro_batch=task.SIZE
+    )
+    accelerator.register_for_checkpointing(controller)
+    return accelerator, model, optimizer, loader, scheduler, controller
+
+
+def train(accelerator, model, optimizer, loader, scheduler, controller, *, clip=None, steps=None):
+    """Until the run is over or has come to so many steps; `scheduler.step()` stays where it is without anybatch."""
+    trace = task.Trace(controller)
+    for x, y in controller.batches(loader):
+        with accelerator.accumulate(model):
+            accelerator.backward(oracle.loss_fn(model(x), y))
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if hasattr(scheduler, "scheduler"):
+                scheduler.step()
+            optimizer.zero_grad()
+        if controller.steps == steps:
+            break
+    return task.outcome(trace, model, optimizer)
+
+
+def parity(rank=0, world=1, *, clip=None, around=False):
+    task.as_launched(rank, world)
+    return train(*prepared(accumulation=task.MICRO_BATCHES // world, around=around), clip=clip)
+
+
+def end_of_400(rank, world):
+    """One backward a step, so that the scale is the number of processes."""
+    task.as_launched(rank, world)
+    parts = prepared(accumulation=1, total=400)
+    return train(*parts)
+
+
+def killed(rank, world, folder):
+    """Fifteen steps, and a checkpoint."""
+    task.as_launched(rank, world)
+    parts = prepared(accumulation=2)
+    found = train(*parts, steps=15)
+    parts[0].save_state(folder)
+    return {**found, "rate": parts[2].param_groups[0]["lr"]}
+
+
+def resumed(rank, world, folder, accumulation):
+    """From the checkpoint to the end."""
+    task.as_launched(rank, world)
+    parts = prepared(accumulation=accumulation)
+    parts[0].load_state(folder)
+    parts[0].step = 0  # the saved count of backwards comes back on ranks that were there when it was saved
+    controller = parts[-1]
+    first, rate = controller.tau, parts[2].param_groups[0]["lr"]
+    return {**train(*parts), "first": first, "rate": rate}
+
+
+def all_of(rank, world, folder):
+    """Everything that two processes are asked."""
+    torch.manual_seed(0)
+    return {
+        "parity": parity(rank, world),
+        "clipped": parity(rank, world, clip=0.5),
+        "around": parity(rank, world, around=True),
+        "end": end_of_400(rank, world),
+        "resumed": resumed(rank, world, folder, 2),
+    }

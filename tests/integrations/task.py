@@ -1,0 +1,116 @@
+"""The oracle's task for every framework: the same micro-batches, in the order in which W ranks take them."""
+
+import math
+import os
+
+import oracle
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import anybatch
+
+SIZE = 4  # examples of a micro-batch, and of the base batch
+MICRO_BATCHES = 4  # of a step: on one process, or two on each of two
+STEPS = 160  # of which there is data: more than a run needs
+TOTAL = int(oracle.TOTAL)
+
+
+def examples():
+    """Of all micro-batches one after another: number 4 t + i is `oracle.micro_batch(t, i)`."""
+    parts = [oracle.micro_batch(t, i, size=SIZE) for t in range(STEPS) for i in range(MICRO_BATCHES)]
+    return TensorDataset(*(torch.cat(each) for each in zip(*parts)))
+
+
+class Mine(torch.utils.data.Sampler):
+    """The examples of the micro-batches of one rank: every W-th."""
+
+    def __init__(self, rank, world):
+        self.indices = [
+            i for k in range(rank, STEPS * MICRO_BATCHES, world) for i in range(SIZE * k, SIZE * (k + 1))
+        ]  # fmt: skip
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+def loader(rank=0, world=1):
+    return DataLoader(examples(), batch_size=SIZE, sampler=Mine(rank, world))
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
+
+
+def scheduler_of(optimizer, total=TOTAL):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+
+
+class Trace:
+    """Notes each step of a controller."""
+
+    def __init__(self, controller):
+        self.controller, self.gains, self.taus = controller, [], []
+        self.stop = controller.clock.subscribe(self)
+
+    def __call__(self, _):
+        self.gains.append(self.controller.gain)
+        self.taus.append(self.controller.tau)
+
+
+def outcome(trace, model, optimizer):
+    """What is compared; the model may be wrapped."""
+    return {
+        "gains": trace.gains,
+        "taus": trace.taus,
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "lr": optimizer.param_groups[0]["lr"],
+        "scale": trace.controller.scale,
+    }
+
+
+def plain(*, clip=None):
+    """The plain loop on one process."""
+    model = oracle.make_model()
+    optimizer = optimizer_of(model)
+    controller = anybatch.attach(
+        optimizer, model=model, scheduler=scheduler_of(optimizer), total=TOTAL, base_batch=SIZE, micro_batch=SIZE
+    )
+    trace = Trace(controller)
+    for i, (x, y) in enumerate(loader(), 1):
+        (oracle.loss_fn(model(x), y) / MICRO_BATCHES).backward()
+        if i % MICRO_BATCHES == 0:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if controller.done:
+            break
+    return outcome(trace, model, optimizer)
+
+
+def check(found, expected):
+    """Gains and weights to 1e-6; the worst difference."""
+    assert len(found["gains"]) == len(expected["gains"]) > 40
+    gains = max(abs(a - b) for a, b in zip(found["gains"], expected["gains"]))
+    weights = max(float((a - b).abs().max()) for a, b in zip(found["weights"], expected["weights"]))
+    assert max(gains, weights) < 1e-6
+    check_end(found)
+    return max(gains, weights)
+
+
+def check_end(found, total=TOTAL):
+    """The run ends where it has to, with the rate of the schedule's end."""
+    tau = found["taus"][-1]
+    assert total <= tau < total + found["scale"]
+    assert found["lr"] == pytest.approx(oracle.LR * (1 + math.cos(math.pi * math.floor(tau) / total)) / 2, abs=1e-9)
+    assert found["lr"] < oracle.LR / 1000
+
+
+def as_launched(rank, world):
+    """What frameworks ask of the environment, as torchrun sets it."""
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400", TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0")

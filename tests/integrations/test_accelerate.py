@@ -1,0 +1,60 @@
+"""Accelerate, with plain `attach`: on one process and on two gloo processes."""
+
+import functools
+
+import pytest
+from distributed import launch
+
+from integrations import task
+
+workers = pytest.importorskip("integrations.accelerate_workers", exc_type=ModuleNotFoundError)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:accelerate", "ignore::FutureWarning:accelerate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@functools.cache
+def killed(folder):
+    """One process, two micro-batches a step."""
+    return workers.killed(0, 1, folder)
+
+
+@functools.cache
+def two(folder):
+    killed(folder)
+    return launch.run(workers.all_of, world=2, args=(2, folder))
+
+
+plain = functools.cache(task.plain)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_one_process_trains_as_the_plain_loop(clip, record_property):
+    record_property("worst difference, Accelerate", task.check(workers.parity(clip=clip), plain(clip=clip)))
+
+
+@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5), ("around", None)])
+def test_two_processes_train_as_the_plain_loop(folder, case, clip, record_property):
+    for found in two(folder):
+        record_property("worst difference, Accelerate", task.check(found[case], plain(clip=clip)))
+
+
+def test_a_prepared_scheduler_that_the_loop_steps_ends_with_the_run(folder):
+    for found in two(folder):
+        end = found["end"]
+        assert end["scale"] == 2
+        task.check_end(end, total=400)
+        assert end["lr"] < 1e-5
+
+
+def test_killed_and_resumed_on_two_processes_with_twice_the_batch(folder):
+    before = killed(folder)
+    for found in two(folder):
+        after = found["resumed"]
+        assert after["first"] == before["taus"][-1] > 15
+        assert (before["scale"], after["scale"]) == (2, 4)
+        assert after["rate"] == before["rate"]
+        task.check_end(after)
