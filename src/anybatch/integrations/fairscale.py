@@ -118,7 +118,7 @@ class AdaScale(Optimizer):
         """Factor of the running averages at this scale."""
         return max(1 - self._scale / 1000, 0.0) if self._smoothing is None else self._smoothing
 
-    def set_scale(self, scale: float, update_estimate: bool = True) -> None:  # noqa: ARG002
+    def set_scale(self, scale: float, update_estimate: bool = True) -> None:
         """Tell the scale of the steps to come, before their first backward.
 
         Args:
@@ -145,7 +145,7 @@ class AdaScale(Optimizer):
         self._accumulated = new
         self.set_scale(self._scale)
 
-    def gain(self, pg_idx: int | None = None) -> float:  # noqa: ARG002
+    def gain(self, pg_idx: int | None = None) -> float:
         """The gain that `step()` will have, after the last backward; after `step()` the one it had, 1 before any.
 
         Over several ranks it is the step's all-reduce, ahead of time: call it on every rank.

@@ -1,0 +1,239 @@
+"""Lightning: `Trainer(max_steps=T, callbacks=[AnyBatch(base_batch=256)])`, where T counts base iterations."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from math import ceil, isfinite
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import anybatch
+
+
+class AnyBatch(Callback):
+    """Trains a LightningModule at any batch size by the hyperparameters of one.
+
+    Limits and schedules are those of the base batch: `Trainer(max_steps=T)` are T base iterations, or `max_epochs` with
+    `examples` are so many passes over the data at the base batch; `trainer.estimated_stepping_batches` in
+    `configure_optimizers` is T. The run ends when tau has come to T, `min_steps` and `min_epochs` notwithstanding.
+    Lightning's own steps of the schedulers do nothing, and their `frequency` and `interval` count base iterations, or
+    epochs of them. The numbers of each step are logged as `anybatch/gain` and so on where they are finite, and all that
+    a resumed run needs is in Lightning's checkpoints. All optimizers of the module share one gain and one clock, also
+    in manual optimization; two that train against each other need a controller each: `attach` them yourself.
+
+    Args:
+        base_batch: the batch that the hyperparameters were tuned for, in examples or tokens, on all devices together.
+        rule: `AdaScale()` by default.
+        examples: size of the training data, as for `attach`; needed for `max_epochs` and schedulers that move by epoch.
+        batch_size: a function from what the loader yields to the size of the micro-batch, in the unit of `base_batch`;
+            by default the first dimension of its tensors.
+        ema_decay: of a `ModelEMA`, per base iteration, in [0, 1); validation during `fit` sees it in the model's place,
+            and `callback.ema` is it. By default there is none.
+        lagged: as for `attach`.
+        record: as for `attach`, a path.
+
+    Raises:
+        UsageError: at `fit`: no limit, or an epoch of unknown length; a batch of unknown size; a step that nothing saw.
+        StateError: at `fit(ckpt_path=...)`: a checkpoint without this callback's state.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from anybatch.integrations.lightning import AnyBatch
+        >>> trainer = Trainer(max_steps=1000, accumulate_grad_batches=8, callbacks=[AnyBatch(base_batch=256)])
+    """
+
+    def __init__(
+        self,
+        base_batch: float,
+        *,
+        rule: anybatch.Rule | None = None,
+        examples: float | None = None,
+        batch_size: Callable[[Any], float] | None = None,
+        ema_decay: float | None = None,
+        lagged: bool = False,
+        record: str | None = None,
+    ) -> None:
+        self.base_batch, self.rule, self.examples, self.batch_size = base_batch, rule, examples, batch_size
+        self.ema_decay, self.lagged, self.record = ema_decay, lagged, record
+        self.controller: anybatch.Controller | None = None
+        self.ema: anybatch.ModelEMA | None = None
+        self._total = 0.0
+        self._loaded: dict[str, Any] = {}
+        self._seen = self._first = 0
+        self._applied, self._limits = ExitStack(), ExitStack()
+
+    # ---- the run's limits, before the optimizers are made and after them ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Count the run's length in base iterations."""
+        if stage != "fit":
+            return
+        self.controller, self.ema, self._loaded = None, None, {}
+        fit, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        self._total = self._base_iterations(fit.max_steps, fit.max_epochs)
+        for loop, name in ((fit, "max_epochs"), (fit, "min_epochs"), (steps, "max_steps"), (steps, "min_steps")):
+            self._limits.callback(setattr, loop, name, getattr(loop, name))
+        if fit.min_epochs or steps.min_steps:
+            warnings.warn(
+                f"The run ends at tau = {self._total:g}; min_epochs and min_steps of the Trainer are left out, for "
+                "they would train beyond the end of the schedule.",
+                anybatch.AnybatchWarning,
+                stacklevel=2,
+            )
+        fit.max_epochs, fit.min_epochs, steps.max_steps, steps.min_steps = -1, 0, ceil(self._total), None
+
+    def _base_iterations(self, max_steps: int, max_epochs: int | None) -> float:
+        limits = [] if max_steps == -1 else [float(max_steps)]
+        if max_epochs is not None and max_epochs != -1:
+            limits.append(max_epochs * self._epoch("Trainer(max_epochs=...)"))
+        if not limits:
+            raise anybatch.UsageError("The run has no end: give Trainer(max_steps=T), T in base iterations.")
+        return min(limits)
+
+    def _epoch(self, wanted: str) -> float:
+        if self.examples is None:
+            raise anybatch.UsageError(
+                f"{wanted} counts epochs, of unknown length: give AnyBatch(examples=len(data)). Or count in base "
+                'iterations: Trainer(max_steps=T), and {"scheduler": ..., "interval": "step"} for schedulers, whose '
+                "interval is an epoch by default."
+            )
+        return self.examples / self.base_batch
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the end to tau: a skipped step, or two optimizers, count otherwise in Lightning."""
+        trainer.fit_loop.epoch_loop.max_steps = sys.maxsize
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach; everything that Lightning wraps and loads is there."""
+        moving = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
+        units = {(config.interval, config.frequency) for config in moving} or {("step", 1)}
+        if len(units) > 1:
+            raise anybatch.UsageError(f"Schedulers of one run need one interval and frequency, got {sorted(units)}.")
+        interval, frequency = units.pop()
+        every = frequency * (self._epoch("A scheduler's interval") if interval == "epoch" else 1.0)
+        self.controller = anybatch.attach(
+            trainer.optimizers,
+            model=pl_module if trainer.model is None else trainer.model,
+            rule=self.rule,
+            scheduler=trainer.lr_scheduler_configs,
+            schedule_every=every,
+            total=self._total,
+            base_batch=self.base_batch,
+            micro_batch="auto",
+            examples=self.examples,
+            grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
+            lagged=self.lagged,
+            record=self.record,
+        )
+        if self.ema_decay is not None:
+            self.ema = _average(pl_module, self.ema_decay, self.controller)
+        if self._loaded:
+            self.controller.load_state_dict(self._loaded["controller"])
+            if self.ema is not None:
+                self.ema.load_state_dict(self._loaded["ema"])
+        self._seen, self._first = self._taken, trainer.global_step
+        trainer.should_stop = self.controller.done
+
+    # ---- steps ----
+
+    @property
+    def _taken(self) -> int:
+        return 0 if self.controller is None else self.controller.steps + self.controller.skipped
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the micro-batch's size."""
+        if self.controller is not None:
+            self.controller.micro_batch = _size_of(batch) if self.batch_size is None else self.batch_size(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the step, if this batch ended one, and end the run where tau says so."""
+        controller = self.controller
+        if controller is None or self._taken == self._seen:
+            if trainer.global_step > self._first and self._taken == 0:
+                raise anybatch.UsageError(
+                    "Lightning has stepped, and no hook on its optimizer saw it: this strategy "
+                    f"({type(trainer.strategy).__name__}) steps another one than trainer.optimizers. Use DDP, or "
+                    "ModelParallelStrategy with fully_shard."
+                )
+            return
+        self._seen = self._taken
+        names = ("gain", "scale", "tau", "noise_scale")
+        numbers = {f"anybatch/{name}": float(getattr(controller, name)) for name in names}
+        pl_module.log_dict({name: x for name, x in numbers.items() if isfinite(x)}, batch_size=1)
+        trainer.should_stop = trainer.should_stop or controller.done
+
+    # ---- the average in validation ----
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the model."""
+        if self.ema is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._applied.enter_context(self.ema.applied())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights back; Lightning's checkpoints come after this."""
+        self._applied.close()
+
+    # ---- state, and the end ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state, and the average's."""
+        if self.controller is None:
+            return self._loaded
+        state: dict[str, Any] = {"controller": self.controller.state_dict()}
+        return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until there is a controller."""
+        self._loaded = state_dict
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise where a resumed run would begin at tau = 0 with a schedule in its middle."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        lacking = {"controller", *(() if self.ema_decay is None else ("ema",))} - saved.keys()
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint["global_step"] and lacking:
+            raise anybatch.StateError(
+                f"The checkpoint has no {' and no '.join(sorted(lacking))} of AnyBatch: it is of a run without it. "
+                "Load its weights into the module, and fit without ckpt_path."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model its own weights, whatever went wrong."""
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave Trainer and optimizer as they were."""
+        self._close()
+
+    def _close(self) -> None:
+        self._applied.close()
+        self._limits.close()
+        if self.controller is not None:
+            self.controller.detach()
+        if self.ema is not None:
+            self.ema.stop()
+
+
+def _average(module: LightningModule, decay: float, controller: anybatch.Controller) -> anybatch.ModelEMA:
+    if any(hasattr(p, "device_mesh") for p in module.parameters()):
+        raise anybatch.UnsupportedError(
+            "ema_decay does not go with sharded parameters: Lightning's sharded checkpoints keep what rank 0 has of a "
+            "callback's state. Make the ModelEMA in on_train_start, and save it by torch.distributed.checkpoint."
+        )
+    return anybatch.ModelEMA(module, decay, clock=controller.clock)
+
+
+def _size_of(batch: Any) -> float:
+    sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    if len(sizes) != 1:
+        raise anybatch.UsageError(
+            f"The batch has tensors of the first dimensions {sorted(sizes)}, so its size is not known: give "
+            "AnyBatch(batch_size=lambda batch: ...), its size in the unit of base_batch."
+        )
+    return float(sizes.pop())

@@ -1,0 +1,55 @@
+"""Lightning, by the callback: on one process and on two gloo processes."""
+
+import functools
+
+import pytest
+from distributed import launch
+
+from integrations import task
+
+workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning", "ignore:.*LeafSpec:FutureWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
+
+
+@functools.cache
+def killed(path):
+    """Fifteen steps of two micro-batches on one process."""
+    return workers.train(accumulation=2, kill=15, path=path)
+
+
+@functools.cache
+def two(path):
+    killed(path)
+    return launch.run(workers.all_of, world=2, args=(2, path))
+
+
+plain = functools.cache(task.plain)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_one_process_trains_as_the_plain_loop(clip, record_property):
+    found = workers.train(gradient_clip_val=clip)
+    assert found["asked"] == task.TOTAL
+    record_property("worst difference, Lightning", task.check(found, plain(clip=clip)))
+
+
+@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5)])
+def test_two_processes_train_as_the_plain_loop(path, case, clip, record_property):
+    for found in two(path):
+        record_property("worst difference, Lightning", task.check(found[case], plain(clip=clip)))
+
+
+def test_killed_and_resumed_on_two_processes_with_twice_the_batch(path):
+    before = killed(path)
+    for found in two(path):
+        after = found["resumed"]
+        assert after["first"] == before["taus"][-1] > 15
+        assert (before["scale"], after["scale"]) == (2, 4)
+        task.check_end(after)
