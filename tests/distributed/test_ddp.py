@@ -75,9 +75,9 @@ def test_rounded_gradients_stay_close(case):
     assert parity(2)[0][case]["gains"] == pytest.approx(gains, rel=1e-4 if case == "float32" else 0.02)
 
 
-def test_one_collective_of_eight_numbers_a_step():
+def test_one_collective_of_twelve_numbers_a_step():
     for calls in launch.run(workers.collectives_per_step, world=2, args=(2,)):
-        assert calls == [8, 8, 8]
+        assert calls == [12, 12, 12]
 
 
 def test_unused_and_frozen_parameters():

@@ -91,6 +91,6 @@ def test_what_cannot_be_measured_is_a_typed_error():
         assert "Join([model, controller])" in outcome["join"]
 
 
-def test_one_collective_of_eight_numbers_a_step():
+def test_one_collective_of_twelve_numbers_a_step():
     for calls in launch.run(workers.collectives, world=2, args=(2,)):
-        assert calls == [8, 8, 8]
+        assert calls == [12, 12, 12]

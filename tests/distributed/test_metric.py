@@ -57,10 +57,10 @@ def test_trap_what_a_rank_sees_of_its_shard_is_unbiased():
         assert shards != pytest.approx(whole, rel=1e-6)
 
 
-def test_a_weight_that_one_rank_does_not_know_is_known_to_none_and_the_reduction_stays_one_of_ten():
+def test_a_weight_that_one_rank_does_not_know_is_known_to_none_and_the_reduction_stays_one_of_14():
     for known, calls, gain in launch.run(workers.heads, world=2, args=(2,)):
         assert known == [False] * READY + [True] * 2 + [False] * READY + [True] * 3
-        assert set(calls) == {10}
+        assert set(calls) == {14}
         assert 1 <= gain <= 2
 
 

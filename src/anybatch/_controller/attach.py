@@ -69,9 +69,10 @@ def attach(
         process_group: ranks whose gradients are averaged; DDP's or FSDP2's own by default.
         grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
             units for a while after the scaler has changed its factor.
-        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number,
-            as trainers do), or `"sum"`: then the step divides it, in place, by their number, so that it goes as far
-            whatever the accumulation.
+        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number);
+            `"sum"`; or their sum divided by this number, as trainers have it that divide the few micro-batches at the
+            end of an epoch by the full accumulation. Of these two the step makes the mean, in place, so that it goes
+            as far whatever the accumulation.
         lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
             nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
             finite is noticed one step late: without a `GradScaler`, its step counts. Over several ranks the mean size
@@ -121,8 +122,9 @@ def attach(
         )
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         raise InvalidValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}.")
-    if reduction not in ("mean", "sum"):
-        raise InvalidValueError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+    divisor = not isinstance(reduction, bool) and isinstance(reduction, int) and reduction >= 1
+    if reduction not in ("mean", "sum") and not divisor:
+        raise InvalidValueError(f'reduction must be "mean", "sum", or the number divided by; got {shown(reduction)}.')
     if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
         raise InvalidValueError(f"patience is a number of steps, at least 1; got {patience!r}.")
     batch = BatchSize(base_batch, micro_batch, scale, examples)

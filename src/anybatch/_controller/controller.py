@@ -15,7 +15,7 @@ from anybatch._controller.loops import Loops
 from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.step import Stepper
 from anybatch._controller.tally import Readings, Tally
-from anybatch._errors import UnsupportedError, UsageError
+from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients import (
     Companion,
     Gather,
@@ -26,6 +26,7 @@ from anybatch._gradients import (
     engine_of,
     trained_parameters,
 )
+from anybatch._numbers import real, shown
 from anybatch._record import Destination, Logbook, progress_bar, run_config
 from anybatch._scaling import (
     AdaScale,
@@ -104,7 +105,7 @@ class Controller(Readings, Loops, Companion):
             },
             ranks=engine.ranks,
         )
-        counted = adascale is not None or batch.counts or reduction == "sum"
+        counted = adascale is not None or batch.counts or reduction != "mean"
         foreseen = not lagged and grad_scaler is None
         metric, self._tally = None, Tally(clock=clock, batch=batch)
         if adascale is not None and adascale.metric == "adam":
@@ -193,6 +194,46 @@ class Controller(Readings, Loops, Companion):
         if self._gather is None or self._batch.micro_batch is None:
             raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
         self._gather.sizes.set(check_positive("micro_batch", value))
+
+    @property
+    def weight(self) -> float | None:
+        """The next backward's weight in the step's mean: its tokens, where a loss is a mean over all tokens of a step.
+
+        A step's gradient is then `gbar = sum_i h_i` with `h_i = w_i g_i`, where each loss was divided by the weights of
+        the whole step, on all ranks, so that `w_i` adds up to 1. Set the weight before each backward, in any unit:
+
+            Q = sum_i w_i^2 / (sum_i w_i)^2
+            variance of gbar = (sum_i ||h_i||^2 - Q ||gbar||^2) / (1 - Q)
+
+        The scale counts the sizes, `S = sum_i b_i / base_batch`: `micro_batch` stays in the unit of `base_batch`.
+
+        Raises:
+            InvalidValueError: a weight below 0 or not finite.
+            UsageError: at the step, some backwards had a weight and others not, or all are 0; and under a rule that
+                neither measures nor counts.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, base_batch=1, micro_batch=1)
+            >>> sequences = [torch.randn(5, 4), torch.randn(3, 4)]
+            >>> for x in sequences:
+            ...     controller.weight = len(x)
+            ...     (model(x).square().sum() / 8).backward()
+            >>> optimizer.step()
+            >>> controller.scale
+            2.0
+        """
+        return None if self._gather is None else self._gather.sizes.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if self._gather is None:
+            raise UsageError("weight has nothing to tell a rule that neither measures nor counts.")
+        number = real(value)
+        if number is None or number < 0:
+            raise InvalidValueError(f"weight must be a finite number, at least 0; got {shown(value)}.")
+        self._gather.sizes.weight = number
 
     @property
     def base_lr(self) -> float:
@@ -338,7 +379,7 @@ class Controller(Readings, Loops, Companion):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and not hasattr(type(self), name):
-            raise AttributeError(f"A controller has no {name!r} to set; what may be set is micro_batch.")
+            raise AttributeError(f"A controller has no {name!r} to set; what may be set is micro_batch and weight.")
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -97,11 +97,13 @@ class Judge:
         """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
         if seen is None:
             return self.decide(known, count=0, inverse_sizes=0.0)
-        if seen.count == 0:
+        if seen.shares.count == 0:
             return self.nothing(known)
         raw, folded = self.fold(known, seen)
         prior = self._adascale is not None and self._adascale.estimator == "paper"  # its gain is of the steps before
-        step = self.decide(known if prior else folded, count=seen.count, inverse_sizes=seen.inverse_sizes, raw=raw)
+        step = self.decide(
+            known if prior else folded, count=seen.shares.count, inverse_sizes=seen.shares.inverse, raw=raw
+        )
         step = replace(step, known=folded)
         if raw is not None and not raw.finite:
             return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
@@ -113,9 +115,10 @@ class Judge:
         Averages forget by what the clock moved between two samples, so one that was taken `ago` base iterations before
         now is folded in as of then.
         """
-        if self._adascale is None or seen.count == 0:
+        if self._adascale is None or seen.shares.count == 0:
             return None, known
-        scale, sample = self._batch.of_step(seen.count, seen.inverse_sizes)
+        shares = seen.shares
+        scale, sample = self._batch.of_step(shares.count, shares.inverse, effective=shares.effective)
         raw = self._raw(seen, scale=scale, sample=sample, known=known.averages.samples > 0)
         if raw is None or not raw.finite:
             return raw, known
@@ -159,7 +162,7 @@ class Judge:
         if seen.pair is not None:
             return _moments_of(seen.pair, sample=sample, batch=2 * sample)
         consecutive = self._adascale is not None and self._adascale.consecutive
-        if seen.count == 1 and scale != 1 and not consecutive and not self._warned:
+        if seen.shares.count == 1 and scale != 1 and not consecutive and not self._warned:
             self._warned = True
             gain = "the last one known" if known else f"{min(1.0, scale):g}"
             warnings.warn(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import InvalidValueError, UsageError
-from anybatch._gradients import Reduction
+from anybatch._gradients import Reduction, divisor_of
 from anybatch._scaling import Clock, split
 
 Batch = TypeVar("Batch")
@@ -95,7 +95,8 @@ class Loops:
             n: number of parts, a divisor of every first dimension.
 
         Returns:
-            An iterator over pairs `(part, share)`; the share is `1 / n`, or 1 with `reduction="sum"`.
+            An iterator over pairs `(part, share)`; the share is `1 / n`, or 1 with `reduction="sum"`, or one over the
+            divisor that was given in its place.
 
         Raises:
             InvalidValueError: as for `anybatch.split`.
@@ -111,7 +112,7 @@ class Loops:
             4.0
         """
         pieces = split(batch, n)
-        share = 1.0 if self._reduction == "sum" else 1 / n
+        share = 1 / divisor_of(self._reduction, n)
         return self._parts(pieces, n, share)
 
     def _parts(self, pieces: Iterator[Any], n: int, share: float) -> Iterator[tuple[Any, float]]:

@@ -31,6 +31,7 @@ from anybatch._gradients import (
     Share,
     check_in_use,
     check_no_backward,
+    divisor_of,
     is_phantom,
     launch,
     trainable,
@@ -157,8 +158,8 @@ class Stepper:
 
     def _note_sizes(self, seen: Observation) -> None:
         """Keep the mean of one over a micro-batch's size over all ranks: what a lagged step takes for its own."""
-        if seen.count:
-            self._inverse_size = seen.inverse_sizes / seen.count
+        if seen.shares.count:
+            self._inverse_size = seen.shares.inverse / seen.shares.count
 
     def forget(self) -> None:
         """Nothing is under way: a state was loaded."""
@@ -250,8 +251,8 @@ class Stepper:
         judged.used = True
         if self._gather is not None:
             self._gather.sizes.check(self._gather.pending)
-            if self._reduction == "sum":
-                self._gather.average()
+            if self._reduction != "mean":
+                self._gather.average(divisor_of(self._reduction, self._gather.pending))
         if judged.flight is not None:
             self._flight, self._landed = (judged.flight, self._tally.clock.tau), None
 
@@ -339,7 +340,7 @@ class Stepper:
         if count == 0:
             return self._judge.nothing(self._tally.known), flight
         if ranks.group is None:
-            inverse_size = window.inverse_sizes / window.backwards
+            inverse_size = window.shares.inverse / window.backwards
         elif self._inverse_size is None:  # the first step waits for the sizes on the other ranks
             self._note_sizes(flight.land())
             inverse_size = self._inverse_size or 0.0

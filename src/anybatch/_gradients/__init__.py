@@ -13,7 +13,7 @@ from anybatch._gradients.parameters import (
     trained_parameters,
     withheld,
 )
-from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, launch
+from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, divisor_of, launch
 from anybatch._gradients.sizes import Sizes
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_in_use",
     "check_no_backward",
     "check_same",
+    "divisor_of",
     "engine_of",
     "is_phantom",
     "launch",

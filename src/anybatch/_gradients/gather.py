@@ -228,7 +228,7 @@ class Gather:
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
         weighed = None if self._weighing is None else Weighed()
         if not measured:
-            return Window(backwards, self.sizes.inverse, None, None, None, weighed)
+            return Window(backwards, self.sizes.shares, None, None, None, weighed)
         samples, grad, pair = self._samples_square(), self._grad_square, self._pair
         if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
@@ -239,7 +239,7 @@ class Gather:
             samples, grad = samples / unit, None if grad is None else grad / unit
             pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
             weighed = None if weighed is None else weighed.over(unit)
-        return Window(backwards, self.sizes.inverse, samples, grad, pair, weighed)
+        return Window(backwards, self.sizes.shares, samples, grad, pair, weighed)
 
     def emptied(self) -> bool:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
@@ -247,11 +247,11 @@ class Gather:
             return False
         return all(p.grad is None for p in self._parameters) or self._witness.emptied()
 
-    def average(self) -> None:
-        """Divide `.grad`, a sum over the micro-batches, by their number."""
-        if self.pending > 1:
+    def average(self, divisor: float) -> None:
+        """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
+        if self.pending not in (0, divisor):
             with torch.no_grad():
-                torch._foreach_div_(self._grads(), float(self.pending))
+                torch._foreach_div_(self._grads(), self.pending / divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""

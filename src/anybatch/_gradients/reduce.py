@@ -1,9 +1,14 @@
 """From each rank's window to the samples of the step: one small all-reduce, the same bits on every rank.
 
 [Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided
-by A), so a micro-batch's own gradient is A times the observed one; or it is their sum (`"sum"`), and then the mean is
-`.grad` divided by A. Only so do the moments keep their unit when the accumulation changes in mid-run. Over ranks
-`.grad` is a mean.
+by A), so a micro-batch's own gradient is A times the observed one; or it is their sum over a known divisor d (`"sum"`:
+1), and then that is d times the observed one, and the mean is `.grad` times d / A. Only so do the moments keep their
+unit when the accumulation changes in mid-run. Over ranks `.grad` is a mean.
+
+[Note: weights] In a mean with weights `w_i` (that of a language model's loss over all tokens of a step), the gradient
+`h_i = w_i g_i` is observed, and micro-batches tell as much as their weight: `E ||h_i||^2 = w_i^2 sqnorm + w_i V`, with
+V the variance of the mean. With `n = (sum w)^2 / sum w^2`, as many as N equal ones would be, all else is as with n of
+them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
 """
 
 from collections.abc import Mapping
@@ -18,15 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UsageError
 from anybatch._gradients.norms import SquaredNorms
-from anybatch._gradients.window import Window
+from anybatch._gradients.window import Shares, Window
 
 # Equal norms, summed over ranks and divided again; gradients that nothing averaged differ by far more.
 _ROUNDING = 1e-12
 
-# The squared norm of a mean over the mean of squared norms is at most 1; sums in bfloat16 are off by less than this.
+# The squared norm of a mean over the mean of squared norms is at most 1, N / n with weights; sums in bfloat16 are off
+# by less than this.
 _IMPOSSIBLE = 1.1
 
-Reduction = Literal["mean", "sum"]
+_EQUAL = 1 + 1e-6  # effective micro-batches: one that has all the weight shows no variance
+
+Reduction = Literal["mean", "sum"] | int
 Share = Literal["all", "active"]
 
 
@@ -58,6 +66,10 @@ class Sums(NamedTuple):
     backwards: float
     backwards_squared: float
     inverse_sizes: float
+    sizes: float
+    weights: float
+    squares: float
+    weighted: float
     checksum: float
     checksum_squared: float
     grad_squared: float
@@ -68,15 +80,13 @@ class Observation:
     """What all ranks together saw in one step.
 
     Args:
-        count: N, micro-batches on all ranks.
-        inverse_sizes: sum over them of one over their size.
+        shares: of the N micro-batches on all ranks.
         norms: squared norms of the step's samples; `None` where the step was not measured or is a single sample.
         pair: squared norms of this step's gradient and the one before, for a single sample; else `None`.
         weighed: `norms` in Adam's metric; `None` where it was not asked for or some weight was not known on some rank.
     """
 
-    count: int
-    inverse_sizes: float
+    shares: Shares
     norms: SquaredNorms | None
     pair: SquaredNorms | None
     weighed: SquaredNorms | None = None
@@ -90,7 +100,7 @@ class Flight:
         window: this rank's window.
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
-        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[8]` over several ranks, and in Adam's metric two more;
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[12]` over several ranks, and in Adam's metric two more;
             empty where one rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
@@ -131,7 +141,7 @@ def launch(
 ) -> Flight:
     """Begin to sum the windows of the ranks.
 
-    With several ranks that is one all-reduce of eight float64 numbers, ten with Adam's metric. `||.grad||^2` is
+    With several ranks that is one all-reduce of twelve float64 numbers, 14 with Adam's metric. `||.grad||^2` is
     summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
     same bits; the sums of squares beside the sums tell whether all ranks counted, know and hold the same. Landing costs
     the one device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step
@@ -169,8 +179,9 @@ def launch(
         pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
         flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair, *tail]))
     else:
-        backwards = window.backwards
-        known = [backwards, backwards**2, window.inverse_sizes, checksum, checksum**2]
+        backwards, shares = window.backwards, window.shares
+        told = [shares.inverse_sizes, shares.sizes, shares.weights, shares.squares, shares.weighted]
+        known = [backwards, backwards**2, *told, checksum, checksum**2]
         counts = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
         packed = torch.cat([torch.stack(norms), counts, norms[1].square()[None], *(n[None] for n in tail)])
         packed[1] /= ranks.replicas
@@ -205,13 +216,13 @@ def shadow(ranks: Ranks, *, weighed: bool) -> None:
 
 
 def _observation(numbers: list[float], flight: Flight) -> Observation:
-    window, ranks, reduction = flight.window, flight.ranks, flight.reduction
-    backwards, count, inverse_sizes = window.backwards, window.backwards, window.inverse_sizes
-    share = 1.0
+    window, ranks, shares = flight.window, flight.ranks, flight.window.shares
+    backwards, count = window.backwards, window.backwards
+    share, active = 1.0, ranks.size
     if ranks.group is not None:
         sums = Sums(*numbers[: len(Sums._fields)])
-        count, inverse_sizes = round(sums.backwards), sums.inverse_sizes
-        active = ranks.size
+        count = round(sums.backwards)
+        shares = Shares(count, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
         if flight.share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
             active = round(sums.backwards**2 / sums.backwards_squared) if sums.backwards_squared else 1
             mean = ranks.size / active if flight.share == "all" else 1.0
@@ -229,31 +240,61 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
             )
         if window.samples_square is not None and ranks.replicas == ranks.size:
             _check_same_gradients(sums.grad * ranks.size / active, sums.grad_squared / active)
+    _check_weights(shares, flight.reduction)
     if window.samples_square is None:
-        return Observation(count, inverse_sizes, None, None)
+        return Observation(shares, None, None)
     if count == 1:
         two = None if window.pair is None else SquaredNorms(numbers[2], numbers[3], 2)
-        return Observation(count, inverse_sizes, None, two)
+        return Observation(shares, None, two)
+    effective = shares.effective
+    if shares.weighted and effective < _EQUAL:
+        return Observation(shares, None, None)
+    divisor = divisor_of(flight.reduction, effective / active)
 
     def norms(samples: float, grad: float) -> SquaredNorms:
-        if reduction == "mean":
-            samples *= backwards**2
-        else:
-            grad /= backwards**2
-        return SquaredNorms(samples / count, grad * share, count)
+        if flight.reduction != "mean":
+            grad /= (backwards / divisor) ** 2
+        return SquaredNorms(samples * divisor**2 / effective, grad * share, count)
 
     euclidean = norms(*numbers[:2])
-    if isfinite(euclidean.square_mean) and euclidean.square_mean > _IMPOSSIBLE * euclidean.mean_square:
+    most = _IMPOSSIBLE * euclidean.mean_square * count / effective
+    if isfinite(euclidean.square_mean) and euclidean.square_mean > most:
         raise UsageError(
             f"The squared norm of .grad, {euclidean.square_mean:.4g}, is above the mean of the squared norms of the "
             f"{count} gradients that it should be the mean of, {euclidean.mean_square:.4g}, which no mean is. Is .grad "
             "a sum over the ranks (a communication hook, FSDP2's set_gradient_divide_factor), a sum over "
-            "micro-batches (attach(reduction='sum')), or changed by a hook after its accumulation?"
+            "micro-batches (attach(reduction='sum')), weighted (controller.weight), or changed by a hook after its "
+            "accumulation?"
         )
     weighed = None if window.weighed is None else norms(*numbers[-2:])
     if weighed is not None and not (isfinite(weighed.mean_square) and isfinite(weighed.square_mean)):
         weighed = None
-    return Observation(count, inverse_sizes, euclidean, None, weighed)
+    return Observation(shares, euclidean, None, weighed)
+
+
+def divisor_of(reduction: Reduction, micro_batches: float) -> float:
+    """What the sum of a window's `micro_batches` gradients was divided by."""
+    if reduction == "mean":
+        return micro_batches
+    return 1.0 if reduction == "sum" else float(reduction)
+
+
+def _check_weights(shares: Shares, reduction: Reduction) -> None:
+    """Raise if the weights of a step's micro-batches do not make a mean."""
+    if not shares.weighted:
+        return
+    if shares.weighted != shares.count:
+        raise UsageError(
+            f"{shares.weighted} of the {shares.count} micro-batches of this step had a weight: set controller.weight "
+            "before each backward, on every rank, or never."
+        )
+    if reduction != "mean":
+        raise UsageError(
+            f"controller.weight is for losses that add up to a weighted mean, and attach was given reduction="
+            f"{reduction!r}: divide each loss by the weights of the whole step, on all ranks, and leave reduction out."
+        )
+    if shares.weights == 0:
+        raise UsageError("The weights of this step's micro-batches are all 0: such a step has no mean to go by.")
 
 
 def _check_same_gradients(mean: float, mean_square: float) -> None:

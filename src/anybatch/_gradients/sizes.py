@@ -1,4 +1,4 @@
-"""Sizes: of the micro-batches of a window, as given, or as the forwards of the model show them."""
+"""Sizes: of the micro-batches of a window, as given, or as the forwards of the model show them; and their weights."""
 
 import warnings
 import weakref
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import AnybatchWarning, UsageError
+from anybatch._gradients.window import Shares
 
 _LOOKS = 3  # steps in which the sizes are compared; they cost a few microseconds a forward
 
@@ -29,6 +30,7 @@ class Sizes:
         self.auto = given == "auto"
         self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
         self._given = None if given is None or self.auto else self.now  # what forwards are compared with
+        self.weight: float | None = None  # of the next micro-batch in the step's mean
         self._left = _LOOKS
         self._shapes: list[torch.Size] = []
         self._model = model
@@ -39,19 +41,29 @@ class Sizes:
 
     def open(self) -> None:
         """A new window."""
-        self.inverse = 0.0  # sum over its micro-batches of one over their size
-        self._counted = 0
+        self.shares = Shares()
 
     def count(self, backwards: int) -> None:
-        """The window has come to so many backwards: note the size of those since the last call.
+        """The window has come to so many backwards: note the size and the weight of those since the last call.
 
         Raises:
             UsageError: no forward was seen, or several of other sizes.
         """
-        if self.auto and backwards > self._counted:
+        before = self.shares
+        new = backwards - before.count
+        if new == 0:
+            return
+        if self.auto:
             self.now = self._shown()
-        self.inverse += (backwards - self._counted) / self.now
-        self._counted = backwards
+        weight, self.weight = self.weight, None
+        self.shares = Shares(
+            backwards,
+            before.inverse_sizes + new / self.now,
+            before.sizes + new * self.now,
+            before.weights + new * (weight or 0.0),
+            before.squares + new * (weight or 0.0) ** 2,
+            before.weighted + (0 if weight is None else new),
+        )
 
     def set(self, value: float) -> None:
         """Each micro-batch to come is of `value`, and no forward need tell."""

@@ -28,12 +28,43 @@ class Weighed:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What each of some micro-batches is of their mean: sums over them, on one rank or on all.
+
+    Args:
+        count: how many they are.
+        inverse_sizes: of one over their size.
+        sizes: of their size.
+        weights: of their weight, if they have one.
+        squares: of its square.
+        weighted: how many have one.
+    """
+
+    count: int = 0
+    inverse_sizes: float = 0.0
+    sizes: float = 0.0
+    weights: float = 0.0
+    squares: float = 0.0
+    weighted: int = 0
+
+    @property
+    def inverse(self) -> float:
+        """The sum of one over a size; with weights, which say how much each tells, as if all were of the mean size."""
+        return self.count**2 / self.sizes if self.weighted else self.inverse_sizes
+
+    @property
+    def effective(self) -> float:
+        """As many equal micro-batches as these would have a mean as noisy: `(sum w)^2 / sum w^2`."""
+        return self.weights**2 / self.squares if self.weighted else self.count
+
+
+@dataclass(frozen=True)
 class Window:
     """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
 
     Args:
         backwards: A, the number of micro-batches.
-        inverse_sizes: sum over them of one over their size.
+        shares: of each in their mean.
         samples_square: sum over the micro-batches of the squared norms of their gradients.
         grad_square: squared norm of `.grad`.
         pair: with one backward in a window, this gradient and the one before.
@@ -41,7 +72,7 @@ class Window:
     """
 
     backwards: int
-    inverse_sizes: float
+    shares: Shares
     samples_square: Tensor | None
     grad_square: Tensor | None
     pair: Pair | None

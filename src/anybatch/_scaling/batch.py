@@ -62,15 +62,19 @@ class BatchSize:
         """Whether backwards must be counted to know the scale."""
         return self.scale is None or self.scale == "count"
 
-    def of_step(self, count: int, inverse_sizes: float) -> tuple[float, float]:
-        """The pair `(scale, sample)` of a step of `count` micro-batches with `inverse_sizes` = sum of `1 / b_i`."""
+    def of_step(self, count: int, inverse_sizes: float, *, effective: float | None = None) -> tuple[float, float]:
+        """The pair `(scale, sample)` of a step of `count` micro-batches with `inverse_sizes` = sum of `1 / b_i`.
+
+        In a weighted mean a sample is as large as if there were `effective` equal ones.
+        """
+        share = 1.0 if effective is None else count / effective
         if self.scale == "count":
-            return float(count), 1.0
+            return float(count), share
         if self.base_batch is not None:
             sample = count / inverse_sizes / self.base_batch
-            return count * sample, sample
+            return count * sample, sample * share
         scale = float(self.scale or 1)
-        return scale, scale / count
+        return scale, scale / count * share
 
 
 def check_positive(name: str, value: object) -> float:
