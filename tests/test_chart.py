@@ -1,5 +1,6 @@
 """Charts: whatever the numbers, what is drawn lies in the frame, and thinning keeps the extremes."""
 
+import math
 import re
 from math import inf, isnan, nan
 from xml.etree import ElementTree
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib")
 
-from anybatch._report.chart import Chart, Legend, Line, picture
+from anybatch._report.chart import Chart, Legend, Line
+from anybatch._report.difference import difference
 from anybatch._report.figure import RAMP, colour
 from anybatch._report.page import LIGHT
+from anybatch._report.picture import picture
 from anybatch._report.points import thin
 from anybatch._report.words import duration, short_number
 
@@ -144,10 +147,84 @@ def test_a_picture_has_the_pages_colours_and_nothing_of_a_users_style(monkeypatc
     assert " id=" not in text
 
 
-def test_a_picture_is_written_as_a_file(tmp_path):
-    chart = Chart("$y", "x", [Line([(0, 1), (1, 2)], "a", dash=(6, 3))])
-    file = picture([chart, chart], Legend([("$a", RAMP[0], (6, 3))]), tmp_path / "a.png")
-    assert file.read_bytes().startswith(b"\x89PNG")
+def test_one_evaluation_is_a_dot_that_can_be_seen():
+    """Its path reaches 2.25 pixels to each side in a chart of 380, where it was .8."""
+    [dot] = [p for p in drawn(Chart("y", "x", [Line([(100, 0.5)], "a")])).iter("path") if p.get("transform")]
+    reach = [float(number) for number in re.findall(r"-?\d+\.?\d*", dot.get("d"))]
+    assert max(reach) - min(reach) == pytest.approx(4.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "values", [[1.2345678e-05, 1.2346e-05], [97.5611, 97.5614], [-123456.25, -123456.0], [1e-9, 1.1e-9], [0, 1]]
+)
+def test_numbers_upwards_are_not_cut_and_differ(values):
+    """Each ends at the place that it is aligned to; a letter is no wider than .64 of its height of 11, a mark than .37."""
+    chart = Chart("y", "x", [Line(list(enumerate(values)), "a")])
+    svg = drawn(chart)
+    upwards = [t for t in svg.iter("text") if "text-anchor: end" in t.get("style")]
+    assert len(upwards) >= 2
+    assert len({t.text for t in upwards}) == len(upwards)
+    for text in upwards:
+        end = float(text.get("x") or re.search(r"translate\((\S+)", text.get("transform"))[1])
+        assert end - 11 * sum(0.37 if letter in ".-" else 0.64 for letter in text.text) >= 0, text.text
+
+
+def test_charts_in_a_file_follow_dark_mode_and_are_as_wide_as_a_phone(tmp_path):
+    chart = Chart("$y <b>", "x", [Line([(0, 1), (1, 2)], "a", dash=(6, 3))])
+    entries = [(f"$a{i}", RAMP[0], (6, 3)) for i in range(9)]
+    file = picture([chart, Chart("none", "x", []), chart], Legend(entries, "and more " * 12), tmp_path / "a.svg")
+    text = file.read_text()
+    tree = ElementTree.fromstring(text)
+    space = "{http://www.w3.org/2000/svg}"
+    assert float(tree.get("width")) == 404
+    assert "prefers-color-scheme:dark" in text
+    inner = [each for each in tree if each.tag == f"{space}svg"]
+    assert [each.get("viewBox") for each in inner] == ["0 0 380 236"] * 2
+    ends = [float(each.get("y")) + float(each.get("height")) for each in inner]
+    assert float(inner[1].get("y")) > ends[0] > 236
+    assert float(tree.get("height")) > ends[1]
+    words = [each for each in tree if each.tag == f"{space}text"]
+    assert [each.text for each in words].count("$y <b>") == 2
+    places = {(each.get("x"), each.get("y")) for each in words}
+    assert len(places) == len(words) == 9 + 2 + 2
+    assert all(float(x) < 380 for x, _ in places)
+
+
+def test_differences_are_those_of_a_plain_loop():
+    """Of straight lines, where interpolation is exact: y = a + b tau at places of their own."""
+    lines = {"S = 1": [(1.0, 0.5), (2.0, 0.25)], "S = 8": [(3.0, 0.5), (1.0, 0.0), (0.5, 0.125)], "S = 9": [(7.0, 0.0)]}
+    groups = {
+        name: (
+            "#123456",
+            [[(tau, a + b * tau) for tau in (0.0, 11.0 + i, 60.0, 100.0 + 3 * i)] for i, (a, b) in enumerate(of)],
+        )
+        for name, of in lines.items()
+    }
+    groups["S = 99"] = ("#123456", [[(5.0, 1.0)], [(0.0, math.nan), (100.0, 1.0)]])
+    chart = difference("y", groups, "S = 1")
+    assert [line.name for line in chart.lines] == ["S = 1", "S = 8", "S = 9"]
+    for line in chart.lines:
+        assert line.points[0][0] == pytest.approx(103 / 4)
+        assert line.points[-1][0] > 99
+        for tau, value in line.points:
+            runs = 1 if tau > 100 else 2  # the first run of scale 1 ends there
+            zero = sum(a + b * tau for a, b in lines["S = 1"][2 - runs :]) / runs
+            ys = [a + b * tau - zero for i, (a, b) in enumerate(lines[line.name]) if tau <= 100 + 3 * i]
+            assert value == pytest.approx(sum(ys) / len(ys))
+            bands = [band for band in line.band if band[0] == tau]
+            if len(ys) == 1:
+                assert not bands
+            else:
+                mean = sum(ys) / len(ys)
+                spread = math.sqrt(sum((y - mean) ** 2 for y in ys) / (len(ys) - 1))
+                assert bands[0][1:] == pytest.approx((mean - spread, mean + spread))
+
+
+def test_without_scale_1_there_is_no_difference_to_draw():
+    points = [(float(i), 1.0) for i in range(10)]
+    assert difference("y", {"S = 8": ("#123456", [points])}, "S = 1").empty
+    assert difference("y", {"S = 1": ("#123456", [points])}, "S = 1").empty
+    assert difference("y", {"S = 1": ("#123456", []), "S = 8": ("#123456", [points])}, "S = 1").empty
 
 
 @pytest.mark.parametrize(

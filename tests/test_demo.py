@@ -83,14 +83,14 @@ def test_the_report_is_written(table):
     report = pytest.importorskip("anybatch._demo.report")
     target = report.write(plan, results, list(rows.values()), seconds=1.0)
     text = target.read_text()
-    assert text.count('<svg class="chart"') == 4
+    assert text.count('<svg class="chart"') == 6
     assert "<script" not in text
     data = json.loads((plan.out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert len(data["rows"]) == 12
     assert len(list((plan.out / "records").glob("*.jsonl"))) == 36
-    assert {path.name for path in plan.out.glob("*.png")} == {"against_tau.png", "against_steps.png"}
-    for path in plan.out.glob("*.png"):
-        assert path.read_bytes()[:4] == b"\x89PNG"
+    pictures = list(plan.out.glob("*.svg"))
+    assert {path.name for path in pictures} == {"against_tau.svg", "against_steps.svg", "from_scale_1.svg"}
+    assert all(path.read_text().count('class="title"') == 2 for path in pictures)
 
 
 def test_two_ranks_do_what_one_does(tmp_path):

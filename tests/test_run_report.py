@@ -69,6 +69,27 @@ def test_forecasts_are_those_of_the_function(tmp_path):
     assert "Forecast and what happened" in report(sorted(tmp_path.glob("*.jsonl")))
 
 
+def test_runs_come_by_batch_and_numbers_in_names_are_numbers(tmp_path):
+    for name, scale in (("bs16", 1), ("bs128-seed10", 8), ("bs128-seed9", 8), ("bs512", 32), ("a", 32)):
+        written(tmp_path / f"{name}.jsonl", scale=scale, count=5, header={"base_batch": 16})
+    anybatch.RunRecord(tmp_path / "0.jsonl").close()
+    found = [run.name for run in summarise(sorted(tmp_path.glob("*.jsonl")))]
+    assert found == ["bs16", "bs128-seed9", "bs128-seed10", "a", "bs512", "0"]
+
+
+def test_how_far_from_scale_1_is_drawn_for_each_rule(tmp_path):
+    for i, (scale, rule) in enumerate(((1, "AdaScale()"), (8, "AdaScale()"), (8, "Linear()"))):
+        metrics = [(k, 100.0 * k, {"loss": i + 1 / k}) for k in range(1, 9)]
+        written(tmp_path / f"{i}.jsonl", scale=scale, count=9, metrics=metrics, header={"rule": rule})
+    text = report(sorted(tmp_path.glob("*.jsonl")))
+    apart = text.partition("How far from scale 1</h2>")[2].partition("<h2>")[0]
+    assert apart.count('<svg class="chart"') == 2
+    assert "loss: difference from scale 1, AdaScale" in apart
+    assert "S = 8\n1 at tau (base iterations) 800" in apart
+    assert "S = 8\n2 at tau (base iterations) 800" in apart
+    assert "How far" not in report([tmp_path / "1.jsonl", tmp_path / "2.jsonl"])
+
+
 def test_what_cannot_be_compared_is_not(tmp_path):
     written(tmp_path / "blind-2.jsonl", scale=2, raw_variance=math.nan, raw_sqnorm=math.nan)
     written(tmp_path / "blind-8.jsonl", scale=8, raw_variance=math.nan, raw_sqnorm=math.nan)

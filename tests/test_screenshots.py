@@ -32,7 +32,8 @@ def page(tmp_path_factory):
     for i, scale in enumerate((1, 8, 32)):
         name = ["a", "x" * 120, "ein sehr langer Name <b>"][i]
         metrics = [
-            (10 * k, 20.0 * k, {"accuracy": k / 10, "a metric with a very long name": 1 / k}) for k in range(1, 9)
+            (10 * k, 20.0 * k, {"accuracy": k / 10, "a metric with a very long name": 1 / k, "tiny": 1e-5 + 1e-9 * k})
+            for k in range(1, 9)
         ]
         written(
             folder / f"{name}.jsonl", scale=scale, metrics=metrics, header={"note": "y" * 500, "i": "z" * 300 + str(i)}

@@ -13,7 +13,24 @@ import anybatch
 from anybatch._demo.digits import BASE_BATCH, Result
 from anybatch._demo.run import Curve, Plan, Row, curve, largest_distance, show
 from anybatch._record import strict
-from anybatch._report import INK, Block, Chart, Grid, Heading, Legend, Line, Table, Text, colour, page, picture, thin
+from anybatch._report import (
+    BAND,
+    INK,
+    SAYS,
+    Block,
+    Chart,
+    Grid,
+    Heading,
+    Legend,
+    Line,
+    Table,
+    Text,
+    colour,
+    difference,
+    page,
+    picture,
+    thin,
+)
 
 COLUMNS = ("scale", "rule", "test accuracy", "training loss", "iterations", "mean gain")
 _DASHED = (6.0, 3.5)
@@ -72,15 +89,16 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
             note=True,
         ),
         Heading("Against tau, the curves come together"),
-        *_figure(_against_tau(plan, results), plan, plan.out / "against_tau.png"),
-        Text(_distance_sentence(results), note=True),
+        *_figure(_against_tau(plan, results), plan, plan.out / "against_tau.svg"),
+        Text("Solid: AdaScale; dashed: LSW; mean over the seeds.", note=True),
+        *_apart(plan, results),
     ]
     if "adascale" in plan.rules:
         words = (
             "One seed. Nobody wrote a warm-up: while the loss falls fastest all samples agree, and the gain falls to a "
             "few; then it grows with the noise, and the learning rate with it."
         )
-        figure = _figure(_against_steps(plan), plan, plan.out / "against_steps.png")
+        figure = _figure(_against_steps(plan), plan, plan.out / "against_steps.svg")
         blocks += [Heading("The warm-up appears by itself"), *figure, Text(words, note=True)]
     blocks.append(
         Text(
@@ -94,15 +112,28 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
     return target
 
 
-def _distance_sentence(results: Sequence[Result]) -> str:
-    found = distances(results)
-    if not found:
-        return "AdaScale, mean over the seeds."
-    accuracy, loss = max(a for a, _ in found.values()), max(b for _, b in found.values())
-    return (
-        "Solid: AdaScale; dashed: LSW; mean over the seeds. Largest distance of an AdaScale curve from scale 1 after "
-        f"the first quarter of the run: {accuracy:.2f} points of accuracy, {loss:.4f} of test loss."
+def _apart(plan: Plan, results: Sequence[Result]) -> list[Block]:
+    """How far from scale 1, where the curves above cannot be told from one another."""
+    largest = distances(results)
+    if not largest:
+        return []
+    runs = {scale: [r for r in results if r.task.rule == "adascale" and r.task.scales == (scale,)]
+            for scale in sorted(plan.scales)}  # fmt: skip
+    charts = []
+    for name in ("accuracy", "loss"):
+        points = {s: [list(zip(r.tau, getattr(r, f"test_{name}"), strict=True)) for r in of] for s, of in runs.items()}
+        groups = {f"S = {s}": (_colours(plan)[s], found) for s, found in points.items()}
+        charts.append(difference(f"test {name}: difference from scale 1", groups, "S = 1"))
+    accuracy, loss = max(a for a, _ in largest.values()), max(b for _, b in largest.values())
+    words = (
+        f"{SAYS} {BAND if plan.seeds > 1 else ''} Accuracy in points. Largest distance of an AdaScale curve's mean, "
+        f"those of changing scales too: {accuracy:.2f} points of accuracy, {loss:.4f} of test loss."
     )
+    return [
+        Heading("How far AdaScale is from scale 1"),
+        *_figure(charts, plan, plan.out / "from_scale_1.svg"),
+        Text(words, note=True),
+    ]
 
 
 def _against_tau(plan: Plan, results: Sequence[Result]) -> list[Chart]:

@@ -1,15 +1,19 @@
 """Pages and figures about recorded runs and forecasts."""
 
-from anybatch._report.chart import Chart, Legend, Line, picture
+from anybatch._report.chart import Chart, Legend, Line
+from anybatch._report.difference import BAND, SAYS, difference
 from anybatch._report.figure import INK, colour
 from anybatch._report.forecast import plot
 from anybatch._report.page import Block, Grid, Heading, Table, Text, page
+from anybatch._report.picture import picture
 from anybatch._report.points import thin
 from anybatch._report.report import report
 from anybatch._report.words import duration
 
 __all__ = [
+    "BAND",
     "INK",
+    "SAYS",
     "Block",
     "Chart",
     "Grid",
@@ -19,6 +23,7 @@ __all__ = [
     "Table",
     "Text",
     "colour",
+    "difference",
     "duration",
     "page",
     "picture",

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import nan
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anybatch._report.figure import INK, blank, css, house, inline, numbers
+from anybatch._report.figure import INK, blank, css, house, inline, numbers, widest
 from anybatch._report.page import inert, visible
 from anybatch._report.points import Point, seen
 from anybatch._report.words import short_number
@@ -15,7 +14,10 @@ from anybatch._report.words import short_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT = 380, 236
+WIDTH, HEIGHT = 380, 236
+_LEAST_LEFT = 0.12  # of the width, for the numbers upwards; more where they are long
+_GAP = 6  # pixels between them and the edge
+_ALONE = 4.5  # pixels of a point that no line leads to: one evaluation must be seen
 _AUTO_LOG = 30  # the ratio of the largest value to the smallest from which an axis is logarithmic
 _STRIPS = 32  # of the chart from left to right, each of which shows its values under the pointer
 _NAMED = 12  # lines whose values a strip shows
@@ -69,17 +71,22 @@ class Chart:
 
     def html(self) -> str:
         """The figure; nothing where it is empty."""
+        drawn = self.svg()
+        return f"<figure><figcaption>{inert(self.title)}</figcaption>{drawn}</figure>" if drawn else ""
+
+    def svg(self) -> str:
+        """The picture alone, `WIDTH` by `HEIGHT`; nothing where it is empty."""
         chart = self._settled()
         if not chart.lines:
             return ""
         with house():
-            figure, [axes] = blank(width=_WIDTH, height=_HEIGHT)
-            figure.subplots_adjust(left=0.12, right=0.985, top=0.97, bottom=0.18)
+            figure, [axes] = blank(width=WIDTH, height=HEIGHT)
+            figure.subplots_adjust(left=_LEAST_LEFT, right=0.985, top=0.97, bottom=0.18)
             chart.draw(axes)
+            figure.subplots_adjust(left=max(_LEAST_LEFT, (widest(axes.yaxis) + _GAP) / WIDTH))
             titles = {f"line{i}": _last(line, self.across) for i, line in enumerate(chart.lines)}
             titles |= {f"strip{i}": words for i, words in enumerate(_strips(axes, chart))}
-            drawn = inline(figure, f"{self.title} against {self.across}", titles)
-        return f"<figure><figcaption>{inert(self.title)}</figcaption>{drawn}</figure>"
+            return inline(figure, f"{self.title} against {self.across}", titles)
 
     def draw(self, axes: "Axes") -> None:
         """Draw on axes of matplotlib, within `house()`."""
@@ -140,21 +147,6 @@ class Legend:
         return f'<ul class="legend">{items}{f"<li>{inert(self.more)}</li>" if self.more else ""}</ul>'
 
 
-def picture(charts: Sequence[Chart], legend: Legend, path: Path) -> Path:
-    """Write the charts side by side, with their legend, into a PNG, PDF or SVG file."""
-    from matplotlib.lines import Line2D
-
-    with house():
-        figure, row = blank(len(charts), width=1.05 * _WIDTH * len(charts), height=1.3 * _HEIGHT, layout="constrained")
-        for axes, chart in zip(row, charts, strict=True):
-            chart.draw(axes)
-            axes.set_title(chart.title, loc="left")
-        handles = [Line2D([], [], color=c, ls=_style(dash), label=name) for name, c, dash in legend.entries]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small")
-        figure.savefig(path, dpi=140)
-    return path
-
-
 def _draw(axes: "Axes", line: Line, gid: str) -> None:
     if line.band:
         xs, low, high = zip(*line.band, strict=True)
@@ -162,7 +154,7 @@ def _draw(axes: "Axes", line: Line, gid: str) -> None:
     xs, ys = zip(*line.points, strict=True)
     drawn = [False, *map(seen, ys), False]
     alone = [i for i in range(len(ys)) if drawn[i + 1] and not drawn[i] and not drawn[i + 2]]
-    style = {"ls": "", "ms": 8} if line.dots else {"ls": _style(line.dash), "ms": 1.6, "markevery": alone}
+    style = {"ls": "", "ms": 8} if line.dots else {"ls": _style(line.dash), "ms": _ALONE, "markevery": alone}
     axes.plot(xs, ys, color=line.colour, marker="o", mew=0, clip_on=False, gid=gid, **style)
 
 

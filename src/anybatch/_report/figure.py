@@ -61,8 +61,22 @@ def numbers(axis: "Axis", *, log: bool) -> None:
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if log and high < 1000 * low else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6) if log else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    ticks = [tick for tick in axis.get_major_locator()() if low <= tick <= high]
+    # Where four digits would give two ticks one number, as on a curve from 97.561 to 97.564.
+    digits = next((d for d in range(4, 12) if len({short_number(t, d) for t in ticks}) == len(ticks)), 12)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, digits)))
     axis.set_minor_locator(NullLocator())
+
+
+def widest(axis: "Axis") -> float:
+    """Pixels from an upright axis to the end of its longest number, in matplotlib's own font, which is a wide one."""
+    figure = axis.axes.get_figure(root=True)
+    if figure is None:  # pragma: no cover
+        return 0.0
+    figure.draw_without_rendering()
+    scale = _PIXELS / figure.dpi
+    left = axis.axes.get_window_extent().x0
+    return float(scale * (left - min((each.get_window_extent().x0 for each in axis.get_ticklabels()), default=left)))
 
 
 def colour(place: int, many: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anybatch._report.chart import Chart, Dash, Legend, Line
 from anybatch._report.comparison import Comparison
+from anybatch._report.difference import difference
 from anybatch._report.figure import INK, colour
 from anybatch._report.page import Block
 from anybatch._report.summary import QUANTITIES, Curve, Summary
@@ -28,8 +29,30 @@ def charts(runs: Sequence[Summary]) -> list[Block]:
     return found
 
 
-def legend(runs: Sequence[Summary]) -> Legend:
-    """Scales by colour and rules by dash; where all scales are one, the runs by colour."""
+def differences(runs: Sequence[Summary]) -> list[Block]:
+    """For each metric and rule a chart of how far the scales are from scale 1; nothing without a run at scale 1."""
+    styles = _styles(runs)
+    base = [run for run in runs if run.scale == 1 and run.constant]
+    rules = list(dict.fromkeys(run.rule for run in runs if run.scale != 1))
+    counts = Counter(name for run in base for name in run.metrics)
+    found: list[Block] = []
+    for name, _ in counts.most_common(_METRICS):
+        for rule in rules:
+            members = [run for run in runs if run.rule == rule and run.scale != 1 and isfinite(run.scale)]
+            groups: dict[str, list[Summary]] = {"S = 1": base}
+            for run in sorted(members, key=lambda run: run.scale):
+                groups.setdefault(f"S = {run.scales}", []).append(run)
+            points = {
+                group: (styles[of[0].path][0], [run.metrics[name].tau for run in of if name in run.metrics])
+                for group, of in groups.items()
+            }
+            title = f"{name[:60]}: difference from scale 1" + (f", {rule[:24]}" if len(rules) > 1 else "")
+            found.append(difference(title, points, "S = 1"))
+    return [chart for chart in found if isinstance(chart, Chart) and not chart.empty]
+
+
+def legend(runs: Sequence[Summary], *, rules: bool = True) -> Legend:
+    """Scales by colour and, unless they have charts of their own, rules by dash; of one scale, the runs by colour."""
     styles = _styles(runs)
     drawn = [run for run in runs if run.iterations or run.metrics]
     scales = {run.scale: run for run in sorted(drawn, key=lambda run: run.scale) if isfinite(run.scale)}
@@ -45,9 +68,9 @@ def legend(runs: Sequence[Summary]) -> Legend:
         more = f"{len(drawn) - len(shown)} more runs" if len(drawn) > len(shown) else ""
     if not all(run.constant for run in drawn if run.iterations):
         more = "; ".join(filter(None, [more, "a scale that changed: by its median"]))
-    rules = {styles[run.path][1]: run.rule[:24] for run in reversed(drawn)}
-    if len(rules) > 1:
-        entries += [(rules[dash], INK, dash) for dash in _DASHES if dash in rules]
+    names = {styles[run.path][1]: run.rule[:24] for run in reversed(drawn)}
+    if rules and len(names) > 1:
+        entries += [(names[dash], INK, dash) for dash in _DASHES if dash in names]
     return Legend(entries, more)
 
 

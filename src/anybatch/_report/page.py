@@ -144,8 +144,14 @@ class Grid:
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The page as HTML."""
-    light, dark = (" ".join(f"--{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, _DARK))
+    light, dark = colours()
     return _PAGE.format(title=inert(title), body=_join(blocks), light=light, dark=dark)
+
+
+def colours() -> tuple[str, str]:
+    """The colours by name as CSS, in light and in dark."""
+    light, dark = (" ".join(f"--{name}: {value};" for name, value in each.items()) for each in (LIGHT, _DARK))
+    return light, dark
 
 
 def inert(text: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import anybatch
 from anybatch._report.chart import Legend
 from anybatch._report.comparison import Comparison, compare
-from anybatch._report.figures import charts, forecast_chart, legend
+from anybatch._report.difference import BAND, SAYS
+from anybatch._report.figures import charts, differences, forecast_chart, legend
 from anybatch._report.page import Block, Fold, Grid, Heading, Table, Text, page
 from anybatch._report.summary import Summary, summarise
 from anybatch._report.words import LONG, duration, short_number, shorten, written
@@ -128,6 +129,12 @@ def _curves(runs: Sequence[Summary], name: str) -> Iterator[Block]:
         return
     yield legend(runs)
     yield Grid(grid)
+    apart = differences(runs)
+    if apart:
+        yield Heading("How far from scale 1")
+        yield legend(runs, rules=False)
+        yield Grid(apart)
+        yield Text(f"{SAYS} {BAND}", note=True)
 
 
 def _forecasts(runs: Sequence[Summary]) -> Iterator[Block]:

@@ -1,8 +1,9 @@
 """A record → what a report says of the run: a few numbers, and curves that are short however long it was."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from os import fspath
 from pathlib import Path
 from statistics import fmean, median
@@ -88,6 +89,8 @@ class Summary:
 def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = None) -> list[Summary]:
     """Read the records one after another, and forget each but for its summary. The same file counts once.
 
+    The summaries come in the order of the batch, and of one batch by name, with numbers in names as numbers.
+
     Args:
         paths: the records.
         unread: called with a sentence for each record that cannot be read; `None` to raise at the first.
@@ -105,7 +108,14 @@ def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = N
             if unread is None:
                 raise
             unread(str(error))
-    return found
+    return sorted(found, key=_by_batch)
+
+
+def _by_batch(run: Summary) -> tuple[float, list[tuple[int, str]]]:
+    """A key: bs16 before bs128, whatever the shell's order; runs without a step last."""
+    batch = run.scale * run.base_batch if isfinite(run.base_batch) else run.scale
+    parts = re.split(r"(\d+)", run.name)
+    return batch if isfinite(batch) else inf, [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def _place(path: Path) -> Path:

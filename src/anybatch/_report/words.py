@@ -5,13 +5,13 @@ from math import isfinite
 LONG = 64  # characters of a value that are shown
 
 
-def short_number(value: float) -> str:
-    """A number as an axis or a table has it: 12500 is 12.5k."""
+def short_number(value: float, digits: int = 4) -> str:
+    """A number as an axis or a table has it, with at most so many digits: 12500 is 12.5k."""
     size = abs(value)
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if max(unit, 1e4) <= size < 1e15:
-            return f"{value / unit:.4g}{letter}"
-    text = f"{value:.4g}"
+            return f"{value / unit:.{digits}g}{letter}"
+    text = f"{value:.{digits}g}"
     mantissa, _, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else text
 

@@ -1,0 +1,60 @@
+"""Charts below one another in one SVG file, which follows dark mode and is as wide as a phone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+
+from anybatch._report.chart import HEIGHT, WIDTH, Chart, Legend
+from anybatch._report.figure import css
+from anybatch._report.page import colours, inert
+
+_EDGE = 12  # pixels around all
+_TITLE = 26  # pixels for a chart's title
+_ROW = 22  # pixels for a row of the legend
+_KEY, _LETTER = 46, 7.2  # pixels of an entry's line and gaps, and of a letter
+_SENTENCE = 54  # letters of the legend's last word in a row
+
+
+def picture(charts: Sequence[Chart], legend: Legend, path: Path) -> Path:
+    """Write the charts below one another, after their legend, into an SVG file.
+
+    One column of 380 pixels is read on a phone as it is; beside text on a wide page it is a figure of usual size. The
+    file holds the colours of both modes, so that it changes with the page that shows it, also as an image.
+    """
+    body, y = _legend(legend)
+    for chart in charts:
+        drawn = chart.svg()
+        if drawn:
+            y += _TITLE
+            body += f'<text x="{_EDGE}" y="{y - 8}" class="title">{inert(chart.title)}</text>'
+            place = f'<svg x="{_EDGE}" y="{y}" width="{WIDTH}" height="{HEIGHT}" '
+            body += drawn.replace("<svg ", place, 1)
+            y += HEIGHT
+    light, dark = colours()
+    width, height = WIDTH + 2 * _EDGE, y + _EDGE
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+        "svg{font-family:system-ui,sans-serif;font-size:13px;stroke-linejoin:round;overflow:visible}"
+        "text{fill:var(--soft)}.title{fill:var(--ink);font-weight:600}</style>"
+        f'<rect width="100%" height="100%" style="fill:var(--paper)"/>{body}</svg>\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def _legend(legend: Legend) -> tuple[str, float]:
+    """The entries in rows, and how far down they come."""
+    body, x, y = "", float(_EDGE), float(_EDGE + 14)
+    for name, colour, dash in legend.entries:
+        long = _KEY + _LETTER * len(name)
+        if x > _EDGE and x + long > WIDTH + _EDGE:
+            x, y = float(_EDGE), y + _ROW
+        key = f"stroke:{inert(css(colour))};stroke-width:2.5;stroke-dasharray:{' '.join(map(str, dash)) or 'none'}"
+        body += f'<path d="M{x:.0f},{y - 4:.0f}h24" style="{key}"/>'
+        body += f'<text x="{x + 30:.0f}" y="{y:.0f}">{inert(name)}</text>'
+        x += long
+    for sentence in wrap(legend.more, _SENTENCE):
+        y += _ROW
+        body += f'<text x="{_EDGE}" y="{y:.0f}">{inert(sentence)}</text>'
+    return body, y + 8
