@@ -158,7 +158,7 @@ def test_one_evaluation_is_a_dot_that_can_be_seen():
     "values", [[1.2345678e-05, 1.2346e-05], [97.5611, 97.5614], [-123456.25, -123456.0], [1e-9, 1.1e-9], [0, 1]]
 )
 def test_numbers_upwards_are_not_cut_and_differ(values):
-    """Each ends at the place that it is aligned to; a letter is no wider than .64 of its height of 11, a mark than .37."""
+    """Each ends where it is aligned to; a letter is no wider than .64 of its height of 11, a mark than .37."""
     chart = Chart("y", "x", [Line(list(enumerate(values)), "a")])
     svg = drawn(chart)
     upwards = [t for t in svg.iter("text") if "text-anchor: end" in t.get("style")]
