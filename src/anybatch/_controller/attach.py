@@ -83,12 +83,13 @@ def attach(
             has those for TensorBoard, W&B and MLflow), or a list of these.
 
     Returns:
-        The controller.
+        The controller. Where the optimizer's state was loaded from a run with one, it goes on at that run's tau.
 
     Raises:
         InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
             parameters, or one that this optimizer does not train.
         UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
+        StateError: the optimizer's state came with that of another model or base batch.
         UsageError: the optimizer has a controller already; several ranks without DDP, or with other settings.
 
     Example:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anybatch._controller.carried import Carrier
 from anybatch._controller.judge import Judge
 from anybatch._controller.loops import Loops
 from anybatch._controller.state import STATE_VERSION, checked_state
@@ -165,6 +166,12 @@ class Controller(Readings, Loops, Companion):
         for optimizer in optimizers:
             attached.add(optimizer)
         self._attached = True
+        self._carrier = Carrier(optimizers[0], clock=clock, written=self.state_dict, read=self.load_state_dict)
+        try:
+            self._carrier.take()
+        except Exception:
+            self.detach()
+            raise
 
     # ---- what a user calls ----
 
@@ -336,7 +343,12 @@ class Controller(Readings, Loops, Companion):
         )
 
     def state_dict(self) -> dict[str, float | int]:
-        """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks."""
+        """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks.
+
+        The first optimizer's own `state_dict()` carries it too, in its first parameter group, and takes it back with
+        `load_state_dict()`, or `attach` does where the optimizer was loaded before: saving this one is for those who want
+        it apart.
+        """
         self._stepper.restore()
         self._stepper.land()
         return {
@@ -364,6 +376,7 @@ class Controller(Readings, Loops, Companion):
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
         self._stepper.restore()
         self._stepper.detach()
+        self._carrier.remove()
         self._let_go()
         self._logbook.close()
         for optimizer in self._optimizers:
