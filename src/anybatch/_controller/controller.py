@@ -346,8 +346,8 @@ class Controller(Readings, Loops, Companion):
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks.
 
         The first optimizer's own `state_dict()` carries it too, in its first parameter group, and takes it back with
-        `load_state_dict()`, or `attach` does where the optimizer was loaded before: saving this one is for those who want
-        it apart.
+        `load_state_dict()`, or `attach` does where the optimizer was loaded before: saving this one is for those who
+        want it apart.
         """
         self._stepper.restore()
         self._stepper.land()
