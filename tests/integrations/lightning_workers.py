@@ -1,5 +1,7 @@
 """Training by Lightning, on one process or several. In a module of its own, so that processes can import it."""
 
+import contextlib
+
 import oracle
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -56,7 +58,7 @@ class Killed(Exception):
     pass
 
 
-def trainer_of(*callbacks, world=1, accumulation=task.MICRO_BATCHES // 1, **options):
+def trainer_of(*callbacks, world=1, accumulation=task.MICRO_BATCHES, **options):
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -67,13 +69,13 @@ def trainer_of(*callbacks, world=1, accumulation=task.MICRO_BATCHES // 1, **opti
         "use_distributed_sampler": False,
         "strategy": "ddp" if world > 1 else "auto",
     }
+    limits = {} if "max_epochs" in options else {"max_steps": task.TOTAL}
     return Trainer(
         accelerator="cpu",
         devices=world,
         callbacks=list(callbacks),
         accumulate_grad_batches=accumulation,
-        **({"max_steps": task.TOTAL} if "max_epochs" not in options else {}),
-        **{**quiet, **options},
+        **{**quiet, **limits, **options},
     )
 
 
@@ -86,10 +88,8 @@ def train(rank=0, world=1, *, accumulation=None, module=None, kill=None, path=No
     trainer = trainer_of(
         adapter, tracing, world=world, accumulation=accumulation or task.MICRO_BATCHES // world, **options
     )
-    try:
+    with contextlib.suppress(Killed):
         trainer.fit(module, task.loader(rank, world), ckpt_path=resume)
-    except Killed:
-        pass
     return {
         **task.outcome(tracing.trace, module, trainer.optimizers[0]),
         "first": tracing.first,

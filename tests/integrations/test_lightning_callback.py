@@ -1,0 +1,359 @@
+"""What else Lightning does around a run: limits, epochs, tuning, monitors, precision, averages, several optimizers."""
+
+import inspect
+import math
+
+import oracle
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import anybatch
+from integrations import task
+
+workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
+
+from anybatch.integrations.lightning import AnyBatch
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+
+
+def fit(*callbacks, adapter=None, module=None, loader=None, val=None, ckpt=None, **options):
+    """A run of scale 4; the adapter, the module and the trainer."""
+    task.as_launched(0, 1)
+    adapter = adapter or AnyBatch(base_batch=task.SIZE)
+    module = module or workers.Module()
+    trainer = workers.trainer_of(adapter, *callbacks, **options)
+    trainer.fit(module, loader or task.loader(), val, ckpt_path=ckpt)
+    return adapter, module, trainer
+
+
+def some(n=64):
+    """Examples for few batches of four."""
+    return DataLoader(TensorDataset(*task.examples()[:n]), batch_size=task.SIZE)
+
+
+class Rates(Callback):
+    """The rate after each batch, by tau."""
+
+    def __init__(self, adapter):
+        self.adapter, self.seen = adapter, {}
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen[self.adapter.controller.tau] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_limits_are_the_trainers_again_after_the_run():
+    adapter, _, trainer = fit(max_steps=20)
+    assert 20 <= adapter.controller.tau < 24
+    assert (trainer.max_steps, trainer.max_epochs) == (20, -1)
+    with pytest.raises(anybatch.UsageError, match="detached"):
+        fit(max_steps=10**6, max_time={"seconds": 1})[0].controller.done  # noqa: B018
+
+
+@pytest.mark.parametrize("options", [{"min_epochs": 2}, {"min_steps": 100}])
+def test_the_least_length_does_not_lead_beyond_the_end(options):
+    with pytest.warns(anybatch.AnybatchWarning, match="are left out"):
+        adapter, _, trainer = fit(max_steps=20, **options)
+    assert 20 <= adapter.controller.tau < 24
+    assert (trainer.min_epochs or 0, trainer.min_steps or 0) != (0, 0)
+
+
+def test_epochs_are_those_of_the_base_batch():
+    """Three passes over 64 examples at a base batch of 4 are 48 base iterations."""
+    adapter = AnyBatch(base_batch=task.SIZE, examples=64)
+    _, module, _ = fit(adapter=adapter, loader=some(), max_epochs=3)
+    assert module.asked == 48
+    assert 48 <= adapter.controller.tau < 52
+
+
+def test_a_schedule_by_epoch_is_one_of_the_base_batch():
+    adapter = AnyBatch(base_batch=task.SIZE, examples=64)
+    rates = Rates(adapter)
+    make = lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 2], 0.1)  # noqa: E731
+    module = workers.Module(interval="epoch", make=make)
+    fit(rates, adapter=adapter, module=module, loader=some(), max_epochs=3)
+    for tau, rate in rates.seen.items():
+        assert rate == pytest.approx(oracle.LR * 0.1 ** min(math.floor(tau / 16), 2))
+    assert len({round(rate, 9) for rate in rates.seen.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"max_epochs": 3}, "Trainer.max_epochs"), ({"max_steps": -1, "max_epochs": -1}, "has no end")],
+)
+def test_a_run_of_unknown_length_is_an_error(options, said):
+    with pytest.raises(anybatch.UsageError, match=said):
+        fit(**options)
+
+
+def test_a_schedule_by_epoch_of_unknown_length_is_an_error():
+    with pytest.raises(anybatch.UsageError, match='"interval": "step"'):
+        fit(module=workers.Module(interval="epoch"))
+
+
+def test_a_schedules_frequency_counts_base_iterations():
+    adapter = AnyBatch(base_batch=task.SIZE)
+    rates = Rates(adapter)
+    make = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)  # noqa: E731
+    fit(rates, adapter=adapter, module=workers.Module(frequency=10, make=make), max_steps=40)
+    for tau, rate in rates.seen.items():
+        assert rate == pytest.approx(oracle.LR * 0.9 ** math.floor(tau / 10))
+
+
+def test_plateau_stays_lightnings():
+    make = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0)  # noqa: E731
+
+    class Plateau(workers.Module):
+        def configure_optimizers(self):
+            made = super().configure_optimizers()
+            made["lr_scheduler"] |= {"monitor": "loss", "interval": "epoch"}
+            return made
+
+    module = Plateau(make=make)
+    _, _, trainer = fit(
+        module=module, loader=some(), val=some(8), max_steps=60, limit_val_batches=1.0, check_val_every_n_epoch=1
+    )
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch > 1
+
+
+def test_numbers_go_to_lightnings_logger_and_to_the_rate_monitor(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    adapter, _, trainer = fit(
+        LearningRateMonitor("step"), logger=logger, log_every_n_steps=1, max_steps=40, gradient_clip_val=1.0
+    )
+    logger.save()
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","))) for line in lines]
+    steps = [row for row in rows if row["anybatch/tau"]]
+    assert len(steps) == adapter.controller.steps
+    assert float(steps[-1]["anybatch/tau"]) == pytest.approx(adapter.controller.tau)
+    assert all(1 <= float(row["anybatch/gain"]) <= 4 and float(row["anybatch/scale"]) == 4 for row in steps)
+    assert all(row["anybatch/noise_scale"] == "" or math.isfinite(float(row["anybatch/noise_scale"])) for row in steps)
+    rates = [float(row["lr-SGD"]) for row in rows if row.get("lr-SGD")]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == oracle.LR > 10 * rates[-1]
+
+
+def test_a_number_that_is_not_finite_is_not_logged():
+    """At scale 1 there is nothing to measure: no noise scale."""
+    _, _, trainer = fit(accumulation=1, max_steps=3)
+    assert {"anybatch/gain", "anybatch/scale", "anybatch/tau"} == set(trainer.logged_metrics)
+
+
+def test_lr_find_runs_before_there_is_a_controller(tmp_path):
+    task.as_launched(0, 1)
+    adapter, module = AnyBatch(base_batch=task.SIZE), workers.Module()
+    trainer = workers.trainer_of(adapter, max_steps=20, default_root_dir=tmp_path)
+    found = Tuner(trainer).lr_find(module, task.loader(), num_training=10, min_lr=1e-4)
+    assert len(found.results["lr"]) == 10
+    assert adapter.controller is None
+    trainer.fit(module, task.loader())
+    assert 20 <= adapter.controller.tau < 24
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.1 * module.lr
+
+
+class Diary(Callback):
+    """A model average by a plain float64 loop over what the steps left."""
+
+    def __init__(self, adapter, decay):
+        self.adapter, self.decay, self.steps = adapter, decay, 0
+        self.average, self.tau, self.seen = None, 0.0, []
+
+    def on_train_start(self, trainer, module):
+        self.average = [p.detach().clone() for p in module.parameters()]
+
+    def on_train_batch_end(self, trainer, module, *_):
+        controller = self.adapter.controller
+        if controller.steps > self.steps:
+            rho = self.decay ** (controller.tau - self.tau)
+            self.average = [rho * a + (1 - rho) * p.detach() for a, p in zip(self.average, module.parameters())]
+            self.steps, self.tau = controller.steps, controller.tau
+            self.weights = [p.detach().clone() for p in module.parameters()]
+
+    def on_validation_end(self, trainer, module):
+        self.seen.append((self.average, self.weights, [p.detach().clone() for p in module.parameters()]))
+
+
+def same(a, b):
+    return all(torch.allclose(x, y, rtol=0, atol=1e-6) for x, y in zip(a, b))
+
+
+def test_validation_sees_the_average_and_training_its_own_weights():
+    adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
+    diary = Diary(adapter, 0.9)
+    _, module, _ = fit(
+        diary, adapter=adapter, val=some(8), max_steps=60, limit_val_batches=1, val_check_interval=24
+    )  # fmt: skip
+    assert len(module.evaluated) == len(diary.seen) >= 2
+    for evaluated, (average, weights, after) in zip(module.evaluated, diary.seen):
+        assert same(evaluated, average)
+        assert same(weights, after)
+        assert not same(weights, average)
+
+
+def test_a_validation_that_raises_leaves_the_model_its_weights():
+    class Fails(workers.Module):
+        def validation_step(self, batch, _):
+            super().validation_step(batch, _)
+            raise ZeroDivisionError
+
+    adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
+    diary, module = Diary(adapter, 0.9), Fails()
+    with pytest.raises(ZeroDivisionError):
+        fit(diary, adapter=adapter, module=module, val=some(8), limit_val_batches=1, val_check_interval=24)
+    assert same(module.evaluated[0], diary.average)
+    assert same([p.detach() for p in module.parameters()], diary.weights)
+
+
+def test_a_checkpoint_brings_the_average_back_and_holds_the_training_weights(tmp_path):
+    adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
+    diary = Diary(adapter, 0.9)
+    saving = ModelCheckpoint(tmp_path, filename="newest")
+    fit(
+        diary, saving, adapter=adapter, val=some(8), max_steps=20, limit_val_batches=1, val_check_interval=24,
+        enable_checkpointing=True,
+    )  # fmt: skip
+    average, weights, _ = diary.seen[-1]
+    saved = torch.load(tmp_path / "newest.ckpt", weights_only=True)
+    assert same(list(saved["state_dict"].values()), weights)
+    again = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
+    found = {}
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, module):
+            found["tau"] = again.controller.tau
+            with again.ema.applied():
+                found["average"] = [p.detach().clone() for p in module.parameters()]
+
+    fit(Looks(), adapter=again, max_steps=20, ckpt=tmp_path / "newest.ckpt")
+    assert found["tau"] == saved["callbacks"]["AnyBatch"]["controller"]["tau"] > 0
+    assert same(found["average"], average)
+    with pytest.raises(anybatch.StateError, match="no ema"):
+        fit(max_steps=20, ckpt=without(saved, "ema", tmp_path), adapter=AnyBatch(base_batch=4, ema_decay=0.9))
+    with pytest.raises(anybatch.StateError, match="no controller"):
+        fit(max_steps=20, ckpt=without(saved, "controller", tmp_path))
+
+
+def without(saved, name, folder):
+    callbacks = {"AnyBatch": {k: v for k, v in saved["callbacks"]["AnyBatch"].items() if k != name}}
+    torch.save({**saved, "callbacks": callbacks}, folder / "lacking.ckpt")
+    return folder / "lacking.ckpt"
+
+
+def test_a_finished_run_that_is_resumed_ends_at_once(tmp_path):
+    adapter, _, trainer = fit(max_steps=20)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again, _, _ = fit(max_steps=20, ckpt=tmp_path / "end.ckpt")
+    assert (again.controller.tau, again.controller.steps) == (adapter.controller.tau, adapter.controller.steps)
+
+
+def test_a_small_batch_takes_more_steps_than_lightning_would_allow():
+    adapter, _, trainer = fit(adapter=AnyBatch(base_batch=4 * task.SIZE), accumulation=2, max_steps=20)
+    assert adapter.controller.scale == 0.5
+    assert trainer.global_step > 20
+    assert 20 <= adapter.controller.tau < 21
+
+
+def test_float16_with_a_grad_scaler():
+    class Half(workers.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = self.net.float()
+
+        def training_step(self, batch, _):
+            return super().training_step([each.float() for each in batch], _)
+
+    scaled = MixedPrecision("16-mixed", "cpu")
+    adapter, module, _ = fit(module=Half(), max_steps=40, plugins=[scaled], gradient_clip_val=1.0)
+    assert scaled.scaler.get_scale() > 1000
+    exact, reference, _ = fit(max_steps=40, gradient_clip_val=1.0)
+    assert 1 < adapter.controller.gain == pytest.approx(exact.controller.gain, rel=0.02)
+    assert adapter.controller.tau == pytest.approx(exact.controller.tau, rel=0.02)
+    for half, whole in zip(module.parameters(), reference.parameters()):
+        assert torch.allclose(half.double(), whole, atol=0.01)
+
+
+class TwoOptimizers(LightningModule):
+    """Muon's place is taken by SGD: matrices by the one, biases by the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = oracle.make_model()
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        biases = [p for p in self.parameters() if p.dim() == 1]
+        made = [torch.optim.SGD(part, lr=oracle.LR, momentum=oracle.MOMENTUM) for part in (matrices, biases)]
+        return made, [{"scheduler": task.scheduler_of(each), "interval": "step"} for each in made]
+
+    def training_step(self, batch, i):
+        x, y = batch
+        self.manual_backward(oracle.loss_fn(self.net(x), y) / task.MICRO_BATCHES)
+        if (i + 1) % task.MICRO_BATCHES == 0:
+            for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers()):
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+
+
+def test_two_optimizers_by_hand_train_as_one():
+    adapter = AnyBatch(base_batch=task.SIZE)
+    tracing = workers.Tracing(adapter)
+    _, module, trainer = fit(tracing, adapter=adapter, module=TwoOptimizers(), accumulation=1)
+    assert len(trainer.optimizers) == 2
+    task.check(task.outcome(tracing.trace, module, trainer.optimizers[1]), task.plain())
+
+
+def test_schedulers_of_two_units_are_an_error():
+    class Mixed(TwoOptimizers):
+        def configure_optimizers(self):
+            made, (first, second) = super().configure_optimizers()
+            return made, [first, {**second, "frequency": 2}]
+
+    with pytest.raises(anybatch.UsageError, match="one interval and frequency"):
+        fit(module=Mixed(), accumulation=1)
+
+
+def test_the_size_of_a_batch_is_seen_or_said():
+    class Sizes(workers.Module):
+        def training_step(self, batch, _):
+            return super().training_step(batch["pair"], _)
+
+    batches = [{"pair": batch, "names": ["a"], "odd": torch.zeros(7)} for batch in some()]
+    loader = DataLoader(batches, batch_size=None)
+    with pytest.raises(anybatch.UsageError, match=r"batch_size=lambda"):
+        fit(module=Sizes(), loader=loader, max_steps=8)
+    adapter = AnyBatch(base_batch=task.SIZE, batch_size=lambda batch: len(batch["pair"][0]))
+    fit(adapter=adapter, module=Sizes(), loader=loader, max_steps=8)
+    assert adapter.controller.scale == 4
+
+
+def test_an_optimizer_that_lightning_steps_and_nobody_sees_is_an_error():
+    class Elsewhere(workers.Module):
+        def optimizer_step(self, epoch, index, optimizer, closure):
+            closure()
+
+    with pytest.raises(anybatch.UsageError, match="no hook on its optimizer saw it"):
+        fit(module=Elsewhere())
+
+
+def test_two_runs_with_one_callback():
+    adapter = AnyBatch(base_batch=task.SIZE)
+    taus = [fit(adapter=adapter, max_steps=12)[0].controller.tau for _ in range(2)]
+    assert taus[0] == taus[1] >= 12
+
+
+def test_its_arguments_have_types_for_the_command_line():
+    for name, argument in inspect.signature(AnyBatch).parameters.items():
+        assert argument.annotation is not inspect.Parameter.empty, name
