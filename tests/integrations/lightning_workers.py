@@ -5,6 +5,8 @@ import contextlib
 import oracle
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 
 from anybatch.integrations.lightning import AnyBatch
 from integrations import task
@@ -97,10 +99,29 @@ def train(rank=0, world=1, *, accumulation=None, module=None, kill=None, path=No
     }
 
 
+class Sharded(Module):
+    """The same under Lightning's FSDP2."""
+
+    def configure_model(self):
+        for part in (self.net[0], self.net[2], self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(rank, world, **options):
+    """Weights are gathered, as each rank has a shard of them."""
+    task.as_launched(rank, world)
+    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, process_group_backend="gloo")
+    found = train(rank, world, module=Sharded(), strategy=strategy, **options)
+    return {**found, "weights": [p.full_tensor() for p in found["weights"]]}
+
+
 def all_of(rank, world, path):
     """Everything that two processes are asked."""
     return {
         "parity": train(rank, world),
         "clipped": train(rank, world, gradient_clip_val=0.5),
         "resumed": train(rank, world, accumulation=2, resume=path),
+        "sharded": sharded(rank, world),
+        "sharded, killed": sharded(rank, world, accumulation=1, kill=15, path=path.parent / "shards"),
+        "sharded, resumed": sharded(rank, world, accumulation=2, resume=path.parent / "shards"),
     }

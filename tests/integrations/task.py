@@ -1,5 +1,6 @@
 """The oracle's task for every framework: the same micro-batches, in the order in which W ranks take them."""
 
+import functools
 import math
 import os
 
@@ -16,6 +17,7 @@ STEPS = 160  # of which there is data: more than a run needs
 TOTAL = int(oracle.TOTAL)
 
 
+@functools.cache
 def examples():
     """Of all micro-batches one after another: number 4 t + i is `oracle.micro_batch(t, i)`."""
     parts = [oracle.micro_batch(t, i, size=SIZE) for t in range(STEPS) for i in range(MICRO_BATCHES)]

@@ -40,7 +40,7 @@ def test_one_process_trains_as_the_plain_loop(clip, record_property):
     record_property("worst difference, Lightning", task.check(found, plain(clip=clip)))
 
 
-@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5)])
+@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5), ("sharded", None)])
 def test_two_processes_train_as_the_plain_loop(path, case, clip, record_property):
     for found in two(path):
         record_property("worst difference, Lightning", task.check(found[case], plain(clip=clip)))
@@ -50,6 +50,14 @@ def test_killed_and_resumed_on_two_processes_with_twice_the_batch(path):
     before = killed(path)
     for found in two(path):
         after = found["resumed"]
+        assert after["first"] == before["taus"][-1] > 15
+        assert (before["scale"], after["scale"]) == (2, 4)
+        task.check_end(after)
+
+
+def test_killed_and_resumed_in_shards_with_twice_the_batch(path):
+    for found in two(path):
+        before, after = found["sharded, killed"], found["sharded, resumed"]
         assert after["first"] == before["taus"][-1] > 15
         assert (before["scale"], after["scale"]) == (2, 4)
         task.check_end(after)
