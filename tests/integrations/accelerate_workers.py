@@ -10,7 +10,7 @@ import anybatch
 from integrations import task
 
 
-def prepared(*, accumulation, total=task.TOTAL, base_batch=task.SIZE, around=False):
+def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None):
     """An accelerator and what it has prepared, with a controller; the loader is sharded by Accelerate."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -18,12 +18,13 @@ def prepared(*, accumulation, total=task.TOTAL, base_batch=task.SIZE, around=Fal
     model = oracle.make_model()
     optimizer = task.optimizer_of(model)
     scheduler = None if around else task.scheduler_of(optimizer, total)
-    loader = DataLoader(task.examples(), batch_size=task.SIZE)
+    loader = loader or DataLoader(task.examples(), batch_size=task.SIZE)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     scheduler = task.scheduler_of(optimizer, total) if around else accelerator.prepare(scheduler)
     controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=total, base_batch=base_batch, micro_batch=task.SIZE
-    )
+        optimizer, model=model, scheduler=scheduler, total=total, base_batch=task.SIZE, micro_batch=task.SIZE,
+        reduction=accumulation,
+    )  # fmt: skip
     accelerator.register_for_checkpointing(controller)
     return accelerator, model, optimizer, loader, scheduler, controller
 
@@ -45,9 +46,9 @@ def train(accelerator, model, optimizer, loader, scheduler, controller, *, clip=
     return task.outcome(trace, model, optimizer)
 
 
-def parity(rank=0, world=1, *, clip=None, around=False):
+def parity(rank=0, world=1, *, clip=None, **options):
     task.as_launched(rank, world)
-    return train(*prepared(accumulation=task.MICRO_BATCHES // world, around=around), clip=clip)
+    return train(*prepared(accumulation=task.MICRO_BATCHES // world, **options), clip=clip)
 
 
 def end_of_400(rank, world):

@@ -1,6 +1,7 @@
 """The oracle's task for every framework: the same micro-batches, in the order in which W ranks take them."""
 
 import functools
+import itertools
 import math
 import os
 
@@ -43,6 +44,11 @@ def loader(rank=0, world=1):
     return DataLoader(examples(), batch_size=SIZE, sampler=Mine(rank, world))
 
 
+def short(micro_batches):
+    """An epoch of so many of them."""
+    return DataLoader(TensorDataset(*examples()[: SIZE * micro_batches]), batch_size=SIZE)
+
+
 def optimizer_of(model):
     return torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
 
@@ -74,21 +80,22 @@ def outcome(trace, model, optimizer):
     }
 
 
-def plain(*, clip=None):
-    """The plain loop on one process."""
+def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES):
+    """The plain loop on one process; an epoch of so many micro-batches has what is left in a last, smaller step."""
     model = oracle.make_model()
     optimizer = optimizer_of(model)
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler_of(optimizer), total=TOTAL, base_batch=SIZE, micro_batch=SIZE
     )
-    trace = Trace(controller)
-    for i, (x, y) in enumerate(loader(), 1):
-        (oracle.loss_fn(model(x), y) / MICRO_BATCHES).backward()
-        if i % MICRO_BATCHES == 0:
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
+    trace, batches = Trace(controller), list(loader())[:epoch]
+    windows = [batches[i : i + MICRO_BATCHES] for i in range(0, epoch, MICRO_BATCHES)]
+    for window in itertools.cycle(windows):
+        for x, y in window:
+            (oracle.loss_fn(model(x), y) / len(window)).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
         if controller.done:
             break
     return outcome(trace, model, optimizer)
@@ -113,6 +120,8 @@ def check_end(found, total=TOTAL):
 
 
 def as_launched(rank, world):
-    """What frameworks ask of the environment, as torchrun sets it."""
+    """What frameworks ask of the environment of several processes, as torchrun sets it."""
+    if world == 1:
+        return
     os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{world}")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400", TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0")

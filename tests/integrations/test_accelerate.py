@@ -58,3 +58,8 @@ def test_killed_and_resumed_on_two_processes_with_twice_the_batch(folder):
         assert (before["scale"], after["scale"]) == (2, 4)
         assert after["rate"] == before["rate"]
         task.check_end(after)
+
+
+def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
+    """Fifteen batches: steps of 4, 4, 4 and 3, each loss divided by 4."""
+    task.check(workers.parity(loader=task.short(15)), plain(epoch=15))

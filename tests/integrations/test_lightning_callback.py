@@ -6,14 +6,14 @@ import math
 import oracle
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import anybatch
 from integrations import task
 
 workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 def fit(*callbacks, adapter=None, module=None, loader=None, val=None, ckpt=None, **options):
     """A run of scale 4; the adapter, the module and the trainer."""
-    task.as_launched(0, 1)
     adapter = adapter or AnyBatch(base_batch=task.SIZE)
     module = module or workers.Module()
     trainer = workers.trainer_of(adapter, *callbacks, **options)
@@ -37,9 +36,25 @@ def fit(*callbacks, adapter=None, module=None, loader=None, val=None, ckpt=None,
     return adapter, module, trainer
 
 
-def some(n=64):
-    """Examples for few batches of four."""
-    return DataLoader(TensorDataset(*task.examples()[:n]), batch_size=task.SIZE)
+def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
+    """Fifteen batches: steps of 4, 4, 4 and 3, each loss divided by 4."""
+    adapter = AnyBatch(base_batch=task.SIZE)
+    tracing = workers.Tracing(adapter)
+    _, module, trainer = fit(tracing, adapter=adapter, loader=task.short(15))
+    task.check(task.outcome(tracing.trace, module, trainer.optimizers[0]), task.plain(epoch=15))
+
+
+def test_an_accumulation_that_grows():
+    adapter = AnyBatch(base_batch=task.SIZE)
+    seen = {}
+
+    class Scales(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen[adapter.controller.steps] = adapter.controller.scale
+
+    growing = GradientAccumulationScheduler({0: 2, 1: 4})
+    fit(Scales(), growing, adapter=adapter, loader=task.short(16), accumulation=1, max_steps=40)
+    assert [seen[step] for step in range(1, 13)] == [2] * 8 + [4] * 4
 
 
 class Rates(Callback):
@@ -71,7 +86,7 @@ def test_the_least_length_does_not_lead_beyond_the_end(options):
 def test_epochs_are_those_of_the_base_batch():
     """Three passes over 64 examples at a base batch of 4 are 48 base iterations."""
     adapter = AnyBatch(base_batch=task.SIZE, examples=64)
-    _, module, _ = fit(adapter=adapter, loader=some(), max_epochs=3)
+    _, module, _ = fit(adapter=adapter, loader=task.short(16), max_epochs=3)
     assert module.asked == 48
     assert 48 <= adapter.controller.tau < 52
 
@@ -81,7 +96,7 @@ def test_a_schedule_by_epoch_is_one_of_the_base_batch():
     rates = Rates(adapter)
     make = lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 2], 0.1)  # noqa: E731
     module = workers.Module(interval="epoch", make=make)
-    fit(rates, adapter=adapter, module=module, loader=some(), max_epochs=3)
+    fit(rates, adapter=adapter, module=module, loader=task.short(16), max_epochs=3)
     for tau, rate in rates.seen.items():
         assert rate == pytest.approx(oracle.LR * 0.1 ** min(math.floor(tau / 16), 2))
     assert len({round(rate, 9) for rate in rates.seen.values()}) == 3
@@ -121,7 +136,12 @@ def test_plateau_stays_lightnings():
 
     module = Plateau(make=make)
     _, _, trainer = fit(
-        module=module, loader=some(), val=some(8), max_steps=60, limit_val_batches=1.0, check_val_every_n_epoch=1
+        module=module,
+        loader=task.short(16),
+        val=task.short(2),
+        max_steps=60,
+        limit_val_batches=1.0,
+        check_val_every_n_epoch=1,
     )
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch > 1
 
@@ -151,7 +171,6 @@ def test_a_number_that_is_not_finite_is_not_logged():
 
 
 def test_lr_find_runs_before_there_is_a_controller(tmp_path):
-    task.as_launched(0, 1)
     adapter, module = AnyBatch(base_batch=task.SIZE), workers.Module()
     trainer = workers.trainer_of(adapter, max_steps=20, default_root_dir=tmp_path)
     found = Tuner(trainer).lr_find(module, task.loader(), num_training=10, min_lr=1e-4)
@@ -192,7 +211,7 @@ def test_validation_sees_the_average_and_training_its_own_weights():
     adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
     diary = Diary(adapter, 0.9)
     _, module, _ = fit(
-        diary, adapter=adapter, val=some(8), max_steps=60, limit_val_batches=1, val_check_interval=24
+        diary, adapter=adapter, val=task.short(2), max_steps=60, limit_val_batches=1, val_check_interval=24
     )  # fmt: skip
     assert len(module.evaluated) == len(diary.seen) >= 2
     for evaluated, (average, weights, after) in zip(module.evaluated, diary.seen):
@@ -210,7 +229,7 @@ def test_a_validation_that_raises_leaves_the_model_its_weights():
     adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
     diary, module = Diary(adapter, 0.9), Fails()
     with pytest.raises(ZeroDivisionError):
-        fit(diary, adapter=adapter, module=module, val=some(8), limit_val_batches=1, val_check_interval=24)
+        fit(diary, adapter=adapter, module=module, val=task.short(2), limit_val_batches=1, val_check_interval=24)
     assert same(module.evaluated[0], diary.average)
     assert same([p.detach() for p in module.parameters()], diary.weights)
 
@@ -220,7 +239,7 @@ def test_a_checkpoint_brings_the_average_back_and_holds_the_training_weights(tmp
     diary = Diary(adapter, 0.9)
     saving = ModelCheckpoint(tmp_path, filename="newest")
     fit(
-        diary, saving, adapter=adapter, val=some(8), max_steps=20, limit_val_batches=1, val_check_interval=24,
+        diary, saving, adapter=adapter, val=task.short(2), max_steps=20, limit_val_batches=1, val_check_interval=24,
         enable_checkpointing=True,
     )  # fmt: skip
     average, weights, _ = diary.seen[-1]
@@ -330,7 +349,7 @@ def test_the_size_of_a_batch_is_seen_or_said():
         def training_step(self, batch, _):
             return super().training_step(batch["pair"], _)
 
-    batches = [{"pair": batch, "names": ["a"], "odd": torch.zeros(7)} for batch in some()]
+    batches = [{"pair": batch, "names": ["a"], "odd": torch.zeros(7)} for batch in task.short(16)]
     loader = DataLoader(batches, batch_size=None)
     with pytest.raises(anybatch.UsageError, match=r"batch_size=lambda"):
         fit(module=Sizes(), loader=loader, max_steps=8)

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import ceil, isfinite
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -126,6 +127,7 @@ class AnyBatch(Callback):
             base_batch=self.base_batch,
             micro_batch="auto",
             examples=self.examples,
+            reduction=_divisor(trainer),
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             lagged=self.lagged,
             record=self.record,
@@ -227,6 +229,14 @@ def _average(module: LightningModule, decay: float, controller: anybatch.Control
             "callback's state. Make the ModelEMA in on_train_start, and save it by torch.distributed.checkpoint."
         )
     return anybatch.ModelEMA(module, decay, clock=controller.clock)
+
+
+def _divisor(trainer: Trainer) -> int | Literal["mean"]:
+    """What Lightning divides each loss by, also of the fewer ones at the end of an epoch."""
+    by_hand = not trainer.lightning_module.automatic_optimization
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    changing = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+    return "mean" if by_hand or changing else trainer.accumulate_grad_batches
 
 
 def _size_of(batch: Any) -> float:
