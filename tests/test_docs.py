@@ -33,6 +33,9 @@ def test_commands_that_are_named_exist(page):
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{page.name} names {module}"
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .train_dataloader. does not have many workers", "ignore:.*LeafSpec:FutureWarning"
+)
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

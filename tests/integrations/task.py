@@ -14,8 +14,8 @@ import anybatch
 
 SIZE = 4  # examples of a micro-batch, and of the base batch
 MICRO_BATCHES = 4  # of a step: on one process, or two on each of two
-STEPS = 160  # of which there is data: more than a run needs
-TOTAL = int(oracle.TOTAL)
+STEPS = 90  # of which there is data: more than a run needs
+TOTAL = 100  # base iterations
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES):
 
 def check(found, expected):
     """Gains and weights to 1e-6; the worst difference."""
-    assert len(found["gains"]) == len(expected["gains"]) > 40
+    assert len(found["gains"]) == len(expected["gains"]) > 25
     gains = max(abs(a - b) for a, b in zip(found["gains"], expected["gains"]))
     weights = max(float((a - b).abs().max()) for a, b in zip(found["weights"], expected["weights"]))
     assert max(gains, weights) < 1e-6
@@ -116,7 +116,7 @@ def check_end(found, total=TOTAL):
     tau = found["taus"][-1]
     assert total <= tau < total + found["scale"]
     assert found["lr"] == pytest.approx(oracle.LR * (1 + math.cos(math.pi * math.floor(tau) / total)) / 2, abs=1e-9)
-    assert found["lr"] < oracle.LR / 1000
+    assert found["lr"] < oracle.LR / 100
 
 
 def as_launched(rank, world):
