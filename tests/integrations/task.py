@@ -80,13 +80,12 @@ def outcome(trace, model, optimizer):
     }
 
 
-def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES):
+def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, **options):
     """The plain loop on one process; an epoch of so many micro-batches has what is left in a last, smaller step."""
     model = oracle.make_model()
     optimizer = optimizer_of(model)
-    controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler_of(optimizer), total=TOTAL, base_batch=SIZE, micro_batch=SIZE
-    )
+    options = {"scheduler": scheduler_of(optimizer), "base_batch": SIZE, "micro_batch": SIZE, **options}
+    controller = anybatch.attach(optimizer, model=model, total=TOTAL, **options)
     trace, batches = Trace(controller), list(loader())[:epoch]
     windows = [batches[i : i + MICRO_BATCHES] for i in range(0, epoch, MICRO_BATCHES)]
     for window in itertools.cycle(windows):
