@@ -1,9 +1,11 @@
 """The Trainer with anybatch: the plain loop's training, on one process and two, killed and resumed."""
 
 import pytest
+import torch
 from distributed import launch
 
-from integrations import task
+from anybatch.integrations.transformers import attach
+from integrations import gpt, task
 from integrations import transformers_workers as workers
 
 DATA = task.STEPS * task.MICRO_BATCHES * task.SIZE
@@ -38,3 +40,39 @@ def test_a_killed_run_goes_on_at_the_same_tau_with_twice_the_batch_on_two_proces
         assert rank["resumed"]["first"] == checkpoint[1]
         assert rank["resumed"]["scale"] == 4
         task.check_end(rank["resumed"])
+
+
+def test_a_loss_over_all_tokens_is_measured_by_them(two, tmp_path, record_property):
+    """A GPT and sentences of unequal lengths: gains and weights are those of a loop that weighs by hand."""
+    expected = workers.gpt_plain()
+    for found in (workers.gpt_parity(0, 1, f"{tmp_path}"), *(rank["gpt"] for rank in two)):
+        assert found["gains"] == pytest.approx(expected["gains"], rel=1e-6)
+        for a, b in zip(found["weights"], expected["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert len(found["gains"]) < 20 <= found["taus"][-1] < 24
+
+
+def test_a_gpt_at_scale_8_learns_what_it_does_at_scale_1(tmp_path, record_property):
+    task.as_launched(0, 1)
+    held_out = gpt.collate(gpt.sentences(300, seed=99))
+    losses = {1: [], 8: []}
+    for scale, seed in ((s, seed) for s in losses for seed in range(2)):
+        net = gpt.model(seed=seed)
+        options = {
+            "per_device_train_batch_size": 4 if scale == 1 else 8,
+            "gradient_accumulation_steps": max(scale // 2, 1),
+        }
+        data = gpt.sentences(3000, seed=seed + 10)
+        schedule = {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "learning_rate": 1e-2, "max_steps": 150}
+        trainer = workers.gpt_trainer(f"{tmp_path}", net, data, **schedule, **options)
+        adapter = attach(trainer, base_batch=4)
+        trainer.train()
+        assert adapter.controller.scale == scale
+        assert adapter.controller.steps <= (150 if scale == 1 else 50)
+        with torch.no_grad():
+            lost, tokens = gpt.tokens_lost(net.eval(), held_out)
+        losses[scale].append(float(lost) / tokens)
+    one, eight = (sum(each) / len(each) for each in losses.values())
+    record_property("worst loss of a GPT at scale 8 over that at scale 1", eight / one)
+    assert 1.14 < one < 1.3  # of log(24) = 3.18 at first, and 1.14, what is left to chance
+    assert abs(eight / one - 1) < 0.03  # seeds differ by 1 %

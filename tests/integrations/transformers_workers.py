@@ -1,12 +1,32 @@
 """Training by the Trainer, on one process or several. In a module of its own, so that processes can import it."""
 
+import contextlib
+
 import oracle
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import anybatch
 from anybatch.integrations.transformers import attach
-from integrations import task
+from integrations import gpt, task
+
+QUIET = {
+    "use_cpu": True,
+    "max_steps": task.TOTAL,
+    "per_device_train_batch_size": task.SIZE,
+    "gradient_accumulation_steps": task.MICRO_BATCHES,
+    "lr_scheduler_type": "cosine",
+    "learning_rate": oracle.LR,
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 
 
 class Model(torch.nn.Module):
@@ -51,26 +71,10 @@ def trainer_of(folder, model=None, *, optimizer=True, data=None, **options):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     model = Model() if model is None else model
-    quiet = {
-        "use_cpu": True,
-        "max_steps": task.TOTAL,
-        "per_device_train_batch_size": task.SIZE,
-        "gradient_accumulation_steps": task.MICRO_BATCHES,
-        "lr_scheduler_type": "cosine",
-        "learning_rate": oracle.LR,
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
     callbacks, eval_dataset = options.pop("callbacks", None), options.pop("eval_dataset", None)
     return Trainer(
         model,
-        TrainingArguments(folder, **{**quiet, **options}),
+        TrainingArguments(folder, **{**QUIET, **options}),
         train_dataset=examples() if data is None else data,
         eval_dataset=eval_dataset,
         callbacks=callbacks,
@@ -102,4 +106,53 @@ def all_of(rank, world, folder, checkpoint):
         "parity": train(rank, world, folder),
         "clipped": train(rank, world, folder, max_grad_norm=0.5),
         "resumed": train(rank, world, folder, accumulation=2, resume=checkpoint),
+        "gpt": gpt_parity(rank, world, folder),
     }
+
+
+def gpt_trainer(folder, net, data, *, optimizer=None, **options):
+    return Trainer(
+        net,
+        TrainingArguments(folder, **{**QUIET, "per_device_train_batch_size": task.SIZE, **options}),
+        train_dataset=data,
+        data_collator=gpt.collate,
+        optimizers=(optimizer, None),
+    )
+
+
+def gpt_parity(rank, world, folder):
+    """Gains and weights of a loss over all tokens of a step of four micro-batches, and what a plain loop has."""
+    task.as_launched(rank, world)
+    data = gpt.sentences(240, seed=3)
+    net = gpt.model(dtype=torch.float64, size=16)
+    optimizer = task.optimizer_of(net)
+    options = {"max_steps": 20, "gradient_accumulation_steps": 4 // world}
+    trainer = gpt_trainer(folder, net, data, optimizer=optimizer, **options)
+    adapter = attach(trainer, base_batch=task.SIZE)
+    tracing = Tracing(adapter)
+    trainer.add_callback(tracing)
+    trainer.train()
+    return task.outcome(tracing.trace, net, optimizer)
+
+
+def gpt_plain():
+    """The same by hand: each loss a sum over its tokens, divided by those of the step, and its tokens for a weight."""
+    data = gpt.sentences(240, seed=3)
+    net = gpt.model(dtype=torch.float64, size=16)
+    optimizer = task.optimizer_of(net)
+    schedule = task.scheduler_of(optimizer, 20)
+    options = {"base_batch": task.SIZE, "micro_batch": task.SIZE, "examples": len(data)}
+    controller = anybatch.attach(optimizer, model=net, scheduler=schedule, total=20, **options)
+    trace = task.Trace(controller)
+    batches = [gpt.collate(data[i : i + task.SIZE]) for i in range(0, len(data), task.SIZE)]
+    for first in range(0, len(batches), 4):
+        micro_batches = batches[first : first + 4]
+        tokens = [int((each["labels"][:, 1:] != -100).sum()) for each in micro_batches]
+        for each, own in zip(micro_batches, tokens, strict=True):
+            controller.weight = own
+            (gpt.tokens_lost(net, each)[0] / sum(tokens)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if controller.done:
+            break
+    return task.outcome(trace, net, optimizer)
