@@ -63,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.ema
 	$(BIN)/python -m benchmarks.record
 	$(BIN)/python -m benchmarks.forecast
+	$(BIN)/python -m benchmarks.forecast_band
 	$(BIN)/python -m benchmarks.beyond
 	$(BIN)/python -m benchmarks.idea
 	$(BIN)/python -m benchmarks.first_screen

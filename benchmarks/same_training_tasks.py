@@ -31,7 +31,7 @@ from recipes.train import run as run_recipe
 
 Point = dict[str, float]
 UNCOUNTED = 200  # steps of a run that may be skipped for a gradient that is not finite
-Train = Callable[["Task", float, anybatch.Rule, int, int, Path], "Result"]
+Train = Callable[..., "Result"]  # of a Task, a learning rate, a rule, a scale, a seed and the folder of the data
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 OPTIMIZERS = {"momentum": _momentum, "adam": _adamw, "muon": _muon, "signum": _signum}
 
 
-def _trained(net: nn.Module, family: str) -> list[nn.Parameter]:
+def trained(net: nn.Module, family: str) -> list[nn.Parameter]:
     """All parameters; for Muon the matrices, and the others stay as they are."""
     if family != "muon":
         return list(net.parameters())
@@ -168,7 +168,7 @@ def vectorised(source: beyond.Task) -> Train:
 
     def train(task: Task, lr: float, rule: anybatch.Rule, scale: int, seed: int, _: Path) -> Result:
         start, net = time.process_time(), source.model(seed)
-        optimizer = OPTIMIZERS[task.family](_trained(net, task.family), lr)
+        optimizer = OPTIMIZERS[task.family](trained(net, task.family), lr)
         controller = anybatch.attach(
             optimizer,
             model=net,
@@ -228,7 +228,9 @@ def _diverged(last: Point, *, attempts: int, steps: int, total: int) -> str:
 def recipe(name: str, **arguments: Any) -> Train:
     """The training of a recipe's tiny task; what its data is made of, `prepare` has written."""
 
-    def train(task: Task, lr: float, rule: anybatch.Rule, scale: int, seed: int, data: Path) -> Result:
+    def train(
+        task: Task, lr: float, rule: anybatch.Rule, scale: int, seed: int, data: Path, out: Path | None = None
+    ) -> Result:
         module, kind = RECIPES[name].split(":")
         mine = getattr(importlib.import_module(module), kind)(data / name, tiny=True, **arguments)
         start, curve = time.process_time(), list[Point]()
@@ -237,7 +239,9 @@ def recipe(name: str, **arguments: Any) -> Train:
             if point is not None:
                 curve.append({"tau": tau, "loss": point["loss"], "metric": point[mine.metric]})
 
-        options = Options(rule=rule, scale=str(scale), lr=lr, seed=seed, total=task.total, evaluations=task.evaluations)
+        options = Options(
+            rule=rule, scale=str(scale), lr=lr, seed=seed, total=task.total, evaluations=task.evaluations, out=out
+        )
         summary = run_recipe(mine, options, watch=watch)
         diverged = "the loss is not finite" if summary["diverged"] or not isfinite(summary["loss"]) else ""
         return Result(summary["iterations"], diverged, curve, time.process_time() - start)
@@ -258,26 +262,63 @@ _DIGITS = beyond.Task(network, forecast.pictures, lambda: digits()[2:], base=16,
 _SGD_DIGITS = replace(_DIGITS, base=8)
 _IMAGES = replace(_DIGITS, model=ConvNet)
 _BYTES = beyond.TASKS["bytes"]
+SOURCES = {  # of the tasks whose step is one vectorised pass
+    "digits-sgd": _SGD_DIGITS,
+    **dict.fromkeys(("digits-adamw", "digits-muon", "digits-signum"), _DIGITS),
+    **dict.fromkeys(("conv-sgd", "conv-adamw"), _IMAGES),
+    **dict.fromkeys(("bytes-adamw", "bytes-muon", "bytes-signum"), _BYTES),
+}
 _FEW = {8: ("constant", "auto"), 32: ("constant", "clock", "auto")}
 _FEWER = {8: ("constant", "auto"), 32: ("constant", "auto")}
 
 TASKS = {
     "digits-sgd": Task(
-        "momentum", 0.02, 3000, "accuracy", vectorised(_SGD_DIGITS), seconds={1: 3, 8: 2, 32: 1, 128: 1}
+        "momentum", 0.02, 3000, "accuracy", vectorised(SOURCES["digits-sgd"]), seconds={1: 3, 8: 2, 32: 1, 128: 1}
     ),
-    "digits-adamw": Task("adam", 2e-3, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 2, 32: 1, 128: 1}),
-    "digits-muon": Task("muon", 0.01, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 4, 32: 1, 128: 1}),
-    "digits-signum": Task("signum", 1e-3, 1500, "accuracy", vectorised(_DIGITS), seconds={1: 2, 32: 1, 128: 1}),
-    "conv-sgd": Task("momentum", 0.02, 1500, "accuracy", vectorised(_IMAGES), seconds={1: 2, 32: 1, 128: 4}),
-    "conv-adamw": Task("adam", 2e-3, 1500, "accuracy", vectorised(_IMAGES), seconds={1: 2, 32: 1, 128: 4}),
+    "digits-adamw": Task(
+        "adam", 2e-3, 1500, "accuracy", vectorised(SOURCES["digits-adamw"]), seconds={1: 2, 32: 1, 128: 1}
+    ),
+    "digits-muon": Task(
+        "muon", 0.01, 1500, "accuracy", vectorised(SOURCES["digits-muon"]), seconds={1: 4, 32: 1, 128: 1}
+    ),
+    "digits-signum": Task(
+        "signum", 1e-3, 1500, "accuracy", vectorised(SOURCES["digits-signum"]), seconds={1: 2, 32: 1, 128: 1}
+    ),
+    "conv-sgd": Task(
+        "momentum", 0.02, 1500, "accuracy", vectorised(SOURCES["conv-sgd"]), seconds={1: 2, 32: 1, 128: 4}
+    ),
+    "conv-adamw": Task(
+        "adam", 2e-3, 1500, "accuracy", vectorised(SOURCES["conv-adamw"]), seconds={1: 2, 32: 1, 128: 4}
+    ),
     "bytes-adamw": Task(
-        "adam", 2e-3, 2000, "accuracy", vectorised(_BYTES), 40, (8, 32, 64), seconds={1: 17, 8: 15, 32: 15, 64: 20}
+        "adam",
+        2e-3,
+        2000,
+        "accuracy",
+        vectorised(SOURCES["bytes-adamw"]),
+        40,
+        (8, 32, 64),
+        seconds={1: 17, 8: 15, 32: 15, 64: 20},
     ),
     "bytes-muon": Task(
-        "muon", 0.01, 2000, "accuracy", vectorised(_BYTES), 40, (8, 32, 64), seconds={1: 17, 8: 15, 32: 15, 64: 20}
+        "muon",
+        0.01,
+        2000,
+        "accuracy",
+        vectorised(SOURCES["bytes-muon"]),
+        40,
+        (8, 32, 64),
+        seconds={1: 17, 8: 15, 32: 15, 64: 20},
     ),
     "bytes-signum": Task(
-        "signum", 1e-3, 2000, "accuracy", vectorised(_BYTES), 40, (8, 32), seconds={1: 15, 8: 8, 32: 10}
+        "signum",
+        1e-3,
+        2000,
+        "accuracy",
+        vectorised(SOURCES["bytes-signum"]),
+        40,
+        (8, 32),
+        seconds={1: 15, 8: 8, 32: 10},
     ),
     "cifar10-tiny": Task(
         "momentum", 0.05, 1000, "accuracy", recipe("cifar10"), 10, (8, 32), _FEW, {1: 18, 8: 28, 32: 45}, False

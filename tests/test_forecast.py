@@ -218,7 +218,7 @@ def test_a_header_may_hold_anything(config):
     assert value(anybatch.forecast(run, [4]), 4) == pytest.approx(len(expected), rel=0.02)
 
 
-def test_constant_momentum_is_noted_and_widens_the_band():
+def test_constant_momentum_and_adam_are_noted():
     groups = [{"lr": 0.1, "momentum": 0.9}]
     clock, constant = (
         anybatch.forecast(recorded(falling(), 4, config={"decays": d, "param_groups": groups}), [64])
@@ -226,7 +226,8 @@ def test_constant_momentum_is_noted_and_widens_the_band():
     )
     assert not clock.notes
     assert "momentum" in constant.notes[0]
-    assert constant.scales[0].iterations.low < clock.scales[0].iterations.low
+    adam = recorded(falling(), 4, config={"decays": "clock", "optimizer": "SGD, AdamW"})
+    assert "upper end" in anybatch.forecast(adam, [64]).notes[0]
     plain = recorded(falling(), 4, config={"decays": "constant", "param_groups": [{"momentum": 0}]})
     assert not anybatch.forecast(plain, [64]).notes
 

@@ -151,7 +151,7 @@ def _forecasts(runs: Sequence[Summary]) -> Iterator[Block]:
     yield Heading("Forecast and what happened")
     yield Text(
         "From each run alone: the iterations that its configuration should take at the other scales, and how far that "
-        "is from what it took there. An asterisk: what happened is outside the forecast's 90 % band."
+        "is from what it took there. An asterisk: what happened is outside the forecast's band."
     )
     for comparison in comparisons:
         yield _forecast_table(comparison)
