@@ -11,7 +11,7 @@ import anybatch
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "anybatch"
-CORE = {"_gradients", "_scaling", "_record", "_ema", "_maps", "_controller", "_forecast"}
+CORE = {"_check", "_gradients", "_scaling", "_record", "_ema", "_maps", "_controller", "_forecast"}
 
 
 def levels():

@@ -25,6 +25,7 @@ WITH_EXAMPLES = [
     "Seesaw",
     "SquareRoot",
     "attach",
+    "check",
     "ema_state_from",
     "forecast",
     "gain",

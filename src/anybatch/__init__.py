@@ -1,5 +1,6 @@
 """anybatch: tune once, train at any batch size."""
 
+from anybatch._check import Check, Finding, check
 from anybatch._controller import BatchController, Controller, Seesaw, attach
 from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
 from anybatch._errors import (
@@ -36,10 +37,12 @@ __all__ = [
     "AnybatchWarning",
     "BatchController",
     "Change",
+    "Check",
     "Clock",
     "Controller",
     "DivergedError",
     "Estimate",
+    "Finding",
     "Forecast",
     "HeldScheduler",
     "Identity",
@@ -62,6 +65,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attach",
+    "check",
     "cosine_decay",
     "ema_state_from",
     "forecast",
