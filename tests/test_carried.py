@@ -164,7 +164,7 @@ def test_of_a_finished_run_it_says_so():
 
 @pytest.mark.parametrize(("saved", "whose"), [(100, "a run of 100 base iterations"), (None, "a run without a total")])
 def test_of_a_run_of_another_length_it_says_so_and_goes_on(saved, whose):
-    with pytest.warns(anybatch.AnybatchWarning, match=f"{whose}, and has come .* goes on there, to its total of 200"):
+    with pytest.warns(anybatch.AnybatchWarning, match=f"{whose}, and has come .*: this run, of 200, goes on there"):
         *_, controller = loaded(saved_total=saved)
     assert controller.steps == 3
 

@@ -254,7 +254,8 @@ def test_a_checkpoint_brings_the_average_back_and_holds_the_training_weights(tmp
             with again.ema.applied():
                 found["average"] = [p.detach().clone() for p in module.parameters()]
 
-    fit(Looks(), adapter=again, max_steps=20, ckpt=tmp_path / "newest.ckpt")
+    with pytest.warns(anybatch.AnybatchWarning, match="is over there"):
+        fit(Looks(), adapter=again, max_steps=20, ckpt=tmp_path / "newest.ckpt")
     assert found["tau"] == saved["callbacks"]["AnyBatch"]["controller"]["tau"] > 0
     assert same(found["average"], average)
     with pytest.raises(anybatch.StateError, match="no ema"):

@@ -71,9 +71,10 @@ class Carrier:
         if total is None or (before == total and not self._clock.done):
             return
         whose = f"a run of {before:g} base iterations" if before else "a run without a total"
+        here = "is over there" if self._clock.done else "goes on there"
         warnings.warn(
-            f"The optimizer's state is of {whose}, and has come to tau = {self._clock.tau:g}; this run goes on there, "
-            f"to its total of {total:g}. {_DROP}",
+            f"The optimizer's state is of {whose}, and has come to tau = {self._clock.tau:g}: this run, of {total:g}, "
+            f"{here}. {_DROP}",
             AnybatchWarning,
             stacklevel=2,
         )

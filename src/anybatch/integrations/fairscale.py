@@ -205,8 +205,9 @@ class AdaScale(Optimizer):
             raise anybatch.StateError(
                 "There is no state of AdaScale in it. If it is the inner optimizer's, load it there, before AdaScale()."
             )
-        self.controller.load_state_dict(mine)
+        self.controller.load_state_dict(mine)  # first, for it may refuse
         self._optimizer.load_state_dict(rest)
+        self.controller.load_state_dict(mine)  # whatever an optimizer's state may have carried
 
     def unhook(self) -> None:
         """Remove every hook and let go of the parameters; the steps after it are the inner optimizer's own."""
