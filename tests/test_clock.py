@@ -35,6 +35,13 @@ def test_the_clock_never_goes_back(amount):
     assert clock.tau == 0
 
 
+def test_it_may_be_told_of_no_movement():
+    clock, heard = anybatch.Clock(10), []
+    clock.subscribe(heard.append)
+    clock.advance(0)
+    assert (clock.tau, heard) == (0, [0])
+
+
 def test_subscribers_come_in_order_and_may_leave():
     clock, heard = anybatch.Clock(), []
     first = clock.subscribe(lambda i: heard.append(("first", i, clock.tau)))

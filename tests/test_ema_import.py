@@ -100,6 +100,13 @@ def test_running_statistics_where_they_are_averaged(form):
         anybatch.ema_state_from(diffusers(theirs), ema=ema)
 
 
+@pytest.mark.parametrize("counter", ["n_averaged", "step", "optimization_step", "num_updates"])
+def test_a_counter_beside_the_models_own_names_counts(counter):
+    model = model_of(2)
+    ema = anybatch.ModelEMA(model, 0.9)
+    assert anybatch.ema_state_from({counter: torch.tensor(7), **named(model_of(1), "")}, ema=ema)["tau"] == 7
+
+
 def test_a_run_goes_on_from_torchs_average():
     """Half of a run with AveragedModel, half with ModelEMA: what AveragedModel gives alone."""
     decay = 0.9

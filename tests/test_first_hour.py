@@ -133,6 +133,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_said(make, said):
         lambda o: ls.CosineAnnealingLR(o, 2699),
         lambda o: ls.OneCycleLR(o, 0.1, total_steps=2700),
         lambda o: ls.MultiStepLR(o, [1000, 2000]),
+        lambda o: ls.MultiStepLR(o, [1000, 2700]),
         lambda o: ls.ExponentialLR(o, 0.999),
         lambda o: ls.LambdaLR(o, lambda i: 1 / (1 + i)),
     ],
@@ -307,10 +308,11 @@ def test_a_copy_of_the_model_tells_nothing(made):
 
 def test_the_looks_end():
     model, optimizer, controller = build(base_batch=4, micro_batch=4)
-    hooks = len(model._forward_pre_hooks)
-    for _ in range(3):
+    hooks = []
+    for _ in range(4):
+        hooks.append(len(model._forward_pre_hooks))
         step(model, optimizer, n=2)
-    assert (hooks, len(model._forward_pre_hooks)) == (1, 0)
+    assert hooks == [1, 1, 1, 0]
     controller.detach()
 
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import pytest
@@ -601,6 +602,18 @@ def test_a_run_is_recorded_as_it_happened(tmp_path):
     assert run.config["optimizer"] == "SGD"
     assert "AdaScale" in run.config["rule"]
     assert (run.config["base_batch"], run.config["total"]) == (4, 100)
+
+
+def test_each_line_has_the_seconds_of_its_own_step(tmp_path, monkeypatch):
+    optimizer, model = optimizer_and_model()
+    now = iter(range(0, 1000, 2))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    anybatch.attach(optimizer, model=model, scale="count", record=tmp_path / "run.jsonl")
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [line.seconds for line in anybatch.read_record(tmp_path / "run.jsonl").steps] == [2, 2, 2]
 
 
 def optimizer_and_model():
