@@ -223,7 +223,7 @@ def test_a_state_of_fairscales_goes_on(debias, scaled):
         old |= {f"grad_{n}_avg_total": old[f"grad_{n}_avg"] * 8 for n in ("var", "sqr")}
     inner = sgd(model)
     optim = AdaScale(inner, num_gradients_to_accumulate=2, debias_ewma=debias, is_scaled_loss=scaled)
-    bare = inner.state_dict()
+    bare = sgd(model).state_dict()
     optim.load_state_dict({**bare, "state": {**bare["state"], "adascale": old}})
     assert "adascale" not in inner.state
     v, s = averages[:2].sum(), averages[2:].sum()

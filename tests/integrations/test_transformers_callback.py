@@ -192,6 +192,19 @@ def test_a_checkpoint_of_a_run_without_it_is_refused(made, tmp_path):
     assert not isinstance(trainer.lr_scheduler, anybatch.HeldScheduler)
 
 
+def test_a_run_that_is_over_stays_as_it_is_when_resumed(made, tmp_path):
+    trainer, first = made(save_strategy="steps", save_steps=1000)
+    trainer.train()
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    again, adapter = made()
+    with pytest.warns(anybatch.AnybatchWarning, match="has come to tau"):
+        again.train(resume_from_checkpoint=True)
+    assert adapter.controller.tau == first.controller.tau
+    assert adapter.controller.steps == first.controller.steps == again.state.global_step
+    for before, p in zip(weights, again.model.parameters(), strict=True):
+        assert torch.equal(before, p)
+
+
 def test_restored_callbacks_do_not_replace_it(made, tmp_path):
     options = {"restore_callback_states_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2}
     trainer, first = made(**options)
@@ -265,6 +278,10 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(made):
         made(rule="cubic")
     with pytest.raises(anybatch.UsageError, match="There is no run"):
         adapter.on_step_end(trainer.args, trainer.state, trainer.control)
+    trainer.args._n_gpu = 2
+    with pytest.raises(anybatch.UnsupportedError, match="torchrun"):
+        adapter.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.args._n_gpu = 1
     trainer.train()
     with pytest.raises(anybatch.UsageError, match="holds no tensor"):
         trainer.training_step(trainer.model, ["a prompt"])

@@ -141,7 +141,9 @@ class AdaScale(Optimizer):
                 "update_smoothing=False: give AdaScale(smoothing=...) the number that is to stay."
             )
         if not self._scaled_loss:  # the averages are of sums of so many gradients
-            self.controller.load_state_dict(_in_unit(self.controller.state_dict(), (new / self._accumulated) ** 2))
+            state, unit = self.controller.state_dict(), (new / self._accumulated) ** 2
+            moments = {name: state[name] * unit for name in ("variance", "sqnorm")}
+            self.controller.load_state_dict({**state, **moments})
         self._accumulated = new
         self.set_scale(self._scale)
 
@@ -185,8 +187,8 @@ class AdaScale(Optimizer):
         self._optimizer.add_param_group(pg)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and under "anybatch" the controller's."""
-        return {**self._optimizer.state_dict(), "anybatch": self.controller.state_dict()}
+        """The inner optimizer's state, which carries the controller's."""
+        return self._optimizer.state_dict()
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
         """Take what `state_dict()` gave, or what fairscale's gave.
@@ -194,20 +196,17 @@ class AdaScale(Optimizer):
         Raises:
             StateError: it has neither state of AdaScale; nothing was loaded then.
         """
-        rest = {name: value for name, value in data.items() if name != "anybatch"}
-        rest["state"] = {key: value for key, value in data["state"].items() if key != "adascale"}
-        if "anybatch" in data:
-            mine = data["anybatch"]
-        elif "adascale" in data["state"]:
-            unit = 1.0 if self._scaled_loss else float(self._accumulated**2)
-            mine = _in_unit({**self.controller.state_dict(), **_from_fairscale(data["state"]["adascale"])}, unit)
-        else:
+        fairscales = data["state"].get("adascale")
+        if fairscales is None and not any(str(name).startswith("anybatch_") for name in data["param_groups"][0]):
             raise anybatch.StateError(
                 "There is no state of AdaScale in it. If it is the inner optimizer's, load it there, before AdaScale()."
             )
-        self.controller.load_state_dict(mine)  # first, for it may refuse
-        self._optimizer.load_state_dict(rest)
-        self.controller.load_state_dict(mine)  # whatever an optimizer's state may have carried
+        unit = 1.0 if self._scaled_loss else float(self._accumulated**2)
+        old = {} if fairscales is None else _from_fairscale(fairscales, unit)
+        self._optimizer.load_state_dict(
+            {**data, "state": {key: value for key, value in data["state"].items() if key != "adascale"}}
+        )
+        self.controller.load_state_dict({**self.controller.state_dict(), **old})
 
     def unhook(self) -> None:
         """Remove every hook and let go of the parameters; the steps after it are the inner optimizer's own."""
@@ -267,12 +266,7 @@ def _backwards(number: int) -> int:
     return number
 
 
-def _in_unit(state: Mapping[str, float], factor: float) -> dict[str, float]:
-    """A controller's state with both moments multiplied."""
-    return {**state, "variance": state["variance"] * factor, "sqnorm": state["sqnorm"] * factor}
-
-
-def _from_fairscale(old: Mapping[str, Any]) -> dict[str, float]:
+def _from_fairscale(old: Mapping[str, Any], unit: float) -> dict[str, float]:
     """What a controller's state takes from fairscale's: one gain for all groups, so its arrays are summed over them."""
     try:
         if "grad_var_avg_unbias" in old:
@@ -284,4 +278,4 @@ def _from_fairscale(old: Mapping[str, Any]) -> dict[str, float]:
         variance, sqnorm = (weight * sum(float(x) for x in old[name]) for name in ("grad_var_avg", "grad_sqr_avg"))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise anybatch.StateError(f"Not the state of fairscale's AdaScale: {error!r}.") from None
-    return {"variance": variance, "sqnorm": sqnorm, "weight": weight, "samples": samples}
+    return {"variance": variance * unit, "sqnorm": sqnorm * unit, "weight": weight, "samples": samples}

@@ -25,7 +25,8 @@ _RULES: dict[str, Callable[[], anybatch.Rule]] = {
     "square_root": anybatch.SquareRoot,
     "identity": anybatch.Identity,
 }
-_STATE = "anybatch"  # in a checkpoint's trainer_state.json, among the states of callbacks
+_FILE = "trainer_state.json"  # in a checkpoint
+_STATE = "anybatch"  # in that file, among the states of callbacks
 _AVERAGE = "anybatch_ema.pt"  # in a checkpoint, beside the model
 _ON_METRICS = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)  # schedulers that no clock drives
 
@@ -73,6 +74,7 @@ def attach(
 
     Raises:
         InvalidValueError: a value out of range.
+        UnsupportedError: at `train()`, DeepSpeed, FSDP1, or several devices in one process.
         UsageError: the trainer is attached already, or loads the best weights where the average was evaluated; later,
             no gradient or no step came through.
         StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is not of such a run.
@@ -140,7 +142,8 @@ class AnyBatchCallback(TrainerCallback):
         epochs = args.num_train_epochs * examples / self._base_batch
         self._total = args.max_steps if args.max_steps > 0 else math.ceil(epochs)
         self._examples = examples if has_length(loader) and examples > self._base_batch else None
-        return sys.maxsize, updates, examples, self._total * batch, batch, in_epoch, self._total
+        epochs_to_come = 0 if self._is_over() else sys.maxsize  # as many as tau asks for
+        return epochs_to_come, updates, examples, self._total * batch, batch, in_epoch, self._total
 
     def _training_step(
         self, step: Callable[..., Any], model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
@@ -160,6 +163,11 @@ class AnyBatchCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach a controller to what the trainer has made; go on from the checkpoint's, if there is one."""
         trainer, scheduler = self._trainer, self._trainer.lr_scheduler
+        if args.n_gpu > 1:
+            raise anybatch.UnsupportedError(
+                f"nn.DataParallel over {args.n_gpu} devices averages their gradients unseen: start a process for each, "
+                "by torchrun or accelerate launch."
+            )
         driven = not isinstance(scheduler, _ON_METRICS)
         self.controller = anybatch.attach(
             trainer.optimizer,
@@ -244,6 +252,16 @@ class AnyBatchCallback(TrainerCallback):
         if self.controller is None:
             raise anybatch.UsageError("There is no run: the trainer has not called on_train_begin.")
         return self.controller
+
+    def _is_over(self) -> bool:
+        """Whether the checkpoint is that of a run's end."""
+        file = Path(self._checkpoint or "") / _FILE
+        if self._checkpoint is None or not file.is_file():
+            return False
+        saved = _states(TrainerState.load_from_json(str(file))).get(_STATE, {})
+        clock = anybatch.Clock(self._total)
+        clock.advance(saved.get("tau", 0.0))
+        return clock.done
 
     def _weigh(self, inputs: Any, items: Any) -> None:
         """The share of this micro-batch's tokens in the step's loss, as the trainer counts them."""
