@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import anybatch
 from anybatch.integrations.transformers import AnyBatchArguments, attach
-from integrations import task
+from integrations import gpt, task
 from integrations import transformers_workers as workers
 
 
@@ -23,7 +23,7 @@ def _one_process():
 def made(tmp_path):
     """A trainer of 4 micro-batches a step and a base batch of one, and its callback."""
 
-    def made(model=None, *, base_batch=task.SIZE, ema_decay=None, rule="adascale", record=None, **options):
+    def made(model=None, *, base_batch=task.SIZE, ema_decay=None, rule="AdaScale", record=None, **options):
         trainer = workers.trainer_of(f"{tmp_path}", model, **{"max_steps": 20, **options})
         return trainer, attach(trainer, base_batch, ema_decay=ema_decay, rule=rule, record=record)
 
@@ -274,7 +274,7 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(made):
     trainer, adapter = made()
     with pytest.raises(anybatch.UsageError, match="attached already"):
         attach(trainer, base_batch=4)
-    with pytest.raises(anybatch.InvalidValueError, match="square_root"):
+    with pytest.raises(anybatch.InvalidValueError, match="SquareRoot"):
         made(rule="cubic")
     with pytest.raises(anybatch.UsageError, match="There is no run"):
         adapter.on_step_end(trainer.args, trainer.state, trainer.control)
@@ -282,6 +282,10 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(made):
     with pytest.raises(anybatch.UnsupportedError, match="torchrun"):
         adapter.on_train_begin(trainer.args, trainer.state, trainer.control)
     trainer.args._n_gpu = 1
+    sharded, averaged = made(ema_decay=0.9)
+    sharded.model.net[0].weight.device_mesh = "as a DTensor has it"
+    with pytest.raises(anybatch.UnsupportedError, match="sharded"):
+        averaged.on_train_begin(sharded.args, sharded.state, sharded.control)
     trainer.train()
     with pytest.raises(anybatch.UsageError, match="holds no tensor"):
         trainer.training_step(trainer.model, ["a prompt"])
@@ -297,11 +301,21 @@ def test_sequences_without_padding_are_counted_one_by_one():
     assert _examples({"input_ids": torch.zeros(5, 7), "position_ids": torch.zeros(5, 7)}) == 5
 
 
+@pytest.mark.parametrize("scaled", [None, True, False])
+def test_tokens_are_weights_unless_the_trainer_says_that_each_loss_is_a_mean(scaled, tmp_path):
+    trainer = workers.gpt_trainer(f"{tmp_path}", gpt.model(size=16), gpt.sentences(160, seed=3), max_steps=4)
+    trainer.loss_is_scaled_for_ga = scaled
+    adapter, weighed = attach(trainer, base_batch=4), []
+    adapter._weigh = lambda *_: weighed.append(True)
+    trainer.train()
+    assert len(weighed) == (0 if scaled is False else 4 * adapter.controller.steps)
+
+
 def test_arguments_are_parsed_and_given_on(made, tmp_path):
     parser = HfArgumentParser(AnyBatchArguments)
     path = f"{tmp_path}/run.jsonl"
-    (parsed,) = parser.parse_args_into_dataclasses(["--base_batch", "4", "--rule", "linear", "--record", path])
-    assert parsed == AnyBatchArguments(base_batch=4, rule="linear", ema_decay=None, record=path)
+    (parsed,) = parser.parse_args_into_dataclasses(["--base_batch", "4", "--rule", "Linear", "--record", path])
+    assert parsed == AnyBatchArguments(base_batch=4, rule="Linear", ema_decay=None, record=path)
     trainer, adapter = made(**vars(parsed))
     trainer.train()
     assert adapter.controller.rule == anybatch.Linear()

@@ -1,5 +1,6 @@
 """anybatch in the Trainer of Hugging Face's transformers, and in those of TRL that are made of it."""
 
+import json
 import math
 import sys
 import warnings
@@ -8,25 +9,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 import anybatch
 
-RuleName = Literal["adascale", "linear", "square_root", "identity"]
-_RULES: dict[str, Callable[[], anybatch.Rule]] = {
-    "adascale": anybatch.AdaScale,
-    "linear": anybatch.Linear,
-    "square_root": anybatch.SquareRoot,
-    "identity": anybatch.Identity,
-}
-_FILE = "trainer_state.json"  # in a checkpoint
-_STATE = "anybatch"  # in that file, among the states of callbacks
+RuleName = Literal["AdaScale", "Linear", "SquareRoot", "Identity"]
+_STATE = "anybatch"  # in a checkpoint's trainer_state.json, among the states of callbacks
 _AVERAGE = "anybatch_ema.pt"  # in a checkpoint, beside the model
 _ON_METRICS = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)  # schedulers that no clock drives
 
@@ -43,7 +37,7 @@ class AnyBatchArguments:
     """
 
     base_batch: int = field(metadata={"help": "Batch size that the hyperparameters were tuned for, in examples."})
-    rule: RuleName = field(default="adascale", metadata={"help": "How steps scale with the batch."})
+    rule: RuleName = field(default="AdaScale", metadata={"help": "How steps scale with the batch."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of a model average, per base iteration."})
     record: str | None = field(default=None, metadata={"help": "File that gets a line of JSON for each step."})
 
@@ -52,7 +46,7 @@ def attach(
     trainer: Trainer,
     base_batch: int,
     *,
-    rule: anybatch.Rule | RuleName = "adascale",
+    rule: anybatch.Rule | RuleName = "AdaScale",
     ema_decay: float | None = None,
     record: str | None = None,
 ) -> "AnyBatchCallback":
@@ -81,16 +75,15 @@ def attach(
     """
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
         raise anybatch.UsageError("This trainer has anybatch attached already.")
-    if isinstance(rule, str):
-        if rule not in _RULES:
-            raise anybatch.InvalidValueError(f"rule is one of {sorted(_RULES)} or an anybatch.Rule, got {rule!r}.")
-        rule = _RULES[rule]()
+    if isinstance(rule, str) and rule not in get_args(RuleName):
+        raise anybatch.InvalidValueError(f"rule is one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
+    made: anybatch.Rule = getattr(anybatch, rule)() if isinstance(rule, str) else rule
     if ema_decay is not None and trainer.args.load_best_model_at_end:
         raise anybatch.UsageError(
             "With ema_decay the evaluations are of the average, and load_best_model_at_end would load the weights "
             "beside it: leave one of them out."
         )
-    callback = AnyBatchCallback(trainer, base_batch, rule=rule, ema_decay=ema_decay, record=record)
+    callback = AnyBatchCallback(trainer, base_batch, rule=made, ema_decay=ema_decay, record=record)
     # Before the reporters, which are to get its numbers, and before the flow, which is told where the run ends.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
@@ -136,7 +129,7 @@ class AnyBatchCallback(TrainerCallback):
         finally:
             self._release()
 
-    def _set_initial_training_values(self, values: Callable[..., Any], args: TrainingArguments, loader: Any) -> Any:
+    def _set_initial_training_values(self, values: Callable[..., Any], args: Any, loader: Any) -> Any:
         self._release()  # the run before, if a batch did not fit into memory
         _, updates, examples, _, batch, in_epoch, _ = values(args, loader)
         epochs = args.num_train_epochs * examples / self._base_batch
@@ -150,7 +143,7 @@ class AnyBatchCallback(TrainerCallback):
     ) -> Any:
         if self.controller is not None:
             self.controller.micro_batch = _examples(inputs)
-            if num_items_in_batch is not None and "labels" in inputs:
+            if num_items_in_batch is not None and self._trainer.loss_is_scaled_for_ga is not False:
                 self._weigh(inputs, num_items_in_batch)
         return step(model, inputs, num_items_in_batch, **kwargs)
 
@@ -160,13 +153,18 @@ class AnyBatchCallback(TrainerCallback):
 
     # ---- what the trainer calls ----
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Attach a controller to what the trainer has made; go on from the checkpoint's, if there is one."""
         trainer, scheduler = self._trainer, self._trainer.lr_scheduler
         if args.n_gpu > 1:
             raise anybatch.UnsupportedError(
                 f"nn.DataParallel over {args.n_gpu} devices averages their gradients unseen: start a process for each, "
                 "by torchrun or accelerate launch."
+            )
+        if self._ema_decay is not None and any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
+            raise anybatch.UnsupportedError(
+                "ema_decay does not go with sharded parameters, whose average no one process can save: leave it out, "
+                "and make the ModelEMA in a callback of your own."
             )
         driven = not isinstance(scheduler, _ON_METRICS)
         self.controller = anybatch.attach(
@@ -186,12 +184,10 @@ class AnyBatchCallback(TrainerCallback):
         if self._ema_decay is not None:
             self.ema = anybatch.ModelEMA(trainer.model, self._ema_decay, clock=self.controller.clock)
         if state.global_step:
-            self._resume(_states(state))
+            self._resume(state.stateful_callbacks)
         self._seen, self._before = False, self.controller.steps + self.controller.skipped
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """At the first step, look whether there is a gradient."""
         groups = self._trainer.optimizer.param_groups
         if not self._seen and all(p.grad is None for group in groups for p in group["params"]):
@@ -201,7 +197,7 @@ class AnyBatchCallback(TrainerCallback):
                 "needs model.enable_input_require_grads()."
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the state for the next checkpoint, and tell the trainer whether this step is the last."""
         controller = self._running
         if not self._seen and controller.steps + controller.skipped == self._before:
@@ -212,15 +208,15 @@ class AnyBatchCallback(TrainerCallback):
                 "model. Train under DDP or FSDP2, with an optimizer that is a torch.optim.Optimizer."
             )
         self._seen = True
-        _states(state)[_STATE] = controller.state_dict()
+        state.stateful_callbacks[_STATE] = controller.state_dict()
         # The flow, which comes after this callback, ends the run at max_steps; tau tells when that is.
         state.max_steps = state.global_step if controller.done else max(self._total, state.global_step + 1)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the length of the run as it is in base iterations: samples per second are counted by it."""
         state.max_steps = self._total
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the last step's numbers, those that are finite, to what the reporters get."""
         if self.controller is None:
             return
@@ -229,13 +225,13 @@ class AnyBatchCallback(TrainerCallback):
         for log in (kwargs["logs"], *state.log_history[-1:]):
             log.update({name: x for name, x in numbers.items() if math.isfinite(x)})
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the average beside the model."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.ema is not None and state.is_world_process_zero:
             torch.save(self.ema.state_dict(), folder / _AVERAGE)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say so, if the run is not over."""
         if not self._running.done:
             warnings.warn(
@@ -255,13 +251,12 @@ class AnyBatchCallback(TrainerCallback):
 
     def _is_over(self) -> bool:
         """Whether the checkpoint is that of a run's end."""
-        file = Path(self._checkpoint or "") / _FILE
-        if self._checkpoint is None or not file.is_file():
+        if self._checkpoint is None:
             return False
-        saved = _states(TrainerState.load_from_json(str(file))).get(_STATE, {})
-        clock = anybatch.Clock(self._total)
-        clock.advance(saved.get("tau", 0.0))
-        return clock.done
+        file = Path(self._checkpoint) / "trainer_state.json"
+        clock = anybatch.Clock()
+        clock.tau = json.loads(file.read_text())["stateful_callbacks"].get(_STATE, {}).get("tau", 0.0)
+        return clock.reached(self._total)
 
     def _weigh(self, inputs: Any, items: Any) -> None:
         """The share of this micro-batch's tokens in the step's loss, as the trainer counts them."""
@@ -296,12 +291,6 @@ class AnyBatchCallback(TrainerCallback):
         scheduler = self._trainer.lr_scheduler
         if isinstance(scheduler, anybatch.HeldScheduler):
             self._trainer.lr_scheduler = self._trainer.callback_handler.lr_scheduler = scheduler.scheduler
-
-
-def _states(state: TrainerState) -> dict[str, Any]:
-    """What callbacks have in a checkpoint: annotated as what it is made of."""
-    found: Any = state.stateful_callbacks
-    return cast("dict[str, Any]", found)
 
 
 def _examples(inputs: Any) -> int:
