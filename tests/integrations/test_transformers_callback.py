@@ -1,5 +1,6 @@
 """What surrounds a step of the Trainer: limits, schedules, logs, averages, checkpoints, retries, and what cannot be."""
 
+import doctest
 import math
 import warnings
 
@@ -9,6 +10,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import anybatch
+from anybatch.integrations import transformers as adapter_module
 from anybatch.integrations.transformers import AnyBatchArguments, attach
 from integrations import gpt, task
 from integrations import transformers_workers as workers
@@ -85,6 +87,39 @@ def test_epochs_warm_up_and_schedule_are_those_of_the_base_batch(micro_batches, 
         assert rate == pytest.approx(task.oracle.LR * expected, rel=1e-9)
     assert trainer.state.max_steps == total
     assert trainer.state.global_step == adapter.controller.steps == len(rates)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, micro_batches):
+        self.examples = workers.examples()[: micro_batches * task.SIZE]
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
+def test_a_stream_begins_again_and_what_is_left_of_it_is_in_no_step(made):
+    trainer, adapter = made(data=Stream(6))
+    counts, first = [], []
+
+    class Counts(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            first.append([p.grad.clone() for p in trainer.model.parameters()])
+
+        def on_step_end(self, *_, **__):
+            counts.append(adapter.controller.count)
+
+    trainer.add_callback(Counts())
+    trainer.train()
+    assert counts == [4] * adapter.controller.steps
+    assert 20 <= adapter.controller.tau < 24
+    assert trainer.state.epoch > 3
+    trainer, adapter = made(data=Stream(6), learning_rate=0.0, max_steps=3, optimizer=False, optim="sgd")
+    trainer.add_callback(Counts())
+    first.clear()
+    trainer.train()
+    for step in first[1:]:  # the same weights and the same four micro-batches in each epoch
+        for a, b in zip(step, first[0], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_batch_smaller_than_the_base_batch_takes_more_steps_than_max_steps(made):
@@ -322,3 +357,10 @@ def test_arguments_are_parsed_and_given_on(made, tmp_path):
     assert [step.scale for step in anybatch.read_record(path).steps] == [4.0] * 5
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses([])
+
+
+def test_the_example_runs(tmp_path):
+    names = {"torch": torch, "tmp_path": tmp_path}
+    ran = doctest.testmod(adapter_module, extraglobs=names, optionflags=doctest.ELLIPSIS)
+    assert ran.attempted > 5
+    assert ran.failed == 0

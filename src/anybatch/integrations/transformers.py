@@ -72,6 +72,25 @@ def attach(
         UsageError: the trainer is attached already, or loads the best weights where the average was evaluated; later,
             no gradient or no step came through.
         StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is not of such a run.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from anybatch.integrations.transformers import attach
+        >>> class Line(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.zeros(4))
+        ...     def forward(self, x, y):
+        ...         return {"loss": (x @ self.weight - y).square().mean()}
+        >>> data = [{"x": x, "y": x.sum() + torch.randn(())} for x in torch.randn(200, 4)]
+        >>> options = {"max_steps": 20, "gradient_accumulation_steps": 4, "disable_tqdm": True, "use_cpu": True}
+        >>> arguments = TrainingArguments(str(tmp_path), dataloader_pin_memory=False, **options)
+        >>> trainer = Trainer(Line(), arguments, train_dataset=data)
+        >>> adapter = attach(trainer, base_batch=8)
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> adapter.controller.scale, 20 <= adapter.controller.tau < 24, result.global_step < 20
+        (4.0, True, True)
     """
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
         raise anybatch.UsageError("This trainer has anybatch attached already.")
@@ -213,7 +232,9 @@ class AnyBatchCallback(TrainerCallback):
         state.max_steps = state.global_step if controller.done else max(self._total, state.global_step + 1)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the length of the run as it is in base iterations: samples per second are counted by it."""
+        """Clear what no step took, and leave the length of the run as samples per second are counted by it."""
+        # Of data without a length the trainer leaves the last, incomplete window for the next epoch to add to.
+        self._trainer.model_wrapped.zero_grad()
         state.max_steps = self._total
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
