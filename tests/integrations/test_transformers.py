@@ -48,6 +48,17 @@ def test_a_killed_run_goes_on_at_the_same_tau_with_twice_the_batch_on_two_proces
         task.check_end(rank["resumed"])
 
 
+def test_a_run_in_epochs_goes_on_at_four_times_the_batch(tmp_path):
+    """By the trainer's own count it would be over at once: 20 steps are more than all epochs have at that batch."""
+    data = workers.examples()[: 24 * task.SIZE]
+    epochs = {"data": data, "max_steps": -1, "num_train_epochs": 2}
+    killed = workers.train(0, 1, f"{tmp_path}", accumulation=1, kill=20, **epochs)
+    found = workers.train(0, 1, f"{tmp_path}", accumulation=4, resume=f"{tmp_path}/checkpoint-20", **epochs)
+    assert found["first"] == killed["taus"][-1] == 20
+    assert 48 <= found["taus"][-1] < 52
+    assert found["steps"] > 20 + 28 / 4
+
+
 def test_a_loss_over_all_tokens_is_measured_by_them(two, tmp_path, record_property):
     """A GPT and sentences of unequal lengths: gains and weights are those of a loop that weighs by hand."""
     expected = workers.gpt_plain()
