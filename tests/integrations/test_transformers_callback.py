@@ -309,6 +309,10 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(made):
     trainer, adapter = made()
     with pytest.raises(anybatch.UsageError, match="attached already"):
         attach(trainer, base_batch=4)
+    late = workers.trainer_of(trainer.args.output_dir)
+    late.is_in_train = True
+    with pytest.raises(anybatch.UsageError, match="attach before it"):
+        attach(late, base_batch=4)
     with pytest.raises(anybatch.InvalidValueError, match="SquareRoot"):
         made(rule="cubic")
     with pytest.raises(anybatch.UsageError, match="There is no run"):
@@ -344,6 +348,15 @@ def test_tokens_are_weights_unless_the_trainer_says_that_each_loss_is_a_mean(sca
     adapter._weigh = lambda *_: weighed.append(True)
     trainer.train()
     assert len(weighed) == (0 if scaled is False else 4 * adapter.controller.steps)
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("Identity", 8), ("SquareRoot", 2), ("Linear", 2)])
+def test_rules_that_measure_nothing_take_a_loss_over_tokens_too(rule, steps, tmp_path):
+    trainer = workers.gpt_trainer(f"{tmp_path}", gpt.model(size=16), gpt.sentences(160, seed=3), max_steps=8)
+    adapter = attach(trainer, base_batch=4, rule=rule)
+    trainer.train()
+    assert adapter.controller.steps == steps
+    assert adapter.controller.scale == 4
 
 
 def test_arguments_are_parsed_and_given_on(made, tmp_path):

@@ -69,8 +69,8 @@ def attach(
     Raises:
         InvalidValueError: a value out of range.
         UnsupportedError: at `train()`, DeepSpeed, FSDP1, or several devices in one process.
-        UsageError: the trainer is attached already, or loads the best weights where the average was evaluated; later,
-            no gradient or no step came through.
+        UsageError: the trainer is attached already, is in `train()`, or loads the best weights where the average was
+            evaluated; later, no gradient or no step came through.
         StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is not of such a run.
 
     Example:
@@ -94,6 +94,8 @@ def attach(
     """
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
         raise anybatch.UsageError("This trainer has anybatch attached already.")
+    if trainer.is_in_train:
+        raise anybatch.UsageError("The trainer is in train() already: attach before it.")
     if isinstance(rule, str) and rule not in get_args(RuleName):
         raise anybatch.InvalidValueError(f"rule is one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
     made: anybatch.Rule = getattr(anybatch, rule)() if isinstance(rule, str) else rule
