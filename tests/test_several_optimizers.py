@@ -82,6 +82,21 @@ def test_a_window_is_one_step_of_each():
     assert controller.steps == 1
 
 
+@pytest.mark.parametrize("lagged", [False, True])
+def test_a_backward_between_the_steps_of_two_is_an_error(lagged):
+    """As in a GAN, whose halves have losses of their own."""
+    model = oracle.make_model()
+    parameters = list(model.parameters())
+    first, second = (torch.optim.SGD(half, lr=0.1) for half in (parameters[:2], parameters[2:]))
+    anybatch.attach([first, second], model=model, scale="count", lagged=lagged)
+    x, y = oracle.micro_batch(0, 0)
+    oracle.loss_fn(model(x), y).backward()
+    first.step()
+    oracle.loss_fn(model(x), y).backward()
+    with pytest.raises(anybatch.UsageError, match="need a controller each"):
+        second.step()
+
+
 def test_what_does_not_count_does_not_count_for_any():
     model = oracle.make_model()
     parameters = list(model.parameters())

@@ -199,6 +199,12 @@ class Stepper:
                 f"{type(values.optimizer).__name__} steps again, and another optimizer of the same controller has not "
                 "stepped yet: a window is one step of each, after its last backward."
             )
+        if self._taken and self._judged is not None and self._judged.stamp != self._stamp:
+            raise UsageError(
+                "There was a backward between the steps of two optimizers of the same controller, before that of "
+                f"{type(values.optimizer).__name__}: a window is one step of each, after its last backward. Two that "
+                "train against each other, in a GAN say, need a controller each."
+            )
         judged = self._judged if self._taken else self._judge_window(values.optimizer)
         if judged is None:
             return
@@ -211,6 +217,11 @@ class Stepper:
             return
         scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
         held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
+
+    @property
+    def _stamp(self) -> int | None:
+        """Of all that was seen since the last step; `None` where nothing watches."""
+        return None if self._gather is None else self._gather.stamp
 
     def peek(self) -> Step | None:
         """How far a step would go now; `None` where nothing was seen since the last."""
@@ -238,7 +249,7 @@ class Stepper:
             self._engine.check(share is not None)
             if not self._gather.pending:
                 check_in_use(optimizer, model=self._model)
-        stamp = None if self._gather is None else self._gather.stamp
+        stamp = self._stamp
         if stamp is None or self._judged is None or self._judged.stamp != stamp:
             self._judged = _Judged(stamp, *self._observe(share))
         # Else the same window again: after a look at it, a step() that raised, or from one that calls another step().
