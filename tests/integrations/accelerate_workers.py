@@ -1,6 +1,7 @@
 """Training loops of Accelerate, on one process or several. In a module of its own, so that processes can import it."""
 
 import oracle
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -58,6 +59,16 @@ def end_of_400(rank, world):
     return train(*parts)
 
 
+def unprepared(rank, world):
+    """What attach says of the model as it was before `prepare`."""
+    task.as_launched(rank, world)
+    _, model, optimizer, *_, controller = prepared(accumulation=1)
+    controller.detach()
+    with pytest.raises(anybatch.UsageError) as said:
+        anybatch.attach(optimizer, model=model.module, scale="count")
+    return str(said.value)
+
+
 def killed(rank, world, folder):
     """Fifteen steps, and a checkpoint."""
     task.as_launched(rank, world)
@@ -86,5 +97,6 @@ def all_of(rank, world, folder):
         "clipped": parity(rank, world, clip=0.5),
         "around": parity(rank, world, around=True),
         "end": end_of_400(rank, world),
+        "unprepared": unprepared(rank, world),
         "resumed": resumed(rank, world, folder, 2),
     }

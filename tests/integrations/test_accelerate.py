@@ -5,6 +5,7 @@ import functools
 import pytest
 from distributed import launch
 
+import anybatch
 from integrations import task
 
 workers = pytest.importorskip("integrations.accelerate_workers", exc_type=ModuleNotFoundError)
@@ -63,3 +64,17 @@ def test_killed_and_resumed_on_two_processes_with_twice_the_batch(folder):
 def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
     """Fifteen batches: steps of 4, 4, 4 and 3, each loss divided by 4."""
     task.check(workers.parity(loader=task.short(15)), plain(epoch=15))
+
+
+def test_a_model_that_was_not_prepared_is_an_error_that_names_the_one_that_was(folder):
+    for found in two(folder):
+        assert "accelerator.prepare" in found["unprepared"]
+
+
+def test_a_prepared_scheduler_that_attach_was_not_given_is_warned_of():
+    accelerator, model, optimizer, loader, scheduler, controller = workers.prepared(accumulation=4)
+    controller.detach()
+    controller = anybatch.attach(optimizer, model=model, total=4, base_batch=task.SIZE, micro_batch=task.SIZE)
+    with pytest.warns(anybatch.AnybatchWarning, match="attach was not given"):
+        workers.train(accelerator, model, optimizer, loader, scheduler, controller)
+    assert scheduler.scheduler.last_epoch == controller.steps

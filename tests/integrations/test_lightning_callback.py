@@ -1,5 +1,6 @@
 """What else Lightning does around a run: limits, epochs, tuning, monitors, precision, averages, several optimizers."""
 
+import doctest
 import inspect
 import math
 
@@ -13,7 +14,12 @@ from integrations import task
 
 workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -179,6 +185,19 @@ def test_lr_find_runs_before_there_is_a_controller(tmp_path):
     trainer.fit(module, task.loader())
     assert 20 <= adapter.controller.tau < 24
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.1 * module.lr
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_finder_of_the_rate_that_is_a_callback_itself(first, tmp_path):
+    adapter, finder = AnyBatch(base_batch=task.SIZE), LearningRateFinder(1e-3, 0.1, num_training_steps=20)
+    module = workers.Module()
+    trainer = workers.trainer_of(
+        *((finder, adapter) if first else (adapter, finder)), max_steps=20, default_root_dir=tmp_path
+    )
+    trainer.fit(module, task.loader())
+    assert module.lr == finder.optimal_lr.suggestion()
+    assert 20 <= adapter.controller.tau < 24
+    assert trainer.max_steps == 20
 
 
 class Diary(Callback):
@@ -377,3 +396,9 @@ def test_two_runs_with_one_callback():
 def test_its_arguments_have_types_for_the_command_line():
     for name, argument in inspect.signature(AnyBatch).parameters.items():
         assert argument.annotation is not inspect.Parameter.empty, name
+
+
+def test_the_example_of_its_docstring_runs():
+    (test,) = doctest.DocTestFinder(recurse=False).find(AnyBatch, "AnyBatch", globs={})
+    assert doctest.DocTestRunner().run(test).failed == 0
+    assert len(test.examples) == 3

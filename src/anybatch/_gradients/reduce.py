@@ -337,8 +337,9 @@ def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGro
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UsageError(
                 f"torch.distributed runs with {dist.get_world_size()} ranks, but the model is not wrapped in "
-                "DistributedDataParallel. Give attach the wrapped module; if every rank trains for itself, give it a "
-                "process_group of one rank."
+                "DistributedDataParallel. Give attach the wrapped module (what accelerator.prepare or fabric.setup "
+                "returned; trainer.model in Lightning, trainer.model_wrapped in the Trainer); if every rank trains for "
+                "itself, give it a process_group of one rank."
             )
         return Ranks()
     size = dist.get_world_size(group)
