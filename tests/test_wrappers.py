@@ -34,6 +34,8 @@ class Lookahead(WrappedOptimizer):
 class WrappedScheduler:
     """Of the shape of Accelerate's: it steps twice, as on two processes."""
 
+    step_with_optimizer = True
+
     def __init__(self, scheduler):
         self.scheduler = scheduler
 
@@ -217,11 +219,30 @@ class Silent:
         pass
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, WrappedScheduler])
-def test_an_object_that_tells_no_position_is_refused(wrap):
+class WarmUp:
+    """A wrapper that does more than to hand on: to see through it would be to leave that out."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def step(self):
+        self.scheduler.step()
+
+
+@pytest.mark.parametrize("make", [lambda _: Silent(), lambda _: WrappedScheduler(Silent()), WarmUp])
+def test_an_object_that_tells_no_position_is_refused(make):
     model, optimizer = build()
     with pytest.raises(anybatch.InvalidValueError, match="does not tell its position"):
-        linear(optimizer, model, scheduler=wrap(Silent()))
+        linear(optimizer, model, scheduler=make(CosineAnnealingLR(optimizer, 40)))
+
+
+def test_what_took_its_scheduler_back_keeps_it():
+    model, optimizer = build()
+    scheduler = WrappedScheduler(CosineAnnealingLR(optimizer, 40))
+    controller = linear(optimizer, model, scheduler=scheduler)
+    other = scheduler.scheduler = CosineAnnealingLR(optimizer, 50)
+    controller.detach()
+    assert scheduler.scheduler is other
 
 
 def test_a_scheduler_of_another_optimizer_is_refused_in_a_wrapper_too():
@@ -288,6 +309,21 @@ def test_a_resumed_schedule_is_not_ahead_whatever_is_loaded_first():
         while not controller.done:
             step(model, optimizer)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_resumed_schedule_that_does_not_fit_is_said_with_the_position_of_its_beginning():
+    model, optimizer = build()
+    scheduler = CosineAnnealingLR(optimizer, 40)
+    controller = linear(optimizer, model, scheduler=scheduler, total=40)
+    step(model, optimizer)
+    saved = controller.state_dict()
+    model, optimizer = build()
+    scheduler = CosineAnnealingLR(optimizer, 80)
+    scheduler.last_epoch = 4
+    controller = linear(optimizer, model, scheduler=scheduler, total=40)
+    controller.load_state_dict(saved)
+    with pytest.warns(anybatch.AnybatchWarning, match="T_max=80, the run 40 scheduler steps"):
+        step(model, optimizer)
 
 
 def test_without_a_total_a_schedule_may_begin_in_its_middle():

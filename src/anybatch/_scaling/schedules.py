@@ -34,6 +34,7 @@ class ScheduleDriver:
 
     def __init__(self, scheduler: Any, *, optimizer: Optimizer, clock: Clock, every: float = 1.0) -> None:
         scheduler, self._holder = held_by(scheduler)
+        self._held: HeldScheduler | None = None
         if bare_optimizer(getattr(scheduler, "optimizer", optimizer)) is not optimizer:
             raise InvalidValueError(
                 "The scheduler belongs to another optimizer than the one given to attach: make it of that optimizer."
@@ -58,12 +59,12 @@ class ScheduleDriver:
     def hold(self) -> None:
         """Let the wrapper that has the scheduler step it no more."""
         if self._holder is not None and self._driven:
-            self._holder.scheduler = HeldScheduler(self._scheduler)
+            self._held = self._holder.scheduler = HeldScheduler(self._scheduler)
 
     def stop(self) -> None:
         """Leave the scheduler to whoever had it."""
         self._unsubscribe()
-        if self._holder is not None:
+        if self._held is not None and self._holder.scheduler is self._held:
             self._holder.scheduler = self._scheduler
 
     def _warn_of_misfit(self) -> bool:
@@ -82,7 +83,7 @@ class ScheduleDriver:
     def _warn_if_ahead(self) -> None:
         """Once, at the first step: until then the clock's state may still be loaded."""
         ahead, self._ahead = self._ahead, 0
-        if not ahead or self._clock.tau or not self._driven or self._clock.total is None or self._warn_of_misfit():
+        if not ahead or not self._driven or self._clock.total is None or self._warn_of_misfit() or self._clock.tau:
             return
         warnings.warn(
             f"The schedule is ahead of the clock: attach found the scheduler at {ahead}, and the clock begins at 0, so "

@@ -52,13 +52,18 @@ class HeldScheduler:
 def held_by(scheduler: Any) -> tuple[Any, Any]:
     """The real scheduler, and the wrapper that keeps it as `scheduler`; `None` where there is none to be changed."""
     holder = None
-    while isinstance(scheduler, HeldScheduler) or (
-        not hasattr(scheduler, "last_epoch") and hasattr(scheduler, "scheduler")
-    ):
+    while isinstance(scheduler, HeldScheduler) or _wraps(scheduler):
         # What is held already was so before this controller, and stays so after it.
         holder = None if isinstance(scheduler, HeldScheduler) else scheduler
         scheduler = scheduler.scheduler
     return scheduler, holder
+
+
+def _wraps(thing: Any) -> bool:
+    """Whether it is Accelerate's wrapper, or Lightning's, which has no step; another one may do more than that."""
+    if not hasattr(thing, "scheduler") or hasattr(thing, "last_epoch"):
+        return False
+    return hasattr(thing, "step_with_optimizer") or not hasattr(thing, "step")
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:
