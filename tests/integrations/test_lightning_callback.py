@@ -117,6 +117,11 @@ def test_a_run_of_unknown_length_is_an_error(options, said):
         fit(**options)
 
 
+def test_a_fast_dev_run_is_as_short_as_ever():
+    adapter, _, trainer = fit(fast_dev_run=2, max_epochs=3, accumulation=1)
+    assert (trainer.global_step, adapter.controller.tau) == (2, 2)
+
+
 def test_a_schedule_by_epoch_of_unknown_length_is_an_error():
     with pytest.raises(anybatch.UsageError, match='"interval": "step"'):
         fit(module=workers.Module(interval="epoch"))
@@ -256,13 +261,14 @@ def test_a_validation_that_raises_leaves_the_model_its_weights():
 def test_a_checkpoint_brings_the_average_back_and_holds_the_training_weights(tmp_path):
     adapter = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
     diary = Diary(adapter, 0.9)
-    saving = ModelCheckpoint(tmp_path, filename="newest")
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
     fit(
-        diary, saving, adapter=adapter, val=task.short(2), max_steps=20, limit_val_batches=1, val_check_interval=24,
+        diary, saving, adapter=adapter, val=task.short(2), max_steps=40, limit_val_batches=1, val_check_interval=24,
         enable_checkpointing=True,
     )  # fmt: skip
-    average, weights, _ = diary.seen[-1]
-    saved = torch.load(tmp_path / "newest.ckpt", weights_only=True)
+    average, weights, _ = diary.seen[0]
+    path = tmp_path / "step=6.ckpt"  # of the first validation, after 24 batches
+    saved = torch.load(path, weights_only=True)
     assert same(list(saved["state_dict"].values()), weights)
     again = AnyBatch(base_batch=task.SIZE, ema_decay=0.9)
     found = {}
@@ -273,14 +279,13 @@ def test_a_checkpoint_brings_the_average_back_and_holds_the_training_weights(tmp
             with again.ema.applied():
                 found["average"] = [p.detach().clone() for p in module.parameters()]
 
-    with pytest.warns(anybatch.AnybatchWarning, match="is over there"):
-        fit(Looks(), adapter=again, max_steps=20, ckpt=tmp_path / "newest.ckpt")
+    fit(Looks(), adapter=again, max_steps=40, ckpt=path)
     assert found["tau"] == saved["callbacks"]["AnyBatch"]["controller"]["tau"] > 0
     assert same(found["average"], average)
     with pytest.raises(anybatch.StateError, match="no ema"):
-        fit(max_steps=20, ckpt=without(saved, "ema", tmp_path), adapter=AnyBatch(base_batch=4, ema_decay=0.9))
+        fit(max_steps=40, ckpt=without(saved, "ema", tmp_path), adapter=AnyBatch(base_batch=4, ema_decay=0.9))
     with pytest.raises(anybatch.StateError, match="no controller"):
-        fit(max_steps=20, ckpt=without(saved, "controller", tmp_path))
+        fit(max_steps=40, ckpt=without(saved, "controller", tmp_path))
 
 
 def without(saved, name, folder):
