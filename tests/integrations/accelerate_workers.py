@@ -26,7 +26,6 @@ def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None):
         optimizer, model=model, scheduler=scheduler, total=total, base_batch=task.SIZE, micro_batch=task.SIZE,
         reduction=accumulation,
     )  # fmt: skip
-    accelerator.register_for_checkpointing(controller)
     return accelerator, model, optimizer, loader, scheduler, controller
 
 

@@ -46,7 +46,7 @@ def parity(rank=0, world=1, *, clip=None, around=True):
 
 
 def _state(parts):
-    return dict(zip(("model", "optimizer", "scheduler", "controller"), parts[1:], strict=True))
+    return dict(zip(("model", "optimizer", "scheduler"), parts[1:4], strict=True))
 
 
 def killed(folder):

@@ -76,8 +76,8 @@ class AnyBatch(Callback):
             return
         self.controller, self.ema, self._loaded = None, None, {}
         fit, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        # A fast_dev_run is a step or few, and Lightning's one epoch of it means nothing.
-        self._total = self._base_iterations(fit.max_steps, -1 if trainer.fast_dev_run else fit.max_epochs)
+        short = trainer.fast_dev_run  # type: ignore[attr-defined]  # a step or few; its one epoch means nothing
+        self._total = self._base_iterations(fit.max_steps, -1 if short else fit.max_epochs)
         for loop, name in ((fit, "max_epochs"), (fit, "min_epochs"), (steps, "max_steps"), (steps, "min_steps")):
             self._limits.callback(setattr, loop, name, getattr(loop, name))
         if fit.min_epochs or steps.min_steps:
