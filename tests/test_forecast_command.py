@@ -39,8 +39,8 @@ def test_the_table_the_sentence_and_the_picture(tmp_path):
     result = run(cli.app, arguments, env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
     assert "Doubling the devices pays up to scale" in result.output
-    row = next(line for line in result.output.splitlines() if line.strip(" │┃").startswith("1 "))
-    assert [cell.strip() for cell in row.strip(" │┃").split("│")] == [
+    row = next(line for line in result.output.splitlines() if line.strip().startswith("1 "))
+    assert [cell.strip() for cell in row.strip().split("  ") if cell.strip()] == [
         "1", "1", "1,000", "8,000", "100.0%", "41.7 d", "41.7 d", "2,500",
     ]  # fmt: skip
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
@@ -177,3 +177,20 @@ def test_a_real_run_forecasts_another(tmp_path, half):
     assert other.value == pytest.approx(real, rel=0.2 if half else 0.12)
     assert other.low <= real <= other.high
     assert 0 < found.scales[0].seconds.value < 600
+
+
+def test_a_narrow_terminal_gets_two_tables_that_do_not_wrap(tmp_path):
+    written(tmp_path / "run.jsonl")
+    arguments = ["forecast", str(tmp_path / "run.jsonl"), "--scales", "1,8,64", "--price-per-device-hour", "2.5",
+                 "--seconds-per-step", "3600", "--per-device", "1"]  # fmt: skip
+    tables = {}
+    for columns in (80, 140):
+        result = run(cli.app, arguments, env={"COLUMNS": str(columns)})
+        rows = [line.split() for line in result.output.splitlines() if line.strip()[:2] in ("1 ", "8 ", "64", "sc")]
+        drawn = result.output.partition("base iterations")[0]
+        assert max(map(len, drawn.splitlines())) <= columns
+        tables[columns] = rows
+    assert len(tables[140]) == 4
+    assert len(tables[80]) == 8
+    assert [first + second[1:] for first, second in zip(tables[80][:4], tables[80][4:], strict=True)] == tables[140]
+    assert "…" not in result.output

@@ -7,6 +7,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import anybatch
 
 ROOT = Path(__file__).parent.parent
@@ -101,15 +103,15 @@ def test_the_core_depends_on_torch_and_the_standard_library_alone():
             assert roots <= set(sys.stdlib_module_names), f"{name} imports {roots}"
 
 
-def test_import_loads_the_core_alone():
+def test_the_first_public_name_loads_the_core_alone():
     """In a fresh interpreter: no page, no demo, no command, and nothing beside torch's own needs."""
     code = (
-        "import sys, torch; before = set(sys.modules); import anybatch;"
+        "import sys, torch; before = set(sys.modules); import anybatch; anybatch.attach;"
         "print(*sorted({name for name in set(sys.modules) - before}))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     wings = {name.split(".")[1] for name in loaded if name.startswith("anybatch.")}
-    assert wings <= CORE | {"_errors", "_numbers", "_version"}
+    assert CORE <= wings <= CORE | {"_errors", "_lazy", "_numbers", "_version"}
     third = {name.split(".")[0] for name in loaded} - {"anybatch", "torch"} - set(sys.stdlib_module_names)
     assert not third, f"import anybatch loads {third}"
 
@@ -117,10 +119,39 @@ def test_import_loads_the_core_alone():
 def test_exported_names_are_sorted_and_complete():
     path = files()["__init__"]
     tree = ast.parse(path.read_text())
-    imported = {each for _, names in ours(path) for each in names}
+    imported = {each for module, names in ours(path) if module != "_lazy" for each in names}
     assert list(anybatch.__all__) == sorted(anybatch.__all__)
     assert set(anybatch.__all__) == imported
-    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If) for node in ast.walk(tree))
+    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree))
+    assert sum(isinstance(node, ast.If) for node in ast.walk(tree)) == 1  # names are loaded at their first use
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["plan", "--help"], ["forecast", "--help"]])
+def test_help_does_not_wait_for_torch(words):
+    pytest.importorskip("typer")
+    code = (
+        f"import sys; sys.argv = {['anybatch', *words]!r}\n"
+        "from anybatch import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines()[-1] == "[]"
+    assert len(found.splitlines()) > 1
+
+
+def test_public_names_are_there_before_they_are_loaded():
+    code = (
+        "import anybatch, sys\n"
+        "assert 'torch' not in sys.modules and set(anybatch.__all__) <= set(dir(anybatch))\n"
+        "assert not hasattr(anybatch, 'attache') and 'torch' not in sys.modules\n"
+        "from anybatch import sinks, gain\n"
+        "names = {}\n"
+        "exec('from anybatch import *', names)\n"
+        "assert set(anybatch.__all__) <= set(names) and names['gain'] is gain and callable(anybatch.forecast)\n"
+        "assert anybatch._record.__name__ == 'anybatch._record'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _all(path):

@@ -1,35 +1,44 @@
 """anybatch: tune once, train at any batch size."""
 
-from anybatch._check import Check, Finding, check
-from anybatch._controller import BatchController, Controller, Seesaw, attach
-from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
-from anybatch._errors import (
-    AnybatchError,
-    AnybatchWarning,
-    DivergedError,
-    InvalidValueError,
-    StateError,
-    UnsupportedError,
-    UsageError,
-)
-from anybatch._forecast import Estimate, Forecast, ScaleForecast, forecast
-from anybatch._maps import Change, Progressive, scale_hyperparameters, scale_optimizer
-from anybatch._record import MetricRecord, Run, RunRecord, StepRecord, iter_record, read_record
-from anybatch._scaling import (
-    AdaScale,
-    Clock,
-    HeldScheduler,
-    Identity,
-    Linear,
-    Moments,
-    Rule,
-    Scaling,
-    SquareRoot,
-    gain,
-    moments,
-    split,
-)
+from typing import TYPE_CHECKING
+
+from anybatch._lazy import later
 from anybatch._version import __version__
+
+if TYPE_CHECKING:
+    from anybatch._check import Check, Finding, check
+    from anybatch._controller import BatchController, Controller, Seesaw, attach
+    from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
+    from anybatch._errors import (
+        AnybatchError,
+        AnybatchWarning,
+        DivergedError,
+        InvalidValueError,
+        StateError,
+        UnsupportedError,
+        UsageError,
+    )
+    from anybatch._forecast import Estimate, Forecast, ScaleForecast, forecast
+    from anybatch._maps import Change, Progressive, scale_hyperparameters, scale_optimizer
+    from anybatch._record import MetricRecord, Run, RunRecord, StepRecord, iter_record, read_record
+    from anybatch._scaling import (
+        AdaScale,
+        Clock,
+        HeldScheduler,
+        Identity,
+        Linear,
+        Moments,
+        Rule,
+        Scaling,
+        SquareRoot,
+        gain,
+        moments,
+        split,
+    )
+else:
+    __getattr__, __dir__ = later(
+        __name__, ("_check", "_controller", "_ema", "_errors", "_forecast", "_maps", "_record", "_scaling")
+    )
 
 __all__ = [
     "AdaScale",

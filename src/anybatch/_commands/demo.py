@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from anybatch._commands.terminal import failed, words
+from anybatch._commands.terminal import failed, table, words
 
 
 def demo(
@@ -36,6 +33,9 @@ def demo(
     except OSError as error:
         raise failed(f"--out: cannot write to {out}: {error.strerror}.") from None
 
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start, results = time.perf_counter(), []
@@ -46,10 +46,8 @@ def demo(
             progress.update(bar, advance=1, description=f"S={result.task.name} {result.task.rule}")
     seconds = time.perf_counter() - start
     rows = summarise(results)
-    table = Table(*COLUMNS, caption="* significantly below scale 1 (one-sided Welch test, 0.95)")
-    for row in rows:
-        table.add_row(*cells(row), style="bright_black" if row.worse else None)
-    console.print(table)
+    console.print(table(COLUMNS, [cells(row) for row in rows], left=2), highlight=False)
+    console.print("* significantly below scale 1 (one-sided Welch test, 0.95)", highlight=False)
     for name, (accuracy, loss) in distances(results).items():
         console.print(
             f"AdaScale at {name} stays within {accuracy:.2f} points of accuracy and {loss:.4f} of test loss of scale 1 "

@@ -3,16 +3,16 @@
 import json
 from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import anybatch
-from anybatch._commands.terminal import failed, words
-from anybatch._record import strict
-from anybatch._report import duration, plot
+from anybatch._commands.terminal import failed, fits, table, words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def forecast(
@@ -33,6 +33,8 @@ def forecast(
     out: Annotated[Path | None, typer.Option(help="Draw the forecast into this PNG, PDF or SVG file.")] = None,
 ) -> None:
     """Forecast steps, time and cost at other batch sizes, from the record of one run at any small scale."""
+    from anybatch._record import strict
+
     try:
         found = anybatch.forecast(
             record,
@@ -49,8 +51,10 @@ def forecast(
     if as_json:
         typer.echo(json.dumps(strict(found.as_dict()), allow_nan=False, indent=1))
         return
+    from rich.console import Console
+
     console = Console()
-    console.print(_table(found))
+    _show(found, console)
     console.print(_sentence(found), soft_wrap=True)
     for note in found.notes:
         console.print(note, style="bright_black", soft_wrap=True, markup=False)
@@ -63,7 +67,9 @@ def _numbers(text: str) -> list[float]:
         raise failed(f"--scales takes positive numbers, comma-separated; got {text!r}.") from None
 
 
-def _draw(found: anybatch.Forecast, out: Path) -> None:
+def _draw(found: "anybatch.Forecast", out: Path) -> None:
+    from anybatch._report import plot
+
     try:
         plot(found, out)
     except ImportError as error:
@@ -72,29 +78,40 @@ def _draw(found: anybatch.Forecast, out: Path) -> None:
         raise failed(f"--out: cannot write {out}: {error}") from None
 
 
-def _table(found: anybatch.Forecast) -> Table:
-    timed, priced = (isfinite(value) for value in (found.scales[0].seconds.value, found.scales[0].cost.value))
-    columns = ["scale", "devices", "steps", found.unit, "efficiency"]
-    columns += ["wall time", "device time"] if timed else []
-    columns += ["cost"] if priced else []
-    table = Table(*columns, caption=f"{found.total:g} base iterations, from a record at scale {found.recorded:g}")
-    for column in table.columns:
-        column.justify = "right"
-    for s in found.scales:
-        cells = [f"{s.scale:g}", f"{s.devices}", _with_band(s.iterations), f"{s.examples.value:,.0f}"]
-        cells.append(f"{s.efficiency.value:.1%}")
-        cells += [duration(s.seconds.value), duration(3600 * s.device_hours.value)] if timed else []
-        cells += [f"{s.cost.value:,.4g}"] if priced else []
-        table.add_row(*cells)
-    return table
+def _show(found: "anybatch.Forecast", console: "Console") -> None:
+    """One table, or two where the terminal is too narrow for it."""
+    from anybatch._report import duration
+
+    columns = {
+        "scale": [f"{s.scale:g}" for s in found.scales],
+        "devices": [f"{s.devices}" for s in found.scales],
+        "steps": [_with_band(s.iterations) for s in found.scales],
+        found.unit: [f"{s.examples.value:,.0f}" for s in found.scales],
+        "efficiency": [f"{s.efficiency.value:.1%}" for s in found.scales],
+    }
+    costs = {"scale": columns["scale"]}
+    if isfinite(found.scales[0].seconds.value):
+        costs["wall time"] = [duration(s.seconds.value) for s in found.scales]
+        costs["device time"] = [duration(3600 * s.device_hours.value) for s in found.scales]
+    if isfinite(found.scales[0].cost.value):
+        costs["cost"] = [f"{s.cost.value:,.4g}" for s in found.scales]
+    whole = columns | costs
+    parts = [whole] if fits(_table(whole), console) else [columns, costs] if len(costs) > 1 else [columns]
+    for part in parts:
+        console.print(_table(part), highlight=False)
+    console.print(f"{found.total:g} base iterations, from a record at scale {found.recorded:g}.", highlight=False)
 
 
-def _with_band(value: anybatch.Estimate) -> str:
+def _table(columns: dict[str, list[str]]) -> "Table":
+    return table(list(columns), list(zip(*columns.values(), strict=True)), left=0)
+
+
+def _with_band(value: "anybatch.Estimate") -> str:
     exact = value.low == value.high
     return f"{value.value:,.0f}" + ("" if exact else f" ({value.low:,.0f} to {value.high:,.0f})")
 
 
-def _sentence(found: anybatch.Forecast) -> str:
+def _sentence(found: "anybatch.Forecast") -> str:
     c = found.critical
     return (
         f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "

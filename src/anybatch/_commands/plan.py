@@ -10,14 +10,9 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 import anybatch
-from anybatch._commands.terminal import failed, words
-from anybatch._numbers import MOST, shown
-from anybatch._record import strict
+from anybatch._commands.terminal import failed, table, words
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Plan:
     base_batch: int
     batch: int
     kappa: float
-    changes: dict[str, anybatch.Change]
+    changes: "dict[str, anybatch.Change]"
     limits: list[str]
     adascale: str
     noise_scale: float | None
@@ -90,6 +85,8 @@ def plan(
     except (anybatch.AnybatchError, OSError) as error:
         raise failed(str(error)) from None
     if as_json:
+        from anybatch._record import strict
+
         typer.echo(json.dumps(strict(asdict(made)), indent=2, allow_nan=False))
     else:
         _show(made)
@@ -119,6 +116,8 @@ def planned(
         StateError: a record of a newer anybatch.
         UnsupportedError: the optimizer cannot be scaled.
     """
+    from anybatch._numbers import MOST, shown
+
     for name, number in {"base-batch": base_batch, "batch": batch, **steps}.items():
         if not 1 <= number <= MOST:
             raise anybatch.InvalidValueError(f"{name} must be from 1 to {MOST}, got {shown(number)}.")
@@ -159,7 +158,7 @@ def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
     return recent * (1 if run.config.get("base_batch") else base_batch)  # else it counts base batches
 
 
-def _of_step(step: anybatch.StepRecord) -> float:
+def _of_step(step: "anybatch.StepRecord") -> float:
     """Its noise scale; a file has nan for an infinite one."""
     return inf if step.variance > 0 and step.sqnorm == 0 else step.noise_scale
 
@@ -180,7 +179,7 @@ def _adascale(base_batch: int, kappa: float, gain: float | None) -> str:
 
 
 def _limits(
-    optimizer: str, kappa: float, batch: int, changes: Mapping[str, anybatch.Change], noise_scale: float | None
+    optimizer: str, kappa: float, batch: int, changes: "Mapping[str, anybatch.Change]", noise_scale: float | None
 ) -> list[str]:
     limits = []
     if noise_scale is not None and batch > noise_scale:
@@ -225,16 +224,16 @@ def _number(value: float | tuple[float, ...]) -> float:
 
 
 def _show(made: Plan) -> None:
+    from rich.console import Console
+
     console = Console()
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in ("", f"at {made.base_batch}", f"at {made.batch}"):
-        table.add_column(header, no_wrap=True)
-    table.add_column("why (source)")
-    for name, change in made.changes.items():
-        style = "bright_black" if change.after == change.before else None
-        table.add_row(name, _text(change.before), _text(change.after), f"{change.why} ({change.source})", style=style)
+    columns = ("", f"at {made.base_batch}", f"at {made.batch}")
+    rows = [(name, _text(change.before), _text(change.after)) for name, change in made.changes.items()]
     console.print(f"{made.optimizer}, {made.batch} examples for {made.base_batch}: kappa = {made.kappa:g}")
-    console.print(table)
+    console.print(table(columns, rows), highlight=False)
+    for name, change in made.changes.items():
+        console.print(f"{name}: {change.why} ({change.source})", soft_wrap=True, highlight=False)
+    console.print()
     for limit in made.limits:
         console.print(f"Mind: {limit}", style="yellow", soft_wrap=True, highlight=False)
     console.print(made.adascale, soft_wrap=True, highlight=False)
