@@ -45,6 +45,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@found=$$(PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes anybatch --ignoreexternal) \
+		|| { echo "$$found"; exit 1; }  # every public symbol has a type that all checkers agree on
 	$(BIN)/pip check --disable-pip-version-check
 	$(BIN)/python -m pytest -q tests/test_imports.py
 

@@ -7,12 +7,12 @@ try:
     import typer
 
     from anybatch._commands import demo, forecast, plan, report
-except ImportError as error:  # pragma: no cover
-    sys.exit(f"The anybatch command needs {error.name}: pip install 'anybatch[cli]'")
+except ImportError as _missing:  # pragma: no cover
+    sys.exit(f"The anybatch command needs {_missing.name}: pip install 'anybatch[cli]'")
 
 import anybatch
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Tune once, train at any batch size.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 

@@ -104,7 +104,9 @@ class ModelEMA:
                 raise InvalidValueError(f"{name} is True or False, got {shown(switch)}.")
         self._schedule = decay if callable(decay) else None
         self._decays = (0.0,) if callable(decay) else factors(decay)
-        self.decay = decay if isinstance(decay, Sequence) or callable(decay) else self._decays[0]
+        self.decay: float | Sequence[float] | Callable[[float], float] = (
+            decay if isinstance(decay, Sequence) or callable(decay) else self._decays[0]
+        )
         if warmup and self._schedule is not None:
             raise InvalidValueError("A decay that is a function of tau is its own warm-up: leave out warmup=True.")
         if base_batch is not None and positive(base_batch) is None:
@@ -121,7 +123,7 @@ class ModelEMA:
         first = self._tensors.local()
         with torch.inference_mode(False):
             self._averages = [[_first(tensor.detach(), self._device) for tensor in first] for _ in self._decays]
-        self.tau = 0.0
+        self.tau: float = 0.0
         self._pending, self._waiting = 0.0, 0
         self._lerp: Lerp | Offload | None = None
         self._addresses: list[int] = []

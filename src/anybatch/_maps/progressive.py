@@ -60,7 +60,7 @@ class Progressive:
                 raise InvalidValueError(f"A start is a number of base iterations, at least 0; got {shown(start)}.")
         if 0 not in scales:
             raise InvalidValueError(f"scales needs a start at 0, got {sorted(scales)}.")
-        self.scales = dict(sorted(scales.items()))
+        self.scales: dict[float, float] = dict(sorted(scales.items()))
 
     def scale(self, tau: float) -> float:
         """The scale at `tau`, base iterations, up to the rounding of a long sum.

@@ -38,7 +38,7 @@ class RunRecord:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._user, self._known = dict(config or {}), dict[str, Any]()
         self._holder: weakref.ref[object] | None = None
         self._file = AppendFile(self.path)

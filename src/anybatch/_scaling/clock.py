@@ -42,7 +42,7 @@ class Clock:
         if total is not None and positive(total) is None:
             raise InvalidValueError(f"total must be a positive number of base iterations, got {shown(total)}.")
         self.total = total
-        self.tau = 0.0
+        self.tau: float = 0.0
         self._subscribers: dict[int, Subscriber] = {}
         self._next = 0
 
