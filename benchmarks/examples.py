@@ -6,8 +6,11 @@ python -m benchmarks.examples                   writes docs/examples.json; docs/
 import argparse
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ SCALES = (1, 8, 32)
 TASKS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("images", "accuracy", "images", {}),
     ("language", "loss", "bytes", {"total": 500}),
+    ("ddp", "accuracy", "images", {}),
 )
 
 
@@ -30,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     for name, quality, unit, more in TASKS:
-        train = runpy.run_path(str(FOLDER / "examples" / f"{name}.py"))["train"]
+        train = under_torchrun if name == "ddp" else runpy.run_path(str(FOLDER / f"examples/{name}.py"))["train"]
         for scale in SCALES:
             if any((row["example"], row["scale"]) == (name, scale) for row in rows):
                 continue
@@ -43,6 +47,18 @@ def main() -> None:
             data = {"torch": torch.__version__, "seeds": options.seeds, "rows": rows}
             options.json.write_text(json.dumps(data, indent=1) + "\n")
     print("\n".join(line(row, rows) for row in rows))
+
+
+def under_torchrun(*, scale: int, seed: int) -> dict[str, float]:
+    """examples/ddp.py: one rank at scale 1, else two that accumulate."""
+    ranks = min(2, scale)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    options = ["--accumulate", str(scale // ranks), "--seed", str(seed)]
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, str(FOLDER / "examples/ddp.py"), *options]
+        said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    found = json.loads(said.strip().splitlines()[-1])
+    return {**found, "images": found["steps"] * found["scale"] * 8}
 
 
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

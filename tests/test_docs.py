@@ -69,11 +69,11 @@ def test_the_reproduced_table_is_that_of_the_results():
 def test_the_examples_table_is_that_of_the_results():
     lines = [line for line in (ROOT / "docs/examples.md").read_text().splitlines() if " ± " in line]
     rows = json.loads((ROOT / "docs/examples.json").read_text())["rows"]
-    assert len(lines) == len(rows) == 6
+    assert len(lines) == len(rows) == 9
     for line, row in zip(lines, rows, strict=True):
         script, scale, quality, steps, seen, times = (cell.strip() for cell in line.strip("|").split("|"))
         assert (script, scale) == (f"`{row['example']}.py`", str(row["scale"]))
-        digits = 1 if row["example"] == "images" else 3
+        digits = 3 if row["example"] == "language" else 1
         assert quality.startswith(f"{row['mean']:.{digits}f} ± {row['spread']:.{digits}f}")
         assert (steps, seen.split()[0]) == (f"{row['steps']:,.0f}", f"{row['seen']:,.0f}")
         assert times == f"{row['seen'] / next(r['seen'] for r in rows if r['example'] == row['example']):.2f}"

@@ -74,6 +74,14 @@ def test_a_run_goes_on_with_other_ranks(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_ddp_accumulates(tmp_path):
+    found = run("ddp", "--total", 200, "--accumulate", 4, "--seed", 1, ranks=2, folder=tmp_path)
+    assert found["scale"] == 8
+    assert 200 / 8 <= found["steps"] < 100
+    assert found["accuracy"] > 60
+
+
+@pytest.mark.slow
 def test_the_batch_grows(tmp_path):
     found = run("growing_batch", "--total", 600, folder=tmp_path)
     sizes = [size for _, size in found["batches"]]
