@@ -81,7 +81,7 @@ class AdaScale(Optimizer):
         self._smoothing = smoothing
         self._accumulated = _backwards(num_gradients_to_accumulate)
         self._divided = False
-        self.controller = anybatch.attach(
+        self.controller: anybatch.Controller = anybatch.attach(
             optimizer,
             model=model
             if model is not None

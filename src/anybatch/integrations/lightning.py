@@ -59,8 +59,13 @@ class AnyBatch(Callback):
         lagged: bool = False,
         record: str | None = None,
     ) -> None:
-        self.base_batch, self.rule, self.examples, self.batch_size = base_batch, rule, examples, batch_size
-        self.ema_decay, self.lagged, self.record = ema_decay, lagged, record
+        self.base_batch: float = base_batch
+        self.rule: anybatch.Rule | None = rule
+        self.examples: float | None = examples
+        self.batch_size: Callable[[Any], float] | None = batch_size
+        self.ema_decay: float | None = ema_decay
+        self.lagged: bool = lagged
+        self.record: str | None = record
         self.controller: anybatch.Controller | None = None
         self.ema: anybatch.ModelEMA | None = None
         self._total = 0.0

@@ -95,7 +95,7 @@ def attach(
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
         raise anybatch.UsageError("This trainer has anybatch attached already.")
     if trainer.is_in_train:
-        raise anybatch.UsageError("The trainer is in train(), or was when that failed: attach before it, or make a new one.")
+        raise anybatch.UsageError("The trainer is in train(), or was when that failed: attach before it, or make one.")
     if isinstance(rule, str) and rule not in get_args(RuleName):
         raise anybatch.InvalidValueError(f"rule is one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
     made: anybatch.Rule = getattr(anybatch, rule)() if isinstance(rule, str) else rule
