@@ -46,6 +46,14 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
+def test_its_averages_begin_with_nothing():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = anybatch.attach(optimizer, model=model, scale="count", total=100)
+    batch = anybatch.BatchController(controller, efficiency=0.8, bounds=(2, 8))
+    assert batch.state_dict() == {"scale": 2, "variance": 0, "sqnorm": 0}
+
+
 @pytest.mark.slow
 def test_the_batch_grows_with_the_noise_and_examples_keep_their_worth():
     base = [train(sgd, rule=anybatch.Identity(), seed=seed) for seed in range(2)]
