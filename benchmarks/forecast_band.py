@@ -1,7 +1,7 @@
 """How wide a forecast's band must be: of tasks held out from its making, in how many cases it held.
 
     python -m benchmarks.forecast_band --json docs/forecast/band.json     says what the rows there come to
-    python -m benchmarks.forecast_band --record all --json ...            makes them first, in a quarter of an hour
+    python -m benchmarks.forecast_band --record all --json ...            makes them first, in eight minutes
 
 The runs really made are those of `benchmarks.same_training` (docs/same-training/results.json: 5 seeds at each scale, at
 a rate tuned at scale 1, with the defaults of each optimizer) and of `benchmarks.forecast --json` (docs/forecast/
