@@ -134,6 +134,7 @@ def test_what_was_held_before_attach_stays_held_after_detach():
     assert held.last_epoch == 4
     controller.detach()
     assert wrapper.scheduler is held
+    assert "scheduler" not in held.state_dict()
 
 
 def test_all_but_the_step_of_a_held_scheduler_is_the_real_ones():
@@ -256,6 +257,10 @@ class DeepSpeedEngine(torch.nn.Linear):
     pass
 
 
+class DeepSpeedZeroOptimizer:
+    """No optimizer of torch's."""
+
+
 class DeepSpeedOptimizerWrapper(WrappedOptimizer):
     pass
 
@@ -268,6 +273,8 @@ def test_deepspeed_is_refused_with_the_reason():
     model, optimizer = build()
     with pytest.raises(anybatch.UnsupportedError, match="DeepSpeedOptimizerWrapper"):
         linear(DeepSpeedOptimizerWrapper(optimizer), model)
+    with pytest.raises(anybatch.UnsupportedError, match="DeepSpeedZeroOptimizer"):
+        linear(WrappedOptimizer(DeepSpeedZeroOptimizer()), model)
 
 
 def in_the_middle(make, **options):

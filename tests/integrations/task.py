@@ -80,16 +80,22 @@ def outcome(trace, model, optimizer):
     }
 
 
-def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, **options):
-    """The plain loop on one process; an epoch of so many micro-batches has what is left in a last, smaller step."""
+def windows(*lengths):
+    """Consecutive micro-batches, so many in each step."""
+    ends = list(itertools.accumulate(lengths))
+    return [range(end - length, end) for length, end in zip(lengths, ends)]
+
+
+def plain(*, clip=None, steps=None):
+    """The plain loop on one process, again and again over steps of these micro-batches."""
     model = oracle.make_model()
     optimizer = optimizer_of(model)
-    options = {"scheduler": scheduler_of(optimizer), "base_batch": SIZE, "micro_batch": SIZE, **options}
-    controller = anybatch.attach(optimizer, model=model, total=TOTAL, **options)
-    trace, batches = Trace(controller), list(loader())[:epoch]
-    windows = [batches[i : i + MICRO_BATCHES] for i in range(0, epoch, MICRO_BATCHES)]
-    for window in itertools.cycle(windows):
-        for x, y in window:
+    controller = anybatch.attach(
+        optimizer, model=model, scheduler=scheduler_of(optimizer), total=TOTAL, base_batch=SIZE, micro_batch=SIZE
+    )
+    trace, batches = Trace(controller), list(loader())
+    for window in itertools.cycle(steps or windows(*[MICRO_BATCHES] * STEPS)):
+        for x, y in (batches[i] for i in window):
             (oracle.loss_fn(model(x), y) / len(window)).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

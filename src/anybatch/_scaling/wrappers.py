@@ -61,9 +61,7 @@ def held_by(scheduler: Any) -> tuple[Any, Any]:
 
 def _wraps(thing: Any) -> bool:
     """Whether it is Accelerate's wrapper, or Lightning's, which has no step; another one may do more than that."""
-    if not hasattr(thing, "scheduler") or hasattr(thing, "last_epoch"):
-        return False
-    return hasattr(thing, "step_with_optimizer") or not hasattr(thing, "step")
+    return hasattr(thing, "scheduler") and (hasattr(thing, "step_with_optimizer") or not hasattr(thing, "step"))
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:
