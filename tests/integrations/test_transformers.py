@@ -35,6 +35,13 @@ def test_is_the_plain_loop(name, clip, two, tmp_path, record_property):
         record_property("worst difference of the Trainer to the plain loop", worst)
 
 
+def test_a_loss_scale_that_changes_changes_no_gain(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    found = workers.train(0, 1, f"{tmp_path}", scaler=scaler)
+    assert scaler.get_scale() > 1000
+    task.check(found, task.plain(examples=DATA))
+
+
 def test_the_last_smaller_step_of_an_epoch_is_a_mean_over_its_own(tmp_path):
     data = workers.examples()[: 30 * task.SIZE]
     found = workers.train(0, 1, f"{tmp_path}", data=data)

@@ -51,6 +51,8 @@ def test_the_reporters_and_the_trainers_own_log_get_the_numbers_of_each_step(mad
         assert all(math.isfinite(x) for name, x in log.items() if name.startswith("anybatch"))
     assert own[-1]["anybatch/tau"] == adapter.controller.tau
     assert "anybatch/noise_scale" in own[-1]
+    seen = own[-1]["train_samples_per_second"] * own[-1]["train_runtime"]
+    assert seen == pytest.approx(adapter.controller.steps * 4 * task.SIZE, rel=0.05)  # both are rounded
     before_any = {}
     adapter.controller = anybatch.attach(
         trainer.optimizer.optimizer, model=trainer.model, scale="count"
@@ -225,6 +227,14 @@ def test_a_checkpoint_of_a_run_without_it_is_refused(made, tmp_path):
     with pytest.raises(anybatch.StateError, match="no state of anybatch"):
         trainer.train(resume_from_checkpoint=True)
     assert not isinstance(trainer.lr_scheduler, anybatch.HeldScheduler)
+
+
+def test_a_checkpoint_of_the_model_alone_does_not_begin_the_clock_anew(made, tmp_path):
+    trainer, _ = made(save_strategy="steps", save_steps=3, save_only_model=True)
+    trainer.train()
+    again, _ = made()
+    with pytest.raises(anybatch.UsageError, match="load the scheduler's state"):
+        again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
 
 
 def test_a_run_that_is_over_stays_as_it_is_when_resumed(made, tmp_path):

@@ -82,10 +82,11 @@ def trainer_of(folder, model=None, *, optimizer=True, data=None, **options):
     )
 
 
-def train(rank, world, folder, *, accumulation=None, kill=None, resume=None, **options):
+def train(rank, world, folder, *, accumulation=None, kill=None, resume=None, scaler=None, **options):
     """Until the run is over, or killed after so many steps."""
     task.as_launched(rank, world)
     trainer = trainer_of(folder, gradient_accumulation_steps=accumulation or task.MICRO_BATCHES // world, **options)
+    trainer.accelerator.scaler = scaler  # as mixed precision has it on a device
     adapter = attach(trainer, base_batch=task.SIZE)
     tracing = Tracing(adapter, kill=kill)
     trainer.add_callback(tracing)

@@ -95,7 +95,9 @@ def attach(
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
         raise anybatch.UsageError("This trainer has anybatch attached already.")
     if trainer.is_in_train:
-        raise anybatch.UsageError("The trainer is in train(), or was when that failed: attach before it, or make one.")
+        raise anybatch.UsageError(
+            "The trainer is in train(), or was when it failed: attach before it, or make another."
+        )
     if isinstance(rule, str) and rule not in get_args(RuleName):
         raise anybatch.InvalidValueError(f"rule is one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
     made: anybatch.Rule = getattr(anybatch, rule)() if isinstance(rule, str) else rule
@@ -309,8 +311,6 @@ class AnyBatchCallback(TrainerCallback):
         """Leave the optimizer and the scheduler as they were; what the run came to can still be read."""
         if self.controller is not None:
             self.controller.detach()
-        if self.ema is not None:
-            self.ema.stop()
         scheduler = self._trainer.lr_scheduler
         if isinstance(scheduler, anybatch.HeldScheduler):
             self._trainer.lr_scheduler = self._trainer.callback_handler.lr_scheduler = scheduler.scheduler
