@@ -86,13 +86,12 @@ def windows(*lengths):
     return [range(end - length, end) for length, end in zip(lengths, ends)]
 
 
-def plain(*, clip=None, steps=None):
+def plain(*, clip=None, steps=None, **options):
     """The plain loop on one process, again and again over steps of these micro-batches."""
     model = oracle.make_model()
     optimizer = optimizer_of(model)
-    controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler_of(optimizer), total=TOTAL, base_batch=SIZE, micro_batch=SIZE
-    )
+    options = {"scheduler": scheduler_of(optimizer), "base_batch": SIZE, "micro_batch": SIZE, **options}
+    controller = anybatch.attach(optimizer, model=model, total=TOTAL, **options)
     trace, batches = Trace(controller), list(loader())
     for window in itertools.cycle(steps or windows(*[MICRO_BATCHES] * STEPS)):
         for x, y in (batches[i] for i in window):
