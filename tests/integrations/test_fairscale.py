@@ -216,7 +216,8 @@ def test_a_state_of_fairscales_goes_on(debias, scaled):
     averages = (weights @ table) / weights.sum() if debias else table.mean(0)
     old = {"grad_var_avg": averages[:2], "grad_sqr_avg": averages[2:]}
     if debias:
-        old |= {f"grad_{n}_avg_unbias": np.full(2, weights.sum()) for n in ("var", "sqr")}
+        younger = np.array([1.0, 0.25])  # the second group was added later
+        old |= {f"grad_{n}_avg_unbias": weights.sum() * younger for n in ("var", "sqr")}
         old |= {f"grad_{n}_avg_biased": old[f"grad_{n}_avg"] * weights.sum() for n in ("var", "sqr")}
     else:
         old |= {f"grad_{n}_avg_count": np.array([8.0]) for n in ("var", "sqr")}
@@ -227,6 +228,7 @@ def test_a_state_of_fairscales_goes_on(debias, scaled):
     optim.load_state_dict({**bare, "state": {**bare["state"], "adascale": old}})
     assert "adascale" not in inner.state
     v, s = averages[:2].sum(), averages[2:].sum()
+    assert optim.controller.state_dict()["weight"] == pytest.approx(weights.sum() if debias else 1.0)
     assert optim.controller.variance == pytest.approx(v * unit)
     assert optim.controller.sqnorm == pytest.approx(s * unit)
     for x in data[8]:
@@ -310,11 +312,26 @@ def test_a_wrapper_made_like_an_optimizer_takes_closures_and_a_grad_scaler():
     assert optim.step(closure) == 7.0
     assert optim.controller.count == 2
     optim.zero_grad()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_and_a_constant_momentum_leave_torchs_own_update(fused):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2, bias=False)
+    optim = AdaScale(sgd(model, momentum=0.9, fused=fused), num_gradients_to_accumulate=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for x in ([1.0, 0.0], [0.0, 1.0]):
-        scaler.scale(model(torch.tensor(x)).sum() / 2).backward()
-    scaler.step(optim)
-    assert optim.controller.steps == 2
+    weight, momentum = model.weight.detach().clone(), torch.zeros(2, 2)
+    for inputs in torch.rand(4, 2, 2):
+        for x in inputs:
+            scaler.scale(model(x).sum() / 2).backward()
+        gain = optim.gain()
+        scaler.step(optim)
+        scaler.update()
+        optim.zero_grad()
+        momentum = 0.9 * momentum + inputs.mean(0).expand(2, 2)
+        weight = weight - 0.1 * gain * momentum
+        torch.testing.assert_close(model.weight.detach(), weight)
+    assert optim.controller.steps == 4
 
 
 def test_what_cannot_be_is_an_error_that_says_what_to_do():
@@ -335,6 +352,13 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do():
     backwards(model, [[1.0, 0.0], [0.0, 1.0]], share=1.0)
     with pytest.raises(anybatch.UsageError, match="scale_grad_by_num_grads_to_accum"):
         optim.step()
+    optim.scale_grad_by_num_grads_to_accum()
+    optim.step()
+    optim.zero_grad()
+    backwards(model, [[1.0, 0.0], [0.0, 1.0]], share=1.0)
+    with pytest.raises(anybatch.UsageError, match="scale_grad_by_num_grads_to_accum"):  # once a step
+        optim.step()
+    assert not hasattr(AdaScale.__new__(AdaScale), "param_groups")
     with pytest.raises(anybatch.UsageError, match="is_scaled_loss=False"):
         AdaScale(sgd(torch.nn.Linear(1, 1)), num_gradients_to_accumulate=2).scale_grad_by_num_grads_to_accum()
     with pytest.raises(anybatch.UsageError, match="copy the inner"):

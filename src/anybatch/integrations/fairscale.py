@@ -88,7 +88,7 @@ class AdaScale(Optimizer):
             else nn.ParameterList(p for g in optimizer.param_groups for p in g["params"]),
             rule=anybatch.AdaScale(
                 estimator="ratio" if debias_ewma else "paper",
-                smoothing="paper" if smoothing is None else smoothing,
+                smoothing=smoothing,
                 decays="constant",
             ),
             base_batch=1.0,
