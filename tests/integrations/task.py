@@ -80,22 +80,20 @@ def outcome(trace, model, optimizer):
     }
 
 
-def windows(*lengths):
-    """Consecutive micro-batches, so many in each step."""
-    ends = list(itertools.accumulate(lengths))
-    return [range(end - length, end) for length, end in zip(lengths, ends)]
+def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, lengths=(), **options):
+    """The plain loop on one process; an epoch of so many micro-batches has what is left in a last, smaller step.
 
-
-def plain(*, clip=None, steps=None, **options):
-    """The plain loop on one process, again and again over steps of these micro-batches."""
+    The steps of the first epoch have other `lengths`, if some are given.
+    """
     model = oracle.make_model()
     optimizer = optimizer_of(model)
     options = {"scheduler": scheduler_of(optimizer), "base_batch": SIZE, "micro_batch": SIZE, **options}
     controller = anybatch.attach(optimizer, model=model, total=TOTAL, **options)
-    trace, batches = Trace(controller), list(loader())
-    for window in itertools.cycle(steps or windows(*[MICRO_BATCHES] * STEPS)):
-        for x, y in (batches[i] for i in window):
-            (oracle.loss_fn(model(x), y) / len(window)).backward()
+    trace, batches = Trace(controller), itertools.cycle(list(loader())[:epoch])
+    rest = [MICRO_BATCHES] * (epoch // MICRO_BATCHES) + [epoch % MICRO_BATCHES] * (epoch % MICRO_BATCHES > 0)
+    for length in itertools.chain(lengths, itertools.cycle(rest)):
+        for x, y in itertools.islice(batches, length):
+            (oracle.loss_fn(model(x), y) / length).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()

@@ -47,7 +47,7 @@ def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
     adapter = AnyBatch(base_batch=task.SIZE)
     tracing = workers.Tracing(adapter)
     _, module, trainer = fit(tracing, adapter=adapter, loader=task.short(15))
-    task.check(task.outcome(tracing.trace, module, trainer.optimizers[0]), task.plain(steps=task.windows(4, 4, 4, 3)))
+    task.check(task.outcome(tracing.trace, module, trainer.optimizers[0]), task.plain(epoch=15))
 
 
 def test_an_accumulation_that_grows():
@@ -55,8 +55,8 @@ def test_an_accumulation_that_grows():
     adapter = AnyBatch(base_batch=task.SIZE)
     tracing, growing = workers.Tracing(adapter), GradientAccumulationScheduler({0: 2, 1: 4})
     _, module, trainer = fit(growing, tracing, adapter=adapter, loader=task.short(16), accumulation=1)
-    epochs = task.windows(*[2] * 8) + 10 * task.windows(4, 4, 4, 4)
-    task.check(task.outcome(tracing.trace, module, trainer.optimizers[0]), task.plain(steps=epochs))
+    expected = task.plain(epoch=16, lengths=[2] * 8)
+    task.check(task.outcome(tracing.trace, module, trainer.optimizers[0]), expected)
 
 
 class Rates(Callback):
@@ -409,8 +409,9 @@ def test_a_run_that_follows_another_does_not_begin_with_its_state(tmp_path):
 
 def test_a_stop_that_another_callback_asks_for_is_kept():
     class Stops(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step == 3
+        def on_train_batch_end(self, trainer, module, outputs, batch, i):
+            if i == 11:  # which ends the third step
+                trainer.should_stop = True
 
     adapter = AnyBatch(base_batch=task.SIZE)
     trainer = workers.trainer_of(Stops(), adapter)
