@@ -143,7 +143,8 @@ def fig4(lab: Lab) -> None:
 
 def fig5(lab: Lab) -> None:
     """Which exponential schedules train well, of 13 first rates and 13 last ones?"""
-    lr = lab.task.optimizer(lab.task.model()).param_groups[0]["lr"]
+    optimizer = lab.task.optimizer(lab.task.model())
+    lr = (optimizer[0] if isinstance(optimizer, list) else optimizer).param_groups[0]["lr"]
     half = GRID // 2
     rates = [lr * 2 ** ((i - half) / 2) for i in range(GRID)]
     lasts = [10 ** (-i / 3) for i in range(GRID)]

@@ -1,7 +1,8 @@
-"""Train one of the papers' tasks at any scale: one loop over anybatch's public functions.
+"""Train a language model, or one of the papers' tasks, at any scale: one loop over anybatch's public functions.
 
     python -m recipes.train digits --scale 32
     python -m recipes.train cifar10 --tiny --data made/cifar10 --make-data --scale 8 --rule lsw
+    python -m recipes.train language --data shakespeare.txt --scale 4 --grow noise --most 32
     torchrun --nproc-per-node=8 -m recipes.train imagenet --data /data/imagenet --scale 16 --micro-batch 128 \
         --precision bf16 --workers 12 --ema 0.9999
 
@@ -23,10 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim import Optimizer
 
 import anybatch
 from recipes.training import parallel
 from recipes.training.attempts import Attempts
+from recipes.training.growth import growth
 from recipes.training.options import PRECISIONS, TASKS, Options, parse, task_of
 from recipes.training.parallel import Place
 from recipes.training.task import DataError, Task
@@ -68,6 +71,7 @@ class Training:
         self.task, self.options, self.place = task, options, place
         self.start = time.perf_counter()
         task.workers, task.total = options.workers, options.total or task.total
+        task.base_batch = options.base_batch or task.base_batch
         self.micro_batch = options.micro_batch_for(task, ranks=place.ranks)
         for scale, _ in options.scales:
             options.accumulation_for(scale, task, ranks=place.ranks)  # what is wrong is said before training starts
@@ -78,16 +82,13 @@ class Training:
         torch.manual_seed(options.seed)
         self.net = task.model().to(place.device)
         self.model = parallel.wrap(self.net, place=place, fsdp=options.fsdp, compiled=options.compile)
-        self.optimizer = task.optimizer(self.net)
-        if options.lr:
-            factor = options.lr / self.optimizer.param_groups[0]["lr"]
-            for group in self.optimizer.param_groups:
-                group["lr"] *= factor
-        if options.last_rate:
-            rate = options.last_rate ** (1 / task.total)
-            self.scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, rate)
-        else:
-            self.scheduler = task.scheduler(self.optimizer)
+        given = task.optimizer(self.net)
+        self.optimizers = given if isinstance(given, list) else [given]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        factor = options.lr / groups[0]["lr"] if options.lr else 1.0
+        for group in groups:
+            group["lr"] *= factor
+        self.schedulers = [self.scheduler(optimizer) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.precision == "fp16")
         self.record = None
         if options.out and place.first:
@@ -96,10 +97,10 @@ class Training:
                     (options.out / name).unlink(missing_ok=True)
             self.record = anybatch.RunRecord(options.out / "record.jsonl", config=options.identity(task))
         self.controller = anybatch.attach(
-            self.optimizer,
+            self.optimizers,
             model=self.model,
             rule=options.rule_for_attach(),
-            scheduler=self.scheduler,
+            scheduler=self.schedulers,
             total=task.total,
             base_batch=task.base_batch,
             micro_batch=self.micro_batch,
@@ -107,6 +108,7 @@ class Training:
             grad_scaler=self.scaler if self.scaler.is_enabled() else None,
             record=self.record,
         )
+        self.growth = growth(options, task, self.controller)
 
         self.used = 0  # examples (tokens), by all ranks together
         self.history: list[Point] = []
@@ -122,6 +124,20 @@ class Training:
             self.restore(saved)
         shares = {"rank": place.rank, "ranks": place.ranks, "start": self.used, "workers": options.workers}
         self.batches = task.batches(self.micro_batch, seed=options.seed, **shares)
+
+    def scheduler(self, optimizer: Optimizer) -> Any:
+        """The task's own schedule, or the one that was asked for."""
+        if not self.options.last_rate:
+            return self.task.scheduler(optimizer)
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.options.last_rate ** (1 / self.task.total))
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of the next step, on each rank."""
+        if self.growth is not None:
+            return self.growth.accumulation
+        scale = self.options.scale_at(self.controller.tau / self.task.total)
+        return self.options.accumulation_for(scale, self.task, ranks=self.place.ranks)
 
     @property
     def over(self) -> bool:
@@ -139,8 +155,7 @@ class Training:
 
     def step(self) -> None:
         """One optimizer step of the scale in force, from as many micro-batches as it takes."""
-        scale = self.options.scale_at(self.controller.tau / self.task.total)
-        accumulation = self.options.accumulation_for(scale, self.task, ranks=self.place.ranks)
+        accumulation = self.accumulation
         precision, device = PRECISIONS[self.options.precision], self.place.device.type
         for i in range(accumulation):
             batch = self.place.moved(next(self.batches))
@@ -153,12 +168,18 @@ class Training:
                     loss = self.task.loss(self.model, batch)
                 self.scaler.scale(loss / accumulation).backward()
             self.losses += torch.stack([loss.detach().double(), torch.ones_like(self.losses[0])])
+        if self.task.clip is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.task.clip)
         try:
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         except anybatch.DivergedError:
             self.attempts.give_up()
         self.scaler.update()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.used += accumulation * self.place.ranks * self.micro_batch
         self.attempts.count(self.controller)
 
@@ -192,8 +213,8 @@ class Training:
         state = {
             "options": self.options.identity(self.task),
             "model": parallel.model_state(self.net),
-            "optimizer": parallel.optimizer_state(self.net, self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": parallel.optimizer_state(self.net, self.optimizers),
+            "scheduler": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.scaler.state_dict(),
             "controller": self.controller.state_dict(),
             "seconds": time.perf_counter() - self.start,
@@ -202,6 +223,8 @@ class Training:
             "history": self.history,
             "losses": losses.tolist(),
         }
+        if self.growth is not None:
+            state["growth"] = self.growth.state_dict()
         if self.ema is not None:
             with self.ema.applied():
                 state["ema"] = parallel.model_state(self.net)
@@ -211,10 +234,13 @@ class Training:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of ranks; what was written after it is written again."""
         parallel.load_model(self.net, saved["model"])
-        parallel.load_optimizer(self.net, self.optimizer, saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        parallel.load_optimizer(self.net, self.optimizers, saved["optimizer"])
+        for scheduler, state in zip(self.schedulers, saved["scheduler"], strict=True):
+            scheduler.load_state_dict(state)
         self.scaler.load_state_dict(saved["scaler"])
         self.controller.load_state_dict(saved["controller"])
+        if self.growth is not None:
+            self.growth.load_state_dict(saved["growth"])
         self.used, self.history, self.saved = saved["used"], saved["history"], self.controller.tau
         self.attempts = Attempts(**saved["attempts"])
         self.start -= saved["seconds"]

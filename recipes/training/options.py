@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from recipes.training.parallel import Place
 from recipes.training.task import DataError, Task
 
 TASKS = {
+    "language": "recipes.language.task:Language",
     "digits": "recipes.digits:Digits",
     "cifar10": "recipes.images.cifar10:Cifar10",
     "imagenet": "recipes.images.imagenet:ImageNet",
@@ -22,6 +24,12 @@ TASKS = {
     "yolo": "recipes.detection.task:Yolo",
 }
 RULES = ("adascale", "lsw", "lsw+", "linear", "sqrt", "identity")
+GROWTHS = ("noise", "seesaw")
+POSITIVE = (
+    *("base_batch", "micro_batch", "most", "efficiency", "steps"),
+    *("total", "lr", "last_rate", "evaluations", "save_every"),
+)
+OWN = ("size", "optimizer", "schedule", "vocabulary")  # what some tasks let choose within them
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +42,11 @@ class Options:
     estimator: str | None = None
     smoothing: str | float | None = None
     scale: str = "1"
+    base_batch: int | None = None
     micro_batch: int | None = None
+    grow: str | None = None
+    most: float | None = None
+    efficiency: float | None = None
     steps: int | None = None
     seed: int = 0
     total: int | None = None
@@ -56,7 +68,24 @@ class Options:
             raise anybatch.InvalidValueError(f"--precision is fp32, bf16 or fp16; got {self.precision!r}.")
         if (self.rule == "lsw+") != (self.steps is not None):
             raise anybatch.InvalidValueError("--steps belongs to --rule lsw+: the number of steps AdaScale took.")
-        for name in ("micro_batch", "steps", "total", "lr", "last_rate", "evaluations", "save_every"):
+        if self.grow not in (None, *GROWTHS):
+            raise anybatch.InvalidValueError(f"--grow is {' or '.join(GROWTHS)}; got {self.grow!r}.")
+        if (self.grow is None) != (self.most is None) or (self.grow is not None and len(self.scales) > 1):
+            raise anybatch.InvalidValueError("--grow needs --most, the largest scale, and one --scale to begin with.")
+        if self.efficiency is not None and self.grow != "noise":
+            raise anybatch.InvalidValueError("--efficiency belongs to --grow noise.")
+        for name in (
+            "base_batch",
+            "most",
+            "efficiency",
+            "micro_batch",
+            "steps",
+            "total",
+            "lr",
+            "last_rate",
+            "evaluations",
+            "save_every",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise anybatch.InvalidValueError(f"--{name.replace('_', '-')} must be positive, got {value}.")
@@ -77,7 +106,7 @@ class Options:
 
     def scale_at(self, share: float) -> float:
         """The scale in force after this share of the run."""
-        return [scale for scale, since in self.scales if share >= since - 1e-9][-1]
+        return anybatch.Progressive({since: scale for scale, since in self.scales}).scale(share)
 
     def rule_for_attach(self) -> anybatch.Rule:
         """The rule itself, or by its name; the papers warm linear scaling up over 5.5 % of the run."""
@@ -97,8 +126,12 @@ class Options:
         return replace(rules[self.rule], **{name: arguments[name] for name in ("decays",) if name in arguments})
 
     def micro_batch_for(self, task: Task, *, ranks: int) -> int:
-        """The one that was given; else a base batch, or a rank's share of the smallest step."""
-        return self.micro_batch or max(1, round(min(1, min(self.scales)[0] / ranks) * task.base_batch))
+        """The one that was given; else a base batch, or a rank's share of the smallest step.
+
+        A batch that grows with the noise begins with two gradients or more: one shows no noise.
+        """
+        parts = max(2, ranks) if self.grow == "noise" else ranks
+        return self.micro_batch or max(1, round(min(1, min(self.scales)[0] / parts) * task.base_batch))
 
     def accumulation_for(self, scale: float, task: Task, *, ranks: int) -> int:
         """How many micro-batches each rank takes in a step of `scale`.
@@ -119,14 +152,21 @@ class Options:
     def identity(self, task: Task) -> dict[str, Any]:
         """What must be the same in a resumed run; the scale, the ranks and the machine may be others."""
         names = ("decays", "estimator", "smoothing", "steps", "seed", "lr", "last_rate", "ema", "precision")
-        mine = {name: value for name, value in asdict(self).items() if name in names}
-        return {"task": task.name, "tiny": task.tiny, "total": task.total, "rule": str(self.rule), **mine}
+        mine = {name: value for name, value in asdict(self).items() if name in (*names, "base_batch", "grow")}
+        return {
+            "task": task.name,
+            "tiny": task.tiny,
+            "total": task.total,
+            "rule": str(self.rule),
+            **mine,
+            **task.variant,
+        }
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     """The command line: what chooses the task, and the options."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.train", description="Train one of the papers' tasks at any scale."
+        prog="python -m recipes.train", description="Train a language model, or one of the papers' tasks, at any scale."
     )
     add = parser.add_argument
     add("task", choices=TASKS)
@@ -138,12 +178,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--estimator", choices=("unbiased", "paper", "ratio"), help="how AdaScale's gain is estimated")
     add("--smoothing", type=number_or_word, help="memory of AdaScale's averages: paper, or a number from 0 to 1")
     add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
+    add("--base-batch", type=int, help="the batch that the learning rate is tuned for, in place of the task's")
     add("--micro-batch", type=int, help="what each rank sees in one backward, in the unit of the base batch")
+    add("--grow", choices=GROWTHS, help="a batch that grows from --scale to --most: with the noise, or by Seesaw")
+    add("--most", type=float, help="for --grow: the largest scale")
+    add("--efficiency", type=float, help="for --grow noise: the least worth of an example (default: 0.8)")
     add("--steps", type=int, help="for lsw+: how many steps the run is stretched to")
     add("--seed", type=int, default=0, help="of the weights and the data (default: 0)")
     add("--total", type=int, help="length of the run in base iterations, in place of the task's")
     add("--lr", type=float, help="learning rate at the base batch, in place of the task's")
     add("--last-rate", type=float, help="in place of the task's schedule: exponential decay to this share of the rate")
+    for name in OWN:
+        add(f"--{name}", type=int if name == "vocabulary" else str, help="a choice of the task, see its module")
     add("--ema", type=float, help="evaluate an average of the weights too; its decay per base iteration")
     add("--precision", default="fp32", choices=PRECISIONS, help="autocast, and for fp16 a GradScaler (default: fp32)")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -158,8 +204,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     )
     given = parser.parse_args(arguments)
     if given.out is None:
-        tiny, scale = "-tiny" if given.tiny else "", given.scale.replace(",", "-")
-        given.out = Path("runs") / f"{given.task}{tiny}-{given.rule}-S{scale}-seed{given.seed}"
+        chosen = [str(value) for name in OWN if (value := getattr(given, name)) is not None]
+        task = "-".join([given.task, *(["tiny"] if given.tiny else []), *chosen, given.rule])
+        scale = given.scale.replace(",", "-") + (f"-{given.grow}-{given.most:g}" if given.grow and given.most else "")
+        given.out = Path("runs") / f"{task}-S{scale}-seed{given.seed}"
     options = Options(**{f.name: getattr(given, f.name) for f in fields(Options)})
     return given, options
 
@@ -184,8 +232,12 @@ def task_of(given: argparse.Namespace, place: Place) -> Task:
     elif given.make_data:
         if given.data is None:
             raise DataError("--make-data needs --data, the folder to write to.")
-        if place.first and not (given.data.is_dir() and any(given.data.iterdir())):
+        if place.first and not (given.data.is_file() or (given.data.is_dir() and any(given.data.iterdir()))):
             module.make(given.data, size="tiny", seed=0)
         place.wait()
-    task: Task = getattr(module, name)(given.data, tiny=given.tiny)
+    kind = getattr(module, name)
+    chosen = {own: value for own in OWN if (value := getattr(given, own)) is not None}
+    if strange := chosen.keys() - inspect.signature(kind).parameters.keys():
+        raise anybatch.InvalidValueError(f"{given.task} has no --{' and no --'.join(sorted(strange))} to choose.")
+    task: Task = kind(given.data, tiny=given.tiny, **chosen)
     return task

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,10 +123,10 @@ def model_state(net: nn.Module) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def optimizer_state(net: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The whole optimizer's state on the CPU, on rank 0; to be called by every rank."""
+def optimizer_state(net: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """The whole state of all optimizers on the CPU, on rank 0; to be called by every rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(net, optimizer, options=options)
+    return get_optimizer_state_dict(net, optimizers, options=options)
 
 
 def load_model(net: nn.Module, state: dict[str, Any]) -> None:
@@ -134,9 +134,9 @@ def load_model(net: nn.Module, state: dict[str, Any]) -> None:
     set_model_state_dict(net, state, options=StateDictOptions(full_state_dict=True))
 
 
-def load_optimizer(net: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(net: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any]) -> None:
     """Each rank takes its part."""
-    set_optimizer_state_dict(net, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(net, optimizers, state, options=StateDictOptions(full_state_dict=True))
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

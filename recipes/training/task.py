@@ -4,7 +4,7 @@ The hyperparameters are those of scale 1. No task knows the scale: that is the l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +35,8 @@ class Task(ABC):
     total: int  # T_SI, base iterations
     train_set: Dataset[Any]
     workers: int = 0  # processes that load data, also for `evaluate`; train.py sets it
+    clip: float | None = None  # the largest norm of a step's gradient
+    variant: Mapping[str, Any] = {}  # what was chosen within the task, and must be the same in a resumed run
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         self.data = data
@@ -45,12 +47,12 @@ class Task(ABC):
         """A new model; the caller has set the seed."""
 
     @abstractmethod
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer as tuned at the base batch."""
+    def optimizer(self, model: nn.Module) -> Optimizer | list[Optimizer]:
+        """The optimizer as tuned at the base batch, or several that share the parameters."""
 
     @abstractmethod
     def scheduler(self, optimizer: Optimizer) -> Any:
-        """Its schedule over base iterations."""
+        """Its schedule over base iterations; each of several has its own."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -55,6 +55,7 @@ class Transformer(Task):
         self.base_batch, self.total = (256, 1000) if tiny else (2048, 1_550_000)
         self.learning_rate = {"sgd": 0.2 if tiny else 0.02, "adamw": 2e-3 if tiny else 2e-4}[optimizer]
         self.optimizer_name, self.beam = optimizer, beam
+        self.variant = {"optimizer": optimizer}
         self.vocabulary = vocabulary_of(data, size=300 if tiny else 37_000)
         self.train_set: ParallelText = ParallelText(read_pairs(data, "train"), vocabulary=self.vocabulary)
         self.test_pairs = list(read_pairs(data, test))

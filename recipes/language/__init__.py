@@ -1,0 +1,1 @@
+"""A language model: a GPT on text or on files of tokens."""
