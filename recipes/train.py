@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -234,7 +235,11 @@ class Training:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of ranks; what was written after it is written again."""
         parallel.load_model(self.net, saved["model"])
-        parallel.load_optimizer(self.net, self.optimizers, saved["optimizer"])
+        with (
+            warnings.catch_warnings()
+        ):  # that a run that is over is over: this is no other run, its options are the same
+            warnings.filterwarnings("ignore", "The optimizer's state is of a run", anybatch.AnybatchWarning)
+            parallel.load_optimizer(self.net, self.optimizers, saved["optimizer"])
         for scheduler, state in zip(self.schedulers, saved["scheduler"], strict=True):
             scheduler.load_state_dict(state)
         self.scaler.load_state_dict(saved["scaler"])
