@@ -77,6 +77,7 @@ class Lab:
         content = {
             "command": self.given.command,
             "task": self.base.task,
+            **({"measured": self.task.measured} if self.task.measured else {}),
             "total": self.base.total,
             "seeds": self.given.seeds,
         }

@@ -235,9 +235,7 @@ class Training:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of ranks; what was written after it is written again."""
         parallel.load_model(self.net, saved["model"])
-        with (
-            warnings.catch_warnings()
-        ):  # that a run that is over is over: this is no other run, its options are the same
+        with warnings.catch_warnings():  # of a run that is over: it is this one, its options are the same
             warnings.filterwarnings("ignore", "The optimizer's state is of a run", anybatch.AnybatchWarning)
             parallel.load_optimizer(self.net, self.optimizers, saved["optimizer"])
         for scheduler, state in zip(self.schedulers, saved["scheduler"], strict=True):
@@ -269,6 +267,7 @@ class Training:
             "ranks": self.place.ranks,
             "micro_batch": self.micro_batch,
             "metric": self.task.metric,
+            **({"measured": self.task.measured} if self.task.measured else {}),
             **last,
             "iterations": controller.steps,
             "mean_gain": controller.tau / max(1, controller.steps),

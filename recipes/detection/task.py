@@ -15,6 +15,7 @@ the times of the steps and the augmentation are ours. The input has one size; YO
 batches.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +25,12 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+import anybatch
 from recipes.detection import made
 from recipes.detection.boxes import Grid, detect, iou, make_grid, mean_average_precision
 from recipes.detection.model import STRIDES, YoloV3, anchors
 from recipes.detection.voc import CLASSES, JITTER, TrainSet, WholeSet, read_split
+from recipes.training.parallel import here
 from recipes.training.task import Task
 
 IGNORE = 0.5  # overlap with an object above which a prediction not in charge is not told that there is none
@@ -39,7 +42,8 @@ class Yolo(Task):
     """Whole YOLOv3 at 416 pixels; tiny: a quarter of the width, seven residual blocks instead of 23, 64 pixels."""
 
     name: ClassVar[str] = "yolo"
-    metric: ClassVar[str] = "mAP"  # VOC2007's, with 11 points, at overlap .5, in percent
+    metric: ClassVar[str] = "mAP"
+    measured = "VOC2007 test, 11 points, overlap 0.5, difficult objects left out"
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)
@@ -57,6 +61,13 @@ class Yolo(Task):
         model, weights = YoloV3(len(CLASSES)), Path(self.data or ".") / "darknet53.conv.74"
         if weights.is_file():
             model.backbone.load_darknet(weights)
+        elif here().first:
+            warnings.warn(
+                f"{weights} is not there: yolo starts WITHOUT PRETRAINED WEIGHTS, and its mAP will be far below the "
+                "published ones, which start from Darknet's. recipes/README.md says where the file is from.",
+                anybatch.AnybatchWarning,
+                stacklevel=2,
+            )
         return model
 
     def optimizer(self, model: nn.Module) -> Optimizer:

@@ -1,8 +1,8 @@
 """PASCAL VOC on disk: `VOCdevkit/VOC2007/{JPEGImages,Annotations,ImageSets/Main}`, and VOC2012 where it is there.
 
 Every annotation is read at the start, so that a wrong one is an error then and not in the night. A training image
-that cannot be read is skipped and counted; a test image that cannot be read is an error, for the metric would be
-another one.
+that cannot be read is skipped and counted, and so is a training object whose box reaches out of its image; in testing
+both are errors, for the metric would be another one.
 """
 
 import math
@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import anybatch
 from recipes.training.task import DataError
 
 CLASSES = (
@@ -35,6 +36,7 @@ class Example:
 
     image: Path
     objects: Tensor  # [n, 6]: class, difficult, x1, y1, x2, y2 in pixels of the image
+    skipped: int = 0  # objects whose boxes reach out of the image
 
 
 def read_split(data: Path | None, split: str) -> list[Example]:
@@ -49,9 +51,17 @@ def read_split(data: Path | None, split: str) -> list[Example]:
     years = [root / "VOC2007"]
     if split == "trainval" and (root / "VOC2012").is_dir():
         years.append(root / "VOC2012")
-    examples = [_example(year, name) for year in years for name in _names(year / "ImageSets" / "Main" / f"{split}.txt")]
+    lists = [(year, year / "ImageSets" / "Main" / f"{split}.txt") for year in years]
+    examples = [_example(year, name, strict=split == "test") for year, path in lists for name in _names(path)]
     if not examples:
         raise DataError(f"{root}: {split}.txt names no image.")
+    if wrong := [example for example in examples if example.skipped]:
+        warnings.warn(
+            f"{sum(example.skipped for example in wrong)} object(s) of {split} are skipped: their boxes reach out of "
+            f"their images. The first is in {wrong[0].image.name}.",
+            anybatch.AnybatchWarning,
+            stacklevel=2,
+        )
     return examples
 
 
@@ -66,16 +76,16 @@ def _names(path: Path) -> list[str]:
     return names
 
 
-def _example(year: Path, name: str) -> Example:
+def _example(year: Path, name: str, *, strict: bool) -> Example:
     path = year / "Annotations" / f"{name}.xml"
     try:
-        objects = _objects(parse_xml(path.read_bytes()))
+        objects, skipped = _objects(parse_xml(path.read_bytes()), strict=strict)
     except (OSError, ValueError, expat.ExpatError) as error:
         raise DataError(f"{path}: {error}") from error
     image = year / "JPEGImages" / f"{name}.jpg"
     if not image.is_file():
         raise DataError(f"{image}: no such image, but {path} describes it.")
-    return Example(image, objects)
+    return Example(image, objects, skipped)
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
@@ -93,19 +103,25 @@ def parse_xml(data: bytes) -> ElementTree.Element:
     return builder.close()
 
 
-def _objects(root: ElementTree.Element) -> Tensor:
+def _objects(root: ElementTree.Element, *, strict: bool) -> tuple[Tensor, int]:
     width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
-    rows = []
+    rows, skipped = [], 0
     for i, found in enumerate(root.findall("object")):
         name = (found.findtext("name") or "").strip()
         if name not in CLASSES:
             raise ValueError(f"object {i}: {name!r} is not one of VOC's twenty classes")
         box = [_number(found, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")]
-        _check(i, box, width, height)
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"object {i}: the box {box} is empty")
+        if not (box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height):
+            if strict:
+                raise ValueError(f"object {i}: the box {box} is not inside of the image, {width:g} by {height:g}")
+            skipped += 1
+            continue
         difficult = float((found.findtext("difficult") or "0").strip() == "1")
         # VOC counts from 1 and includes the last pixel.
         rows.append([CLASSES.index(name), difficult, max(box[0] - 1, 0), max(box[1] - 1, 0), *box[2:]])
-    return torch.tensor(rows, dtype=torch.float32).view(-1, 6)
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 6), skipped
 
 
 def _number(element: ElementTree.Element, path: str) -> float:
@@ -117,14 +133,6 @@ def _number(element: ElementTree.Element, path: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"<{path}> is {'missing' if text is None else f'{text!r}, no number'}")
     return value
-
-
-def _check(i: int, box: list[float], width: float, height: float) -> None:
-    x1, y1, x2, y2 = box
-    if not (x1 < x2 and y1 < y2):
-        raise ValueError(f"object {i}: the box {box} is empty")
-    if not (x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height):
-        raise ValueError(f"object {i}: the box {box} is not inside of the image, {width:g} by {height:g}")
 
 
 def read_image(path: Path) -> Image.Image:

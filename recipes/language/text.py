@@ -5,11 +5,7 @@
 `<|endoftext|>` in the text is one token, number 0.
 """
 
-import json
-import os
-import shutil
 import sys
-import warnings
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anybatch
-from recipes.training.once import once
+from recipes.training.once import prepared
 from recipes.training.task import DataError
 
 SHARE = 0.9  # of the text to train on
@@ -39,48 +35,16 @@ def tokenized(text: Path, *, vocabulary: int) -> tuple[Path, int]:
     if not 257 <= vocabulary <= 2**16:
         raise anybatch.InvalidValueError(f"--vocabulary is from 257 to 65536, got {vocabulary}.")
     folder = text.with_name(f"{text.name}.{vocabulary}")
-    once(partial(_update, text, folder, vocabulary=vocabulary))
-    made = _made(folder)
-    if made is None:
-        raise DataError(f"{folder} is not to be seen here: all ranks must see the folder that rank 0 writes to.")
-    return folder, int(made["vocabulary"])
+    found = prepared(folder, of=[text], make=partial(_make, text, vocabulary=vocabulary))
+    return folder, found["vocabulary"]
 
 
-def _update(text: Path, folder: Path, *, vocabulary: int) -> None:
-    try:
-        stat = text.stat()
-        source = {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
-        found = _made(folder)
-        if found is not None and {name: found.get(name) for name in source} == source:
-            return
-        if found is not None:
-            message = f"{text} has changed since its tokens were made: {folder} is made anew."
-            warnings.warn(message, anybatch.AnybatchWarning, stacklevel=2)
-        new = folder.with_name(f"{folder.name}.{os.getpid()}")
-        try:
-            _make(text, new, source, vocabulary=vocabulary)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.replace(folder)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"{error.filename or text}: {error.strerror}; tokens are kept beside the text.") from None
-
-
-def _made(folder: Path) -> dict[str, Any] | None:
-    try:
-        made: dict[str, Any] = json.loads((folder / "made.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return made
-
-
-def _make(text: Path, folder: Path, source: dict[str, int], *, vocabulary: int) -> None:
-    folder.mkdir()
-    train = round(SHARE * source["bytes"])
+def _make(text: Path, folder: Path, *, vocabulary: int) -> dict[str, int]:
+    size = text.stat().st_size
+    train = round(SHARE * size)
     encoder = _vocabulary(chain.from_iterable(_pieces(text, end=min(train, SAMPLE))), size=vocabulary)
     counts = {}
-    for name, start, end in (("train", 0, train), ("val", train, source["bytes"])):
+    for name, start, end in (("train", 0, train), ("val", train, size)):
         counts[name] = 0
         with (folder / f"{name}.bin").open("wb") as file:
             for lines in _pieces(text, start=start, end=end):
@@ -92,8 +56,7 @@ def _make(text: Path, folder: Path, source: dict[str, int], *, vocabulary: int) 
         if not counts[name]:
             raise DataError(f"{text}: no line begins in the part for {name}: the text is too short, or is one line.")
     encoder.save(str(folder / "vocabulary.json"))
-    made = {**source, "vocabulary": encoder.get_vocab_size(), **counts}
-    (folder / "made.json").write_text(json.dumps(made) + "\n")
+    return {"vocabulary": encoder.get_vocab_size(), **counts}
 
 
 def _pieces(text: Path, *, start: int = 0, end: int) -> Iterator[list[str]]:

@@ -2,7 +2,8 @@
 
 Audio is .flac, read by soundfile (`pip install soundfile`), or 16-bit .wav, read by the standard library. The
 transcripts and the header of every file are read at the start, so that a wrong one is an error then and not in the
-night. A training utterance with more characters than the model has steps has no alignment; it is skipped and counted.
+night; what the headers say is kept in `lengths-train.json` and `lengths-test-clean.json`. A training utterance with
+more characters than the model has steps has no alignment; it is skipped and counted.
 """
 
 import wave
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recipes.speech.lengths import lengths
 from recipes.speech.model import CHARACTERS, SAMPLE_RATE, frames, spectrogram, steps
 from recipes.training.task import DataError
 
@@ -59,13 +61,17 @@ def read_splits(data: Path | None, prefix: str) -> list[Utterance]:
     folders = sorted(folder for folder in Path(data).glob(f"{prefix}*") if folder.is_dir())
     if not folders:
         raise DataError(f"{Path(data) / prefix}*: no such folder. Unpack LibriSpeech's archives in {data}.")
-    utterances = [u for folder in folders for path in sorted(folder.glob("*/*/*.trans.txt")) for u in _transcript(path)]
-    if not utterances:
+    lines = [
+        line for folder in folders for path in sorted(folder.glob("*/*/*.trans.txt")) for line in _transcript(path)
+    ]
+    if not lines:
         raise DataError(f"{folders[0]}: no <speaker>/<chapter>/*.trans.txt in it.")
-    return utterances
+    audio = [path for path, _ in lines]
+    samples = lengths(Path(data), f"lengths-{prefix.rstrip('-')}.json", audio, read=_samples)
+    return [Utterance(path, text, n) for (path, text), n in zip(lines, samples, strict=True)]
 
 
-def _transcript(path: Path) -> list[Utterance]:
+def _transcript(path: Path) -> list[tuple[Path, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +79,7 @@ def _transcript(path: Path) -> list[Utterance]:
     return [_utterance(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _utterance(path: Path, number: int, line: str) -> Utterance:
+def _utterance(path: Path, number: int, line: str) -> tuple[Path, str]:
     name, _, text = line.strip().partition(" ")
     text = " ".join(text.lower().split())
     if not text:
@@ -86,7 +92,7 @@ def _utterance(path: Path, number: int, line: str) -> Utterance:
     found = [audio for suffix in (".flac", ".wav") if (audio := path.parent / f"{name}{suffix}").is_file()]
     if not found:
         raise DataError(f"{path.parent / name}.flac (or .wav): no such file, but {path.name} has a line for it.")
-    return Utterance(found[0], text, _samples(found[0]))
+    return found[0], text
 
 
 def _samples(path: Path) -> int:

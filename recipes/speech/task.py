@@ -28,6 +28,7 @@ class Speech(Task):
     name = "speech"
     metric = "word accuracy"
     examples = None  # batches are of utterances of one length
+    clip = 400.0  # Deep Speech 2's (Amodei et al., 2016)
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)

@@ -35,6 +35,7 @@ class Task(ABC):
     total: int  # T_SI, base iterations
     train_set: Dataset[Any]
     workers: int = 0  # processes that load data, also for `evaluate`; train.py sets it
+    measured: str = ""  # how the metric is computed, where that needs saying beside the number
     clip: float | None = None  # the largest norm of a step's gradient
     variant: Mapping[str, Any] = {}  # what was chosen within the task, and must be the same in a resumed run
 

@@ -17,8 +17,8 @@ import anybatch
 from recipes.training.buckets import bucketed, cut
 from recipes.training.task import Task
 from recipes.translation import made
-from recipes.translation.model import BEGIN, PAD, TransformerModel, translate
-from recipes.translation.wmt import ParallelText, read_pairs, vocabulary_of
+from recipes.translation.model import BEGIN, LENGTH_PENALTY, PAD, TransformerModel, translate
+from recipes.translation.wmt import ParallelText, read_pairs, train_pairs, vocabulary_of
 
 SMOOTHING = 0.1
 STEPS = (0.5, 0.75, 0.9)  # of the run, where the learning rate is divided by STEP
@@ -56,9 +56,12 @@ class Transformer(Task):
         self.learning_rate = {"sgd": 0.2 if tiny else 0.02, "adamw": 2e-3 if tiny else 2e-4}[optimizer]
         self.optimizer_name, self.beam = optimizer, beam
         self.variant = {"optimizer": optimizer}
-        self.vocabulary = vocabulary_of(data, size=300 if tiny else 37_000)
-        self.train_set: ParallelText = ParallelText(read_pairs(data, "train"), vocabulary=self.vocabulary)
+        size = 300 if tiny else 37_000
+        self.vocabulary = vocabulary_of(data, size=size)
+        self.train_set: ParallelText = train_pairs(data, vocabulary=self.vocabulary, size=size)
         self.test_pairs = list(read_pairs(data, test))
+        self.decoded = f"{test}, beam {beam}, length penalty {LENGTH_PENALTY}"
+        self.measured = self.decoded  # an evaluation adds sacrebleu's own words
 
     def model(self) -> nn.Module:
         """Transformer base; tiny has no dropout."""
@@ -110,7 +113,7 @@ class Transformer(Task):
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """BLEU of the translated test set, and its mean loss per token without label smoothing."""
-        import sacrebleu
+        from sacrebleu.metrics.bleu import BLEU
 
         test = ParallelText(iter(self.test_pairs), vocabulary=self.vocabulary, longest=None)
         lengths = test.source.lengths()
@@ -124,8 +127,10 @@ class Transformer(Task):
                 found = translate(model, batch[0], beam=self.beam)
                 for i, text in zip(part, self.vocabulary.decode(found), strict=True):
                     texts[i] = text
-        references = [target for _, target in self.test_pairs]
-        return {self.metric: sacrebleu.corpus_bleu(texts, [references]).score, "loss": loss / tokens}
+        references, bleu = [target for _, target in self.test_pairs], BLEU()
+        score = bleu.corpus_score(texts, [references]).score
+        self.measured = f"sacrebleu {bleu.get_signature()}, {self.decoded}"
+        return {self.metric: score, "loss": loss / tokens}
 
 
 def _loss(model: nn.Module, batch: Any, *, smoothing: float, reduction: str) -> Tensor:

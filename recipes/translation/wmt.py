@@ -1,24 +1,26 @@
 """Parallel text on disk: `train.en` and `train.de`, line by line, and `newstest2014.en` and `.de` (or WMT's own .sgm).
 
 The vocabulary is `vocabulary.<size>.model` of sentencepiece, one for both languages. Where it is not there, it is made
-from the training text, by byte-pair encoding and without chance, and kept.
+from the training text, by byte-pair encoding and without chance, and kept. The training text's tokens are kept in the
+folder `train.<size>.tokens`, and read where they lie. Rank 0 makes both, once, while the others wait.
 """
 
 import html
 import os
 import re
-from array import array
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recipes.training.once import once, prepared
 from recipes.training.task import DataError
 from recipes.translation.model import BEGIN, END, PAD, UNKNOWN
+from recipes.translation.ragged import Ragged
 
 LONGEST = 256  # tokens of a source or a target to train on; the few longer ones are left out, and counted
 
@@ -31,7 +33,7 @@ class ParallelText(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, pairs: Iterator[tuple[str, str]], *, vocabulary: Any, longest: int | None = LONGEST) -> None:
         self.skipped = 0
-        self.source, self.target = _Ragged(), _Ragged()
+        self.source, self.target = Ragged(), Ragged()
         while some := list(islice(pairs, 10_000)):
             tokens = (vocabulary.encode(list(texts), out_type=int) for texts in zip(*some, strict=True))
             for source, target in zip(*tokens, strict=True):
@@ -47,32 +49,48 @@ class ParallelText(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.source[index], self.target[index]
 
+    @classmethod
+    def kept(cls, folder: Path, *, skipped: int) -> "ParallelText":
+        """The pairs that `keep` wrote."""
+        text = cls(iter(()), vocabulary=None)
+        text.skipped = skipped
+        text.source, text.target = (Ragged.mapped(folder / name) for name in ("source", "target"))
+        return text
 
-class _Ragged:
-    """Sequences of different lengths in one array: millions of lists would not fit into memory."""
+    def keep(self, folder: Path) -> None:
+        """Write the tokens of both sides."""
+        self.source.write(folder / "source")
+        self.target.write(folder / "target")
 
-    def __init__(self) -> None:
-        self.values, self.ends = array("i"), array("q", [0])
 
-    def append(self, values: list[int]) -> None:
-        self.values.extend(values)
-        self.ends.append(len(self.values))
+def train_pairs(data: Path | None, *, vocabulary: Any, size: int) -> ParallelText:
+    """The training pairs in the tokens of this vocabulary, made of the text where they are not there.
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
+    Raises:
+        DataError: as of `read_pairs`; or the folder cannot be written.
+    """
+    data = _given(data)
+    of = [_file(data, "train", language) for language in ("en", "de")] + [data / f"vocabulary.{size}.model"]
+    folder = data / f"train.{size}.tokens"
+    found = prepared(folder, of=of, make=partial(_make_pairs, data, vocabulary))
+    return ParallelText.kept(folder, skipped=found["skipped"])
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(self.values[self.ends[index] : self.ends[index + 1]], dtype=torch.long)
 
-    def lengths(self) -> list[int]:
-        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+def _make_pairs(data: Path, vocabulary: Any, folder: Path) -> dict[str, int]:
+    text = ParallelText(read_pairs(data, "train"), vocabulary=vocabulary)
+    text.keep(folder)
+    return {"pairs": len(text), "skipped": text.skipped}
+
+
+def _given(data: Path | None) -> Path:
+    if data is None:
+        raise DataError("transformer needs a folder with train.en, train.de, newstest2014.en and newstest2014.de.")
+    return Path(data)
 
 
 def read_pairs(data: Path | None, name: str) -> Iterator[tuple[str, str]]:
     """The lines of `<name>.en` with those of `<name>.de`; `<name>` may be a test set in WMT's .sgm format."""
-    if data is None:
-        raise DataError("transformer needs a folder with train.en, train.de, newstest2014.en and newstest2014.de.")
-    paths = [_file(Path(data), name, language) for language in ("en", "de")]
+    paths = [_file(_given(data), name, language) for language in ("en", "de")]
     count = 0
     try:
         for source, target in zip(*(_lines(path) for path in paths), strict=True):
@@ -111,11 +129,9 @@ def vocabulary_of(data: Path | None, *, size: int) -> Any:
     """
     import sentencepiece
 
-    if data is None:
-        raise DataError("transformer needs a folder with train.en, train.de, newstest2014.en and newstest2014.de.")
-    path = Path(data) / f"vocabulary.{size}.model"
-    if not path.exists():
-        _make_vocabulary(Path(data), path, size=size)
+    data = _given(data)
+    path = data / f"vocabulary.{size}.model"
+    once(lambda: None if path.exists() else _make_vocabulary(data, path, size=size))
     try:
         vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -132,7 +148,7 @@ def vocabulary_of(data: Path | None, *, size: int) -> Any:
 def _make_vocabulary(data: Path, path: Path, *, size: int) -> None:
     import sentencepiece
 
-    part = path.with_suffix(f".{os.getpid()}")  # several ranks may make the same file
+    part = path.with_suffix(f".{os.getpid()}")  # a kill leaves no half of a vocabulary
     try:
         with part.open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(

@@ -244,6 +244,35 @@ def test_what_is_wrong_is_named(tmp_path, lines, options, message):
         librispeech.read_splits(tmp_path, "train-")
 
 
+def test_headers_are_read_once(tmp_path, monkeypatch):
+    chapter = say(tmp_path, ["1-2-0000 A", "1-2-0001 B"])
+    found, read, samples = [], [], librispeech._samples
+    monkeypatch.setattr(librispeech, "_samples", lambda path: read.append(path.name) or samples(path))
+
+    def again():
+        read.clear()
+        found.append([utterance.samples for utterance in librispeech.read_splits(tmp_path, "train-")])
+        return sorted(read)
+
+    assert again() == ["1-2-0000.wav", "1-2-0001.wav"]
+    assert again() == []
+    made_speech._save(chapter / "1-2-0001.wav", torch.zeros(1234))
+    assert again() == ["1-2-0001.wav"]
+    assert found == [[4000, 4000], [4000, 4000], [4000, 1234]]
+    (tmp_path / "lengths-train.json").write_text("{ half")
+    assert again() == ["1-2-0000.wav", "1-2-0001.wav"]
+    assert again() == []
+    (tmp_path / "lengths-train.json").unlink()
+    (tmp_path / "lengths-train.json").mkdir()  # as where the folder cannot be written
+    with pytest.warns(anybatch.AnybatchWarning, match=r"lengths-train\.json cannot be written"):
+        again()
+    assert found[-1] == [4000, 1234]
+
+
+def test_the_gradient_is_clipped_as_in_the_paper():
+    assert speech.Speech.clip == 400
+
+
 def test_audio_that_is_none_is_named(tmp_path):
     chapter = say(tmp_path, ["1-2-0000 A"])
     (chapter / "1-2-0000.wav").write_bytes(b"no audio at all")

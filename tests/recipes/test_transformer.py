@@ -1,6 +1,7 @@
 """The transformer task: masks, padding, beam search, the text on disk, batches by tokens, and a short training."""
 
 import math
+import pickle
 from itertools import islice, product
 
 import pytest
@@ -304,6 +305,27 @@ def test_the_vocabulary_is_made_once_and_without_chance(data, task, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"train.de", name}
 
 
+def test_pairs_are_encoded_once_and_read_where_they_lie(tmp_path, monkeypatch):
+    transformer.make(tmp_path)
+    made, make = [], wmt._make_pairs
+    monkeypatch.setattr(wmt, "_make_pairs", lambda *args: made.append(1) or make(*args))
+    first, again = (transformer.Transformer(tmp_path, tiny=True).train_set for _ in range(2))
+    assert made == [1]
+    held = wmt.ParallelText(wmt.read_pairs(tmp_path, "train"), vocabulary=wmt.vocabulary_of(tmp_path, size=300))
+    assert len(first) == len(again) == len(held) == 4000
+    assert again.source.lengths() == held.source.lengths()
+    assert [row.tolist() for pair in again for row in pair] == [row.tolist() for pair in held for row in pair]
+    sent = pickle.dumps(again)
+    assert len(sent) < 2000 < len(pickle.dumps(held))
+    assert torch.equal(pickle.loads(sent)[3999][1], held[3999][1])
+    (tmp_path / "train.en").write_text((tmp_path / "train.en").read_text() + "the nata.\n")
+    (tmp_path / "train.de").write_text((tmp_path / "train.de").read_text() + "de nyha.\n")
+    with pytest.warns(
+        anybatch.AnybatchWarning, match=r"train\.en or .* has changed since .*train\.300\.tokens was made"
+    ):
+        assert len(transformer.Transformer(tmp_path, tiny=True).train_set) == 4001
+
+
 def test_a_vocabulary_that_does_not_fit_is_named(data, tmp_path):
     with pytest.raises(DataError, match=r"train\.en and \.de: no vocabulary of 100000 pieces"):
         wmt.vocabulary_of(data, size=100_000)
@@ -336,6 +358,8 @@ def test_three_steps(data, optimizer, micro_batch):
     summary = run(task, Options(scale="2", micro_batch=micro_batch, total=3, evaluations=1))
     assert summary["iterations"] <= 3
     assert 0 <= summary["BLEU"] < 100
+    words = ("sacrebleu nrefs:1|case:mixed", "tok:13a", "version:", "newstest2014, beam 1, length penalty 0.6")
+    assert all(word in summary["measured"] for word in words)
     assert math.isfinite(summary["loss"])
 
 

@@ -3,6 +3,7 @@
 import random
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,8 +283,12 @@ def test_the_backbone_starts_from_darknet_s_weights_where_they_are(few, monkeypa
     read = []
     monkeypatch.setattr(yolo_model.Darknet, "load_darknet", lambda self, path: read.append(path))
     with torch.device("meta"):
-        Yolo(few).model()
+        with pytest.warns(
+            anybatch.AnybatchWarning, match=r"darknet53\.conv\.74 is not there.*WITHOUT PRETRAINED.*README"
+        ):
+            Yolo(few).model()
         assert not read
+        assert "darknet53.conv.74" in (Path(__file__).parents[2] / "recipes/README.md").read_text()
         (few / "darknet53.conv.74").touch()
         assert values(Yolo(few).model()) > 61_000_000
     assert read == [few / "darknet53.conv.74"]
@@ -440,9 +445,24 @@ def test_voc_counts_pixels_from_one(few):
 def test_a_wrong_annotation_is_named(few, content, complaint):
     path = first_annotation(few)
     path.write_text(content)
+    lists = few / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    (lists / "test.txt").write_text(path.stem)  # in training a box that reaches out is no error
     with pytest.raises(DataError, match=complaint) as error:
-        Yolo(few, tiny=True)
+        read_split(few, "test")
     assert str(path) in str(error.value)
+
+
+def test_a_box_that_reaches_out_is_skipped_and_counted_in_training(few):
+    inside = annotation(box=(1, 2, 90, 40)).partition("<object>")[2].removesuffix("</annotation>")
+    first_annotation(few).write_text(
+        annotation(box=(1, 2, 91, 40)).replace("</annotation>", f"<object>{inside}</annotation>")
+    )
+    with pytest.warns(
+        anybatch.AnybatchWarning, match=r"1 object\(s\) of trainval are skipped.* first is in 000000\.jpg"
+    ):
+        examples = read_split(few, "trainval")
+    assert [example.skipped for example in examples] == [1, *[0] * (len(examples) - 1)]
+    assert examples[0].objects[:, 2:].tolist() == [[0, 1, 90, 40]]
 
 
 def test_what_is_missing_is_named(few, tmp_path):
