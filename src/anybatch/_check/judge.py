@@ -5,9 +5,7 @@ from math import inf, isclose, isfinite, log
 from anybatch._check.trial import Trial
 
 Verdict = tuple[bool, str]
-_SAME = (
-    0.2  # of the logarithm of a ratio: chance in a model is taken for this much, a forgotten factor is log 2 or more
-)
+_SAME = 0.2  # of the logarithm of a ratio: chance in a model is less, a forgotten factor log 2 or more
 
 
 def sizes(base: Trial, large: Trial, *, times: int) -> list[Verdict]:
