@@ -29,7 +29,12 @@ POSITIVE = (
     *("base_batch", "micro_batch", "most", "efficiency", "steps"),
     *("total", "lr", "last_rate", "evaluations", "save_every"),
 )
-OWN = ("size", "optimizer", "schedule", "vocabulary")  # what some tasks let choose within them
+OWN = {  # what some tasks let choose within them
+    "size": "language: 124M or 350M",
+    "optimizer": "language: adamw or muon; transformer: sgd or adamw",
+    "schedule": "language: cosine or wsd",
+    "vocabulary": "language: tokens to make of a text, or of the .bin files' tokenizer (default: 50257)",
+}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -188,8 +193,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--total", type=int, help="length of the run in base iterations, in place of the task's")
     add("--lr", type=float, help="learning rate at the base batch, in place of the task's")
     add("--last-rate", type=float, help="in place of the task's schedule: exponential decay to this share of the rate")
-    for name in OWN:
-        add(f"--{name}", type=int if name == "vocabulary" else str, help="a choice of the task, see its module")
+    for name, words in OWN.items():
+        add(f"--{name}", type=int if name == "vocabulary" else str, help=words)
     add("--ema", type=float, help="evaluate an average of the weights too; its decay per base iteration")
     add("--precision", default="fp32", choices=PRECISIONS, help="autocast, and for fp16 a GradScaler (default: fp32)")
     add("--compile", action="store_true", help="torch.compile the model")
