@@ -360,7 +360,7 @@ def distance(some, others):
     return sum(float((a - b).detach().square().sum()) for a, b in zip(some, others, strict=True)) ** 0.5
 
 
-GROWING = Options(base_batch=128, scale="1", grow="noise", most=8, efficiency=0.5, total=40, save_every=7, ema=0.9)
+GROWING = Options(base_batch=128, scale="1", grow="noise", most=8, efficiency=0.5, total=24, save_every=7, ema=0.9)
 
 
 def test_a_batch_grows_with_the_noise_to_the_most(data, tmp_path, short_test):
@@ -386,14 +386,14 @@ def test_seesaw_trades_the_cosine_for_a_batch(data, tmp_path, short_test):
 
 @pytest.mark.parametrize(
     ("options", "optimizer"),
-    [(GROWING, "adamw"), (Options(base_batch=128, scale="2,4@0.5", total=40, save_every=7), "muon")],
+    [(GROWING, "adamw"), (Options(base_batch=128, scale="2,4@0.5", total=24, save_every=7), "muon")],
 )
 def test_a_resumed_run_is_bit_exact(options, optimizer, data, tmp_path, short_test):
     class Killed(Exception):
         pass
 
     def watch(tau, point):
-        if tau > 22:
+        if tau > 13:
             raise Killed
 
     def start(out, **watching):
