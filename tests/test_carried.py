@@ -106,9 +106,17 @@ def test_a_bare_optimizer_loads_it_and_trains():
 def test_detached_it_carries_nothing():
     _, optimizer, _, controller = after(3)
     names = set(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9).state_dict()["param_groups"][0])
-    assert {name for name in optimizer.state_dict()["param_groups"][0] if name.startswith("anybatch_")}
+    assert {name for name in optimizer.state_dict()["param_groups"][0] if name.startswith("anybatch_run_")}
     controller.detach()
     assert set(optimizer.state_dict()["param_groups"][0]) <= {*names, "initial_lr"}
+
+
+def test_a_copy_between_two_saves_carries_nothing_of_the_past():
+    model, optimizer, scheduler, controller = after(3)
+    saved = optimizer.state_dict()
+    assert copy.deepcopy(optimizer).param_groups[0]["anybatch_run_tau"] == saved["param_groups"][0]["anybatch_run_tau"]
+    workers.train(model, optimizer, scheduler, controller, 1, start=3)
+    assert not any(name.startswith("anybatch_run_") for name in copy.deepcopy(optimizer).param_groups[0])
 
 
 def test_a_state_without_one_leaves_the_clock_alone():
@@ -158,7 +166,7 @@ def test_of_a_finished_run_it_says_so():
         anybatch.AnybatchWarning, match=r"of a run of 4 base iterations, and has come to tau = \d"
     ) as seen:
         *_, controller = loaded(total=4, saved_total=4)
-    assert "remove what begins with 'anybatch_'" in str(seen[0].message)
+    assert "remove what begins with 'anybatch_run_'" in str(seen[0].message)
     assert controller.done
 
 
@@ -171,7 +179,7 @@ def test_of_a_run_of_another_length_it_says_so_and_goes_on(saved, whose):
 
 def test_what_is_removed_begins_anew():
     def removed(group):
-        for name in [name for name in group if name.startswith("anybatch_")]:
+        for name in [name for name in group if name.startswith("anybatch_run_")]:
             del group[name]
 
     _, _, _, controller = loaded(saved_total=4, change=removed)
@@ -180,14 +188,14 @@ def test_what_is_removed_begins_anew():
 
 def test_of_another_base_batch_it_is_an_error():
     with pytest.raises(
-        anybatch.StateError, match=r"base_batch=4.*came with the optimizer's state.*begins with 'anybatch_'"
+        anybatch.StateError, match=r"base_batch=4.*came with the optimizer's state.*begins with 'anybatch_run_'"
     ):
         loaded(base_batch=8)
 
 
 def test_damaged_it_is_an_error_and_the_optimizer_free_again():
     def damaged(group):
-        group["anybatch_tau"] = -3.0
+        group["anybatch_run_tau"] = -3.0
 
     with pytest.raises(anybatch.StateError, match="The state is damaged: tau"):
         loaded(change=damaged)

@@ -76,13 +76,11 @@ def test_a_run_goes_on_with_other_ranks(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_ray_train_goes_on_with_other_workers(tmp_path):
-    pytest.importorskip("ray")
-    first = run("ray_train", "--workers", 1, "--total", 200, "--stop-at", 100, folder=tmp_path)
-    second = run("ray_train", "--workers", 2, "--total", 200, folder=tmp_path)
-    assert (first["tau"], second["resumed"]) == (100, 100)
-    assert (second["scale"], 200 <= second["tau"] < 202) == (2, True)
-    assert second["accuracy"] > first["accuracy"] - 2
+def test_two_workers_of_ray_train_share_a_run(tmp_path):
+    found = run("ray_train", "--workers", 2, "--total", 200, folder=tmp_path)
+    assert (found["scale"], 200 <= found["tau"] < 202, found["steps"] < 200) == (2, True, True)
+    assert found["accuracy"] > 60
+    assert Path(tmp_path / "ray" / "newest").read_text().strip()
 
 
 @pytest.mark.slow

@@ -33,7 +33,8 @@ def offences(tree, *, starts):
         called = ast.unparse(node.func)
         if called in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
             yield node.lineno, f"calls {called}"
-        if called in ("torch.load", "torch.hub.load", "torch.hub.load_state_dict_from_url"):
+        safe = called == "torch.load" and any(ast.unparse(each) == "weights_only=True" for each in node.keywords)
+        if called in ("torch.load", "torch.hub.load", "torch.hub.load_state_dict_from_url") and not safe:
             yield node.lineno, f"calls {called}"
         if any(keyword.arg == "shell" for keyword in node.keywords):
             yield node.lineno, f"calls {called} with a shell"
@@ -47,7 +48,15 @@ def test_no_pickle_no_eval_and_no_network(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from urllib.request import urlopen", "eval('1')", "import subprocess", "run(x, shell=True)"],
+    [
+        "import pickle",
+        "from urllib.request import urlopen",
+        "eval('1')",
+        "import subprocess",
+        "run(x, shell=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+    ],
 )
 def test_what_is_forbidden_is_found(line):
     assert list(offences(ast.parse(line), starts=False))

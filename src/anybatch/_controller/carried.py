@@ -2,21 +2,22 @@
 
 `optimizer.state_dict()` has it as numbers in the first parameter group, where every way of saving keeps them, flattened
 distributed checkpoints too. Loading it into an optimizer with a controller takes them out again; loaded before, they
-wait there for `attach`.
+wait there for `attach`. In an optimizer that is trained they stay no longer than to the next step.
 """
 
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from anybatch._errors import AnybatchWarning, StateError
 from anybatch._scaling import Clock
 
-_PREFIX = "anybatch_"
+_PREFIX = "anybatch_run_"
 _DROP = (
-    "To begin a run of its own, remove what begins with 'anybatch_' from state['param_groups'][0] before loading it."
+    "To begin a run of its own, remove what begins with 'anybatch_run_' from state['param_groups'][0] before loading it."
 )
 
 
@@ -42,7 +43,9 @@ class Carrier:
         self._clock = clock
         self._written = written
         self._read = read
+        self._put_in = False
         self._handles = [
+            optimizer.register_step_pre_hook(torch.compiler.disable(lambda *_: self._clear())),
             optimizer.register_state_dict_pre_hook(lambda _: self._put()),
             optimizer.register_load_state_dict_post_hook(lambda _: self.take()),
         ]
@@ -84,6 +87,13 @@ class Carrier:
         numbers = {**self._written(), "total": self._clock.total or 0.0}
         group = self._optimizer.param_groups[0]
         group.update({_PREFIX + name: float(value) for name, value in numbers.items()})
+        self._put_in = True
+
+    def _clear(self) -> None:
+        """After the step they would be of the past, and a copy of the optimizer would have them."""
+        if self._put_in:
+            self._put_in = False
+            _popped(self._optimizer)
 
 
 def _popped(optimizer: Optimizer) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class AdaScale(Optimizer):
             StateError: it has neither state of AdaScale; nothing was loaded then.
         """
         fairscales = data["state"].get("adascale")
-        if fairscales is None and not any(str(name).startswith("anybatch_") for name in data["param_groups"][0]):
+        if fairscales is None and not any(str(name).startswith("anybatch_run_") for name in data["param_groups"][0]):
             raise anybatch.StateError(
                 "There is no state of AdaScale in it. If it is the inner optimizer's, load it there, before AdaScale()."
             )
