@@ -18,6 +18,7 @@ from anybatch._scaling import Clock
 _PREFIX = "anybatch_run_"
 _DROP = "To begin anew, remove what begins with 'anybatch_run_' from state['param_groups'][0] before loading it."
 
+
 class Carrier:
     """Hooks on `optimizer` that write and read the state.
 
