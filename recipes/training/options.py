@@ -79,18 +79,7 @@ class Options:
             raise anybatch.InvalidValueError("--grow needs --most, the largest scale, and one --scale to begin with.")
         if self.efficiency is not None and self.grow != "noise":
             raise anybatch.InvalidValueError("--efficiency belongs to --grow noise.")
-        for name in (
-            "base_batch",
-            "most",
-            "efficiency",
-            "micro_batch",
-            "steps",
-            "total",
-            "lr",
-            "last_rate",
-            "evaluations",
-            "save_every",
-        ):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise anybatch.InvalidValueError(f"--{name.replace('_', '-')} must be positive, got {value}.")
