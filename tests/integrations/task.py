@@ -121,6 +121,13 @@ def check_end(found, total=TOTAL):
     assert found["lr"] < oracle.LR / 100
 
 
+def check_resumed(before, after):
+    """A run killed at scale 2 has gone on at scale 4 from the same tau, to its end."""
+    assert after["first"] == before["taus"][-1] > 15
+    assert (before["scale"], after["scale"]) == (2, 4)
+    check_end(after)
+
+
 def as_launched(rank, world):
     """What frameworks ask of the environment of several processes, as torchrun sets it."""
     if world == 1:
