@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from anybatch._demo.digits import ELASTIC, EVALUATIONS, Result, train_group
+from anybatch._report import value_at
 
 Group = tuple[tuple[int, ...], int]  # scales, seed
 
@@ -187,8 +188,8 @@ def curve(runs: Sequence[Result]) -> Curve:
     grid = [total * i / EVALUATIONS for i in range(EVALUATIONS + 1)]
     return Curve(
         grid,
-        [fmean(_at(tau, r.tau, r.test_accuracy) for r in runs) for tau in grid],
-        [fmean(_at(tau, r.tau, r.test_loss) for r in runs) for tau in grid],
+        [fmean(value_at(list(zip(r.tau, r.test_accuracy, strict=True)), tau) for r in runs) for tau in grid],
+        [fmean(value_at(list(zip(r.tau, r.test_loss, strict=True)), tau) for r in runs) for tau in grid],
     )
 
 
@@ -204,17 +205,6 @@ def largest_distance(curves: Sequence[Curve], base: Curve, *, share: float = 0.2
         for i in range(first, len(base.tau))
     ]
     return (max(a for a, _ in pairs), max(b for _, b in pairs)) if pairs else (nan, nan)
-
-
-def _at(tau: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Linear interpolation of the points `(xs, ys)` at `tau`; the ends are held."""
-    for i, x in enumerate(xs):
-        if x >= tau:
-            if i == 0 or x == xs[i - 1]:
-                return ys[i]
-            weight = (tau - xs[i - 1]) / (x - xs[i - 1])
-            return ys[i - 1] + weight * (ys[i] - ys[i - 1])
-    return ys[-1]
 
 
 def show(value: float, digits: int) -> str:

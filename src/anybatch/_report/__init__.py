@@ -6,7 +6,7 @@ from anybatch._report.figure import INK, colour
 from anybatch._report.forecast import plot
 from anybatch._report.page import Block, Grid, Heading, Table, Text, page
 from anybatch._report.picture import picture
-from anybatch._report.points import thin
+from anybatch._report.points import thin, value_at
 from anybatch._report.report import report
 from anybatch._report.words import duration
 
@@ -30,4 +30,5 @@ __all__ = [
     "plot",
     "report",
     "thin",
+    "value_at",
 ]

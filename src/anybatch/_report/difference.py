@@ -1,12 +1,11 @@
 """How far runs are from those of scale 1 at equal tau: what curves that nearly fall on one another do not show."""
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from statistics import fmean, stdev
 
 from anybatch._report.chart import Chart, Line
-from anybatch._report.points import Point, seen
+from anybatch._report.points import Point, seen, value_at
 
 SHARE = 0.25  # of the run is left out: there curves are so steep that a step sideways looks like one in height
 _POINTS = 60
@@ -60,14 +59,5 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
 
 def _values(runs: Sequence[Sequence[Point]], tau: float) -> list[float]:
     """The runs' values at `tau`; of a run that has not come there, or begins later, none."""
-    found = [_at(points, tau) for points in runs if points[0][0] <= tau <= points[-1][0]]
+    found = [value_at(points, tau) for points in runs if points[0][0] <= tau <= points[-1][0]]
     return [value for value in found if isfinite(value)]
-
-
-def _at(points: Sequence[Point], tau: float) -> float:
-    i = bisect_left(points, tau, key=lambda point: point[0])
-    (x1, y1) = points[i]
-    if x1 == tau or i == 0:
-        return y1
-    x0, y0 = points[i - 1]
-    return y0 + (y1 - y0) * (tau - x0) / (x1 - x0)

@@ -1,6 +1,7 @@
 """Points of a curve: which can be drawn, and few of them however long the run was."""
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from math import log10
 
 _HUGE, _TINY = 1e100, 1e-100  # beyond these nothing is drawn: a span of such values would overflow
@@ -11,6 +12,15 @@ Point = tuple[float, float]
 def seen(value: float, *, log: bool = False) -> bool:
     """Whether a value has a place on an axis."""
     return _TINY < value < _HUGE if log else -_HUGE < value < _HUGE
+
+
+def value_at(points: Sequence[Point], x: float) -> float:
+    """Linear interpolation of the points, in ascending x, at `x`; the ends are held."""
+    i = bisect_left(points, x, key=lambda point: point[0])
+    if i in (0, len(points)):
+        return points[min(i, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
 
 
 def thin(points: Iterable[Point], *, columns: int = 160, log: bool = False) -> list[Point]:

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from math import ceil, isfinite
+from math import ceil
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import anybatch
+from anybatch.integrations._logged import numbers
 
 
 class AnyBatch(Callback):
@@ -172,9 +173,7 @@ class AnyBatch(Callback):
                 )
             return
         self._seen = self._taken
-        names = ("gain", "scale", "tau", "noise_scale")
-        numbers = {f"anybatch/{name}": float(getattr(controller, name)) for name in names}
-        pl_module.log_dict({name: x for name, x in numbers.items() if isfinite(x)}, batch_size=1)
+        pl_module.log_dict(numbers(controller), batch_size=1)
         trainer.should_stop = trainer.should_stop or controller.done
 
     # ---- the average in validation ----

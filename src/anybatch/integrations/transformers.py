@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 import anybatch
+from anybatch.integrations._logged import numbers
 
 RuleName = Literal["AdaScale", "Linear", "SquareRoot", "Identity"]
 _STATE = "anybatch"  # in a checkpoint's trainer_state.json, among the states of callbacks
@@ -245,10 +246,8 @@ class AnyBatchCallback(TrainerCallback):
         """Add the last step's numbers, those that are finite, to what the reporters get."""
         if self.controller is None:
             return
-        names = ("gain", "scale", "tau", "noise_scale")
-        numbers = {f"anybatch/{name}": float(getattr(self.controller, name)) for name in names}
         for log in (kwargs["logs"], *state.log_history[-1:]):
-            log.update({name: x for name, x in numbers.items() if math.isfinite(x)})
+            log.update(numbers(self.controller))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the average beside the model."""
