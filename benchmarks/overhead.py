@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -56,9 +56,11 @@ def _sharded(model: nn.Module) -> nn.Module:
 
 ROUTES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "single": lambda model: model,
+    "compiled": lambda model: cast("nn.Module", torch.compile(model)),
     "ddp": lambda model: DistributedDataParallel(model),  # noqa: PLW0108
     "fsdp2": _sharded,
 }
+ALONE = ("single", "compiled")  # on one process
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,11 @@ def _rows(route: str, name: str, optimizer: str, steps: dict[str, Step], seconds
     start = time.perf_counter()
     _turn(steps, order)
     turns = torch.tensor(min(max(seconds / (time.perf_counter() - start), LEAST), MOST))
-    if route != "single":
+    if route not in ALONE:
         dist.broadcast(turns, 0)
     taken = [_turn(steps, order) for _ in range(int(turns))]
     plain_ms = 1e3 * median(turn["plain"].wall for turn in taken)
-    counts = {loop: Ops.of(step) for loop, step in steps.items()} if route == "single" else {}
+    counts = {loop: Ops.of(step) for loop, step in steps.items()} if route == "single" else {}  # a graph shows none
     for loop in steps:
         if loop == "plain":
             continue
@@ -236,7 +238,7 @@ def main() -> None:
     print(f"{'ops':>6} {'reads':>6} {'coll':>3} {'syncs':>5}")
     rows = []
     for route in options.routes:
-        if route == "single":
+        if route in ALONE:
             for row in measure(route, options.models, options.optimizers, options.seconds):
                 show(row)
                 rows.append(asdict(row))

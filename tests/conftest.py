@@ -14,6 +14,13 @@ hypothesis.settings.load_profile("anybatch")
 torch.set_num_threads(1)  # two workers of one thread each beat more threads on tensors as small as the tests' are
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _namespace(doctest_namespace, tmp_path):
     torch.manual_seed(0)

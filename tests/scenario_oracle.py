@@ -26,7 +26,7 @@ def expected(s):
     present, tau, lines = set(), 0.0, []
     samples, at = [], -FIRST_SINCE  # (variance, sqnorm, theta) of each measured step, and tau at the last of them
     waiting = previous = sizes = None  # lagged: the last step's sample and sizes; consecutive: its gradient
-    for window in s.windows:
+    for step_number, window in enumerate(s.windows):
         grads, used = [], set()
         for micro_batch in window:
             x, y = (each.double() for each in s.data(micro_batch))
@@ -40,7 +40,8 @@ def expected(s):
         scale, sample = size_of(s, window, window)
 
         raw = None
-        if s.rule == "AdaScale" and n > 1:
+        since = tau - at if samples else FIRST_SINCE
+        if s.rule == "AdaScale" and n > 1 and due(s, step_number, since) and not lost(s, step_number):
             spread = sum(square([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             raw = with_replacement(s, sample * spread, square(mean) - spread / n)
         if s.options.get("consecutive") and n == 1 and previous is not None:
@@ -100,6 +101,19 @@ def size_of(s, window, like):
     return n * sample, sample
 
 
+def due(s, step_number, since):
+    """Each k-th step, and where the clock has moved by a quarter of the horizon since the last sample."""
+    horizon = SHARE * s.total if s.total is not None and s.options["smoothing"] is None else math.inf
+    return step_number % s.options["every"] == 0 or since >= horizon / 4
+
+
+def lost(s, step_number):
+    """On one process a window that ends before the one before it did, and that was clipped, is not measured."""
+    if s.world > 1 or not s.clip or step_number == 0:
+        return False
+    return 1 < len(s.windows[step_number]) < len(s.windows[step_number - 1])
+
+
 def with_replacement(s, variance, sqnorm):
     """Base batches of one pass over P of them are correlated by -1 / (P - 1): differences show P / (P - 1) of the
     variance, and the mean of all is off by what is missing.
@@ -115,9 +129,9 @@ def sample_of(s, raw, *, scale, since, n):
     """What is averaged, and the factor by which the averages before it fade; n samples came before."""
     smoothing = s.options["smoothing"]
     if isinstance(smoothing, float):
-        theta = smoothing
+        theta = smoothing ** s.options["every"]
     else:
-        theta = max(1 - scale / 1000, 0.0)
+        theta = max(1 - scale / 1000, 0.0) ** s.options["every"]
         if smoothing is None and s.total is not None:
             theta = min(theta, math.exp(-since / (SHARE * s.total)))
     if s.options["estimator"] == "paper":

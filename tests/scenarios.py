@@ -138,6 +138,8 @@ def draw(seed, *, engine="one", world=1):
         batch["examples"] = base * r.choice([1.5, 8.0, 100.0])
     if rule == "AdaScale" and world == 1 and most == 1 and not sized and "examples" not in batch:
         options["consecutive"] = maybe(0.7)
+    if rule == "AdaScale" and not options.get("consecutive"):
+        options["every"] = random.Random(f"every {engine} {seed}").choice([1, 1, 2, 3])
     foreach = r.choice([None, None, True, False])
     return Scenario(
         seed=seed,
@@ -179,6 +181,7 @@ def _rule(r, total):
         "estimator": r.choice(["unbiased", "unbiased", "paper", "ratio"]),
         "smoothing": r.choice([None, None, "paper", 0.0, 0.3, 0.77, 0.95]),
         "noise_factor": r.choice([None, None, 0.7, 1.0, 3.0]),
+        "every": 1,
     }
     return name, options, decays
 

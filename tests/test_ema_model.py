@@ -338,7 +338,7 @@ def test_what_is_offloaded_are_the_weights_of_the_update():
     assert torch.equal(average, torch.full((3,), 0.5))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_averages_of_a_gpu_on_the_cpu():
     model, twin = oracle.make_model().cuda(), oracle.make_model().cuda()
     ema, plain = anybatch.ModelEMA(model, 0.9, device="cpu"), anybatch.ModelEMA(twin, 0.9)

@@ -325,20 +325,24 @@ def test_the_state_has_the_same_names_whatever_the_metric():
     adam_state, euclidean = (parts(metric)["controller"].state_dict() for metric in ("adam", "euclidean"))
     assert adam_state.keys() == euclidean.keys()
     assert {"metric_variance", "metric_sqnorm", "metric_weight", "metric_samples", "metric_iterations"} < set(euclidean)
-    assert euclidean["version"] == 2
+    assert euclidean["version"] == 3
 
 
 @pytest.mark.parametrize("metric", ["adam", "euclidean"])
-def test_a_state_of_version_1_loads(metric):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_old_version_loads(metric, version):
     old = parts()
     train(*old.values(), READY + 2)
     state = old["controller"].state_dict()
-    before = {name: value for name, value in state.items() if not name.startswith("metric_")}
+    before = {name: value for name, value in state.items() if name != "backwards"}
+    if version == 1:
+        before = {name: value for name, value in before.items() if not name.startswith("metric_")}
     new = carry(old, parts(metric))
-    new["controller"].load_state_dict({**before, "version": 1})
+    new["controller"].load_state_dict({**before, "version": version})
     now = new["controller"].state_dict()
-    assert {name: now[name] for name in before} == {**before, "version": 2}
-    assert (now["metric_weight"], now["metric_samples"], now["metric_iterations"]) == (0, 0, 1)
+    assert {name: now[name] for name in before} == {**before, "version": 3}
+    assert now["backwards"] == 0
+    assert version == 2 or (now["metric_weight"], now["metric_samples"], now["metric_iterations"]) == (0, 0, 1)
     (gain,) = train(*new.values(), 1, start=READY + 2)
     assert 1 <= gain <= 4
 

@@ -108,11 +108,12 @@ class Controller(Readings, Loops, Companion):
         )
         counted = adascale is not None or batch.counts or reduction != "mean"
         foreseen = not lagged and grad_scaler is None
-        metric, self._tally = None, Tally(clock=clock, batch=batch)
+        metric, tally = None, Tally(clock=clock, batch=batch)
+        self._tally = tally
         if adascale is not None and adascale.metric == "adam":
             if len(optimizers) > 1:
                 raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
-            entry, tally = second_moment_of(optimizers[0], families[0]), self._tally
+            entry = second_moment_of(optimizers[0], families[0])
             metric = Metric(optimizers[0], entry=entry, steps=lambda: tally.steps, part=engine.part)
         super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen, weighed=metric is not None)
         self._drivers = [
@@ -124,6 +125,7 @@ class Controller(Readings, Loops, Companion):
             self._gather = Gather(
                 trained,
                 measure=adascale is not None,
+                due=lambda: judge.due(tally.known, steps=tally.steps),
                 leaves=engine.leaves,
                 reduced=engine.reduced,
                 arrived=engine.arrived,
@@ -357,6 +359,7 @@ class Controller(Readings, Loops, Companion):
             "base_batch": self._batch.base_batch or 0.0,
             **self._tally.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,
+            "backwards": 0 if self._gather is None else self._gather.usual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -369,6 +372,8 @@ class Controller(Readings, Loops, Companion):
         self._tally.adopt(values)
         self._stepper.forget()
         self._logbook.resume()
+        if self._gather is not None:
+            self._gather.usual = int(values["backwards"])
         for driver in self._drivers:
             driver.resume(offset=int(values["schedule_offset"]))
 

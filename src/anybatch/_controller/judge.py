@@ -8,10 +8,22 @@ from math import isfinite, nan
 
 from anybatch._errors import AnybatchWarning, InvalidValueError
 from anybatch._gradients import Observation, SquaredNorms
-from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, moments
+from anybatch._scaling import (
+    AdaScale,
+    Averages,
+    BatchSize,
+    Clock,
+    Moments,
+    Rule,
+    Scaling,
+    careful,
+    horizon_of,
+    moments,
+)
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)
+_IN_A_HORIZON = 4  # samples of the moments at least
 _MEASURED = ("unbiased", "euclidean")  # with these an optimizer's own noise factor was found
 
 
@@ -89,6 +101,13 @@ class Judge:
         self.noise_factor = noise_factor
         self._warned = False
 
+    def due(self, known: Known, *, steps: int) -> bool:
+        """Whether the step after `steps` is to be measured."""
+        if self._adascale is None or steps % self._adascale.every == 0:
+            return True
+        horizon = horizon_of(self._adascale.smoothing, total=self._clock.total)
+        return _IN_A_HORIZON * known.averages.iterations >= horizon
+
     def nothing(self, known: Known) -> Step:
         """A step without any gradient."""
         return Step(nan, 0, _UNKNOWN, known, nan, _NO_STEP, skipped=True)
@@ -128,6 +147,7 @@ class Judge:
             smoothing=self._adascale.smoothing,
             estimator=self._adascale.estimator,
             total=self._clock.total,
+            every=self._adascale.every,
         )
         metric = Averages()
         if seen.weighed is not None:

@@ -7,12 +7,12 @@ from anybatch._errors import StateError
 from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
-STATE_VERSION = 2  # 2: the averages in Adam's metric
+STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: how many backwards the last window had
 _NEW_IN_2 = {f"metric_{name}": float(value) for name, value in vars(Averages()).items()}
-
+_NEW: dict[float, dict[str, float]] = {1: {**_NEW_IN_2, "backwards": 0.0}, 2: {"backwards": 0.0}}
 
 # The least and the most that a number may be; of those without a line any finite one may come up.
-_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version")
+_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version", "backwards")
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*_COUNTS, "base_batch", "tau", "iterations", "metric_iterations"), (0, MOST)),
     **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
@@ -51,8 +51,8 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         raise StateError(
             f"The state has version {values['version']:g}, this anybatch reads up to {STATE_VERSION}: upgrade anybatch."
         )
-    if values.get("version") == 1:
-        values = {**_NEW_IN_2, **values, "version": float(STATE_VERSION)}
+    if (version := values.get("version")) in _NEW:
+        values = {**_NEW[version], **values, "version": float(STATE_VERSION)}
     if set(values) != set(mine):
         odd = sorted(set(values) ^ set(mine))
         raise StateError(f"Not a controller's state: {shown(odd)} are missing or unknown.")

@@ -31,6 +31,7 @@ from anybatch._gradients import (
     Share,
     check_in_use,
     check_no_backward,
+    check_not_captured,
     divisor_of,
     is_phantom,
     launch,
@@ -177,6 +178,7 @@ class Stepper:
     def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.restore()
         self._pending = None
+        check_not_captured(self._values[index].optimizer.param_groups[0]["params"][0])
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         if closure is None:
             self._prepare(index)

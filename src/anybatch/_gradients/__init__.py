@@ -1,6 +1,6 @@
 """What a backward shows: squared norms of gradient samples, on one process, DDP and FSDP2 alike."""
 
-from anybatch._gradients.autograd import check_no_backward
+from anybatch._gradients.autograd import check_no_backward, check_not_captured
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
@@ -30,6 +30,7 @@ __all__ = [
     "SquaredNorms",
     "check_in_use",
     "check_no_backward",
+    "check_not_captured",
     "check_same",
     "divisor_of",
     "engine_of",

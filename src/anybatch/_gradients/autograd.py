@@ -9,7 +9,7 @@ from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from anybatch._errors import UsageError
+from anybatch._errors import UnsupportedError, UsageError
 
 # DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
 # callback queued from a callback runs after those already queued, so the third in a chain comes after both.
@@ -32,6 +32,20 @@ def check_no_backward() -> None:
         raise UsageError(
             "optimizer.step() was called during a backward, and what a step measures is complete only at its end. Call "
             "it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
+        )
+
+
+def check_not_captured(tensor: Tensor) -> None:
+    """Raise if what runs on the device of `tensor` is captured into a CUDA graph.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "A backward or an optimizer's step inside of a CUDA graph's capture: a replay runs no Python, so nothing "
+            "would be measured, and every step would have the gain of the capture. Leave both out of the capture; "
+            "torch.compile of the model or of optimizer.step is fine."
         )
 
 

@@ -6,6 +6,11 @@ of their sum is taken from `.grad` in a callback that the autograd engine runs a
 has averaged and written back, before the user unscales or clips. So both norms are of the same gradients in the same
 units, and any communication hook of the user's runs as it is.
 
+[Note: one read] Which backward is a window's last is known only at the step, when the user may have clipped; so the
+norm of the sum is taken at the end of each that may be: on one process, from as many on as the window before had. Where
+a window ends before that, the sum is read at the step, if it still is what the last backward left; else the window is
+not measured.
+
 Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
 the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
 
@@ -25,13 +30,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
-from anybatch._gradients.autograd import LAST, accumulates, at_end, inside_a_backward
+from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
 from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import total_squared_norm
 from anybatch._gradients.samples import Samples
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.together import Together
+from anybatch._gradients.trace import Trace
 from anybatch._gradients.weighing import Weighing
 from anybatch._gradients.window import Pair, Weighed, Window
 from anybatch._gradients.witness import Witness, is_zero, local_of
@@ -43,6 +49,7 @@ class Gather:
     Args:
         parameters: those of one optimizer; the ones that need no gradient are passed over.
         measure: whether norms are taken; else backwards are only counted.
+        due: asked when a window opens: whether its norms are; else its backwards are only counted.
         leaves: gives the tensor on which a parameter's gradient arrives; the parameter itself without FSDP.
         reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
             rank.
@@ -58,6 +65,7 @@ class Gather:
         parameters: Iterable[Tensor],
         *,
         measure: bool,
+        due: Callable[[], bool] = lambda: True,
         leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda parameters: parameters,
         reduced: Callable[[], bool] | None = None,
         arrived: Callable[[], bool] = lambda: True,
@@ -67,7 +75,9 @@ class Gather:
         sizes: Sizes | None = None,
     ) -> None:
         self.sizes = Sizes() if sizes is None else sizes
-        self._measuring = measure
+        self._measures = measure
+        self._due = due
+        self._measuring = measure  # this window
         self._leaves_of = leaves
         self._reduced = reduced
         self._arrived = arrived
@@ -77,6 +87,7 @@ class Gather:
         self._paused = False
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
         self._together: Together | None = None
+        self.usual = 0  # backwards of the last window, where that saves reads
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
         self.stamp = 0  # changes with all that alters what `window()` would say
@@ -88,6 +99,7 @@ class Gather:
         self._fires: list[int] = []
         self._waits: list[bool] = []  # for each parameter, whether its gradient may
         self._samples = Samples()
+        self._plain = reduced is None  # whether `.grad` is the parameters' own, which nothing but the user writes to
         self._witness = Witness()
         self._observed_square: Tensor | None = None
         self._grad_square: Tensor | None = None
@@ -117,8 +129,9 @@ class Gather:
             self._parameters.append(p)
             self._known.add(id(p))
             self._leaves.append(leaf)
+            self._plain = self._plain and leaf is p
             self._fires.append(0)
-            waits = self._measuring and self._samples.admits(leaf)
+            waits = self._measures and self._samples.admits(leaf)
             self._waits.append(waits)
             self._hooks.append(self._hook(index, waits=waits))
             self._handles.append(leaf.register_hook(self._hooks[index]))
@@ -145,7 +158,7 @@ class Gather:
             yield
             return
         self._paused, before = True, self._witness.fingerprint()
-        self._task = -1
+        self._task = self._told = -1
         try:
             with self.sizes.paused():
                 yield
@@ -161,7 +174,7 @@ class Gather:
             yield
             return
         self._together = together = Together()
-        self._task = -1
+        self._task = self._told = -1
         try:
             yield
             for index, total in together.sums.items() if self._measuring else ():
@@ -197,6 +210,7 @@ class Gather:
         self._witness.renewed()
         self.stamp += 1
         self._backwards = n
+        self._measuring = self._measures and self._due()
         self.sizes.forget()
         self.sizes.count(n)
         with torch.no_grad():
@@ -204,11 +218,10 @@ class Gather:
                 p.grad = sample.mean(0)
             if self._measuring:
                 self._observed_square = total_squared_norm(samples) / n**2
-                self._grad_square = total_squared_norm(self._grads())
-            if self._weighing is not None:
-                self._weighing.open()
-                self._weighing.samples(samples)
-                self._weighing.grads()
+                if self._weighing is not None:
+                    self._weighing.open()
+                    self._weighing.samples(samples)
+                self._read_sum()
             self._remember(single=n == 1)
 
     def window(self) -> Window:
@@ -226,6 +239,11 @@ class Gather:
         backwards = self.pending
         self._samples.measure()
         measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
+        if measured and self._trace is not None and self._grad_square is None:
+            if self._trace.left(self._grads()):
+                self._read_sum()
+            else:  # what is not finite must be known for the step to be skipped
+                measured = not bool(self._samples_square().isfinite())
         weighed = None if self._weighing is None else Weighed()
         if not measured:
             return Window(backwards, self.sizes.shares, None, None, None, weighed)
@@ -256,8 +274,11 @@ class Gather:
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._witness.stepped()
-        if forget and self._consecutive is not None:
-            self._consecutive.forget()
+        if forget:
+            if self._consecutive is not None:
+                self._consecutive.forget()
+        elif self._plain:
+            self.usual = self.pending
         self._unmeasured = False
         self._open()
 
@@ -280,17 +301,18 @@ class Gather:
         self._samples.clear()
         self._observed_square = None
         self._grad_square = None
+        self._trace: Trace | None = None  # of the sum, where its norm is taken later, if at all
         if self._weighing is not None:
             self._weighing.clear()
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._task = -1  # the one whose gradients are measured in the plain way now
+        self._told = -1  # the one that is only counted, and is
         self._witness.open()
         self._scale: Tensor | None = None
 
     def _hook(self, index: int, *, waits: bool) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
-        measure = self._measuring
         # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
         # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
@@ -301,13 +323,13 @@ class Gather:
             if gather is None:
                 return
             task = current_task()
-            if task != gather._task and not gather._enter(task, index, grad):
+            if task != gather._task and (task == gather._told or not gather._enter(task, index, grad)):
                 return
             gather._fires[index] += 1
             if waits and not grad.is_sparse:
                 wait(grad)
                 note(grad._version)
-            elif measure:
+            else:
                 samples.take(grad)
 
         return hook
@@ -325,7 +347,12 @@ class Gather:
         if self._together is not None:
             self._fires[index] += self._together.add(index, grad)
             return False
-        if self._measuring and (self._weighing is not None or not self._samples.patient):
+        if not self._measuring:
+            self._fires[index] += 1
+            if task == self._newest:  # not nested: one gradient tells all there is to count
+                self._told = task
+            return False
+        if self._weighing is not None or not self._samples.patient:
             self._fires[index] += 1
             self._measure_sample(self._fires[index] - 1, index, grad)
             return False
@@ -344,6 +371,7 @@ class Gather:
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
             raise UnsupportedError("compiled autograd: its graph has no room for what a backward shows")
+        check_not_captured(parameter)
         nested = inside_a_backward()
         if not nested:
             if task < self._newest:
@@ -356,10 +384,13 @@ class Gather:
         if not self._tasks and self._witness.cleared(self.pending):
             self._open()
         self._witness.begin(parameter)
-        if self._weighing is not None and self.pending == 0:
-            self._weighing.open()
+        if self.pending == 0:
+            self._measuring = self._measures and self._due()
+            if self._weighing is not None and self._measuring:
+                self._weighing.open()
         self._tasks.add(task)
-        at_end(self._samples.measure)  # while DDP's last reduction is under way
+        if self._measuring:
+            at_end(self._samples.measure)  # while DDP's last reduction is under way
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
@@ -378,13 +409,19 @@ class Gather:
             return
         scale = self._loss_scale()
         self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
-        self._grad_square = None
+        self._grad_square = self._trace = None
         if not self._alone and (self._reduced is None or self._reduced()):
-            self._grad_square = total_squared_norm(self._grads())
-            if self._weighing is not None:
-                self._weighing.grads()
+            if self._plain and self.pending < self.usual and (grads := self._grads()):
+                self._trace = Trace(grads)
+            else:
+                self._read_sum()
         if self._together is None:
             self._remember(single=self._alone)
+
+    def _read_sum(self) -> None:
+        self._grad_square = total_squared_norm(self._grads())
+        if self._weighing is not None:
+            self._weighing.grads()
 
     @property
     def _alone(self) -> bool:

@@ -4,7 +4,18 @@ from anybatch._scaling.batch import BatchSize, check_positive, split
 from anybatch._scaling.clock import Clock
 from anybatch._scaling.families import Family, attached, family_of, local_of, row_of, second_moment_of
 from anybatch._scaling.hyperparameters import Hyperparameters
-from anybatch._scaling.moments import EPSILON, Averages, Estimator, Moments, Smoothing, careful, gain, moments, thetas
+from anybatch._scaling.moments import (
+    EPSILON,
+    Averages,
+    Estimator,
+    Moments,
+    Smoothing,
+    careful,
+    gain,
+    horizon_of,
+    moments,
+    thetas,
+)
 from anybatch._scaling.momentum import averaged_exponent
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
 from anybatch._scaling.schedules import ScheduleDriver, position_of
@@ -36,6 +47,7 @@ __all__ = [
     "family_of",
     "gain",
     "held_by",
+    "horizon_of",
     "local_of",
     "moments",
     "position_of",

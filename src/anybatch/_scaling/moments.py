@@ -191,10 +191,17 @@ class Averages:
         return Moments(self.variance / self.weight, self.sqnorm / self.weight)
 
     def updated(
-        self, raw: Moments, *, scale: float, smoothing: Smoothing, estimator: Estimator, total: float | None
+        self,
+        raw: Moments,
+        *,
+        scale: float,
+        smoothing: Smoothing,
+        estimator: Estimator,
+        total: float | None,
+        every: int = 1,
     ) -> "Averages":
-        """The averages with one more sample, taken at `scale`."""
-        theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total)
+        """The averages with one more sample, taken at `scale`, `every` so many steps."""
+        theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total, every=every)
         if estimator == "paper":
             raw = Moments(max(raw.variance, EPSILON), max(raw.sqnorm, 0.0))
             if self.samples * (1 - theta) < 1:  # a plain mean while t < 1 / (1 - theta)
@@ -226,12 +233,16 @@ class Averages:
         return _within(ratio, scale)
 
 
-def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, total: float | None) -> float:
+def smoothing_factor(
+    smoothing: Smoothing, *, scale: float, iterations: float, total: float | None, every: int = 1
+) -> float:
     """The factor `theta` with which the averages forget at this step.
 
         theta = max(1 - S / 1000, 0)                   smoothing="paper", or None without a total
         theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total, where that is smaller
         theta = smoothing                              a number
+
+    The first and the last to the power of `every`, for one sample in so many steps.
 
     Args:
         smoothing: `None`, `"paper"` or a number in [0, 1).
@@ -244,15 +255,19 @@ def smoothing_factor(smoothing: Smoothing, *, scale: float, iterations: float, t
         iterations are too long a memory, it saves iterations. At the paper's own lengths 1000/S is the shorter one.
     """
     of_step, of_iteration = thetas(smoothing, scale=scale, total=total)
-    return min(of_step, float(of_iteration**iterations))
+    return min(of_step**every, float(of_iteration**iterations))
 
 
 def thetas(smoothing: Smoothing, *, scale: float, total: float | None) -> tuple[float, float]:
     """What the averages keep over one step, and over one base iteration; they forget by the shorter memory."""
     if isinstance(smoothing, int | float):
         return float(smoothing), 1.0
-    paper = max(1 - scale / 1000, 0.0)
-    return paper, exp(-1 / (_HORIZON * total)) if smoothing is None and total is not None else 1.0
+    return max(1 - scale / 1000, 0.0), exp(-1 / horizon_of(smoothing, total=total))
+
+
+def horizon_of(smoothing: Smoothing, *, total: float | None) -> float:
+    """Base iterations over which the averages look back by the clock; infinite where steps alone make them forget."""
+    return inf if smoothing is not None or total is None else _HORIZON * total
 
 
 def _within(ratio: float, scale: float) -> float:

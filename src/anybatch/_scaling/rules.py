@@ -206,10 +206,15 @@ class AdaScale(Rule):
             memory for one parameter at a time. The record has both moments, `noise_scale` and forecasts are Euclidean.
             Where many rows seldom get a gradient, as embeddings of rare words, their v is next to nothing, so they
             weigh most and take the gain towards S: keep to `"euclidean"` there.
+        every: k: the gradients of each k-th step are measured, by default all. A step between costs next to nothing and
+            has the gain of the averages; their memory stays as long as it is, so they hold fewer samples, but with a
+            `total` never fewer than four: where the clock has moved by a quarter of 1 % of the run, a step is measured.
+            For long runs of small micro-batches (docs/overhead.md). A gradient that is not finite is skipped only
+            where it is measured.
         decays: as for every `Rule`.
 
     Raises:
-        InvalidValueError: a value out of range, or `metric="adam"` with `consecutive`.
+        InvalidValueError: a value out of range, or `consecutive` with `metric="adam"` or `every`.
 
     Example:
         >>> anybatch.AdaScale()(scale=16, gain=9.0, clock=anybatch.Clock(), exponent=0.5)
@@ -227,7 +232,8 @@ class AdaScale(Rule):
         3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
         4. S may be fractional or below 1, change at any step, and differ from the number of samples.
         5. Optimizers other than SGD, with their decays on the clock.
-        6. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
+        6. `every` measures some of the steps.
+        7. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
     """
 
     estimator: Estimator = "unbiased"
@@ -237,6 +243,7 @@ class AdaScale(Rule):
     consecutive: bool = False
     noise_factor: float | None = None
     metric: Literal["euclidean", "adam"] = "euclidean"
+    every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,6 +258,13 @@ class AdaScale(Rule):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
         if self.metric not in ("euclidean", "adam"):
             raise InvalidValueError(f'metric must be "euclidean" or "adam", got {self.metric!r}.')
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise InvalidValueError(f"every is a number of steps, a whole one from 1, got {self.every!r}.")
+        if self.consecutive and self.every > 1:
+            raise InvalidValueError(
+                f"consecutive=True measures each step's gradient against the last one's: every={self.every} would "
+                "leave it without one."
+            )
         if self.metric == "adam" and self.consecutive:
             raise InvalidValueError(
                 'consecutive=True compares gradients of two steps, between which the weights of metric="adam" change: '
