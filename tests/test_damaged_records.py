@@ -31,7 +31,8 @@ def lines_of(scale, *, total, seed):
         "param_groups": [{"lr": 0.1, "momentum": 0.9}], "ranks": 1, "noise_factor": 1.0, "parameters": 10, "task": "x",
     }  # fmt: skip
     header = {"kind": "header", "version": 2, "config": config, "seed": 0}
-    steps = [{"kind": "step", **vars(step)} for step in run.steps]
+    layers = {"first": [2.0, 1.0], "second": [3.0, 0.1]}
+    steps = [{"kind": "step", **vars(step), "per_layer": layers if step.step % 3 else {}} for step in run.steps]
     steps.insert(5, {"kind": "metric", "step": 5, "tau": 8.0, "values": {"accuracy": 0.5, "loss": 1.0}})
     return [header, *steps]
 

@@ -123,6 +123,23 @@ def test_a_parameter_costs_one_hook():
     assert [p._post_accumulate_grad_hooks for p in model.parameters()] == [None, None]
     anybatch.attach(torch.optim.SGD(model.parameters()), model=model, scale=4, rule=anybatch.Linear())
     assert [len(p._backward_hooks) for p in model.parameters()] == [2, 2]
+    optimizer = torch.optim.SGD(model.parameters())
+    anybatch.attach(optimizer, model=model, scale=1, per_layer=1, record=lambda _: None)
+    assert [len(p._backward_hooks) for p in model.parameters()] == [3, 3]
+
+
+def test_layers_cost_nothing_but_at_the_steps_that_are_looked_at():
+    """A norm of its own for each gradient there, and for `.grad` after each backward but the first; a few sums."""
+    plain, looked = (count(steps=3, record=lambda _: None, **more) for more in ({}, {"per_layer": 4}))
+    assert looked.ops == plain.ops  # the first step was looked at, the fifth is next
+    assert looked.large == plain.large
+    at_each = count(steps=3, record=lambda _: None, per_layer=1)
+    assert at_each.large == plain.large
+    extra = at_each.ops
+    extra.subtract(plain.ops)
+    norms = 3 * 2 * LAYERS * (2 * ACCUMULATION - 1)
+    assert norms <= extra["linalg_vector_norm"] <= 3 * norms  # of a large one three: rows, the rest, and both together
+    assert sum(extra.values()) <= 6 * norms + 3 * 30
 
 
 def test_counting_dispatches_nothing_in_the_backward():

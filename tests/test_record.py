@@ -21,7 +21,8 @@ import anybatch
 
 def step(i, **values):
     names = [field.name for field in dataclasses.fields(anybatch.StepRecord)]
-    return anybatch.StepRecord(**{**dict.fromkeys(names, 1.5), "step": i, "count": 2, "skipped": False, **values})
+    plain = {**dict.fromkeys(names, 1.5), "step": i, "count": 2, "skipped": False, "per_layer": {}}
+    return anybatch.StepRecord(**{**plain, **values})
 
 
 def test_round_trip_and_resume(tmp_path):

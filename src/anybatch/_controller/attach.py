@@ -35,6 +35,7 @@ def attach(
     lagged: bool = False,
     patience: int = 100,
     record: Destination | Sequence[Destination] | None = None,
+    per_layer: int | None = None,
 ) -> Controller:
     """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
 
@@ -60,7 +61,9 @@ def attach(
         micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
             before any backward; `"auto"` takes the first dimension of what each forward gets. The scale of a step is
             `S = N * micro_batch / base_batch` for the N backwards counted.
-        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch.
+        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch. `scale=1`
+            changes nothing of a training and measures its noise; `base_batch` beside it is the batch of a step, so that
+            the noise scale is told in examples.
         examples: size of the training data, in the unit of `base_batch`, if every epoch goes once through it, as a
             shuffling DataLoader does. The examples of a step are then never the same ones, and look less alike than
             independent draws: without a correction by `variance * base_batch / examples`, sqnorm comes out too small
@@ -81,6 +84,9 @@ def attach(
             `DivergedError`; after 10 of them there is a warning.
         record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
             has those for TensorBoard, W&B and MLflow), or a list of these.
+        per_layer: every how many steps the noise is looked at by layer, a whole number, for the record: at the first
+            step and then whenever so many more have counted. `Run.per_layer` averages what was found. Such a step takes
+            a norm of its own of each gradient, which changes nothing of the training; other steps cost nothing more.
 
     Returns:
         The controller. Where the optimizer's state was loaded from a run with one, it goes on at that run's tau.
@@ -128,6 +134,8 @@ def attach(
         raise InvalidValueError(f'reduction must be "mean", "sum", or the number divided by; got {shown(reduction)}.')
     if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
         raise InvalidValueError(f"patience is a number of steps, at least 1; got {patience!r}.")
+    if per_layer is not None and (isinstance(per_layer, bool) or not isinstance(per_layer, int) or per_layer < 1):
+        raise InvalidValueError(f"per_layer is a number of steps, at least 1; got {per_layer!r}.")
     batch = BatchSize(base_batch, micro_batch, scale, examples)
     if schedule_every == "epoch":
         schedule_every = _epoch_of(batch, "schedule_every='epoch'")
@@ -150,6 +158,7 @@ def attach(
         lagged=lagged,
         patience=patience,
         record=record,
+        per_layer=per_layer,
     )
 
 

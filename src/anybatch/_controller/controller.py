@@ -20,6 +20,7 @@ from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients import (
     Companion,
     Gather,
+    Layers,
     Metric,
     Reduction,
     Sizes,
@@ -66,6 +67,7 @@ class Controller(Readings, Loops, Companion):
         lagged: bool,
         patience: int,
         record: Destination | Sequence[Destination] | None,
+        per_layer: int | None,
     ) -> None:
         given, optimizers = optimizers, [bare_optimizer(optimizer) for optimizer in optimizers]
         if any(optimizer in attached for optimizer in optimizers):
@@ -101,15 +103,20 @@ class Controller(Readings, Loops, Companion):
                 "examples": batch.examples,
                 "reduction": reduction,
                 "lagged": lagged,
+                "per_layer": per_layer,
                 "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
                 "number of trained parameters": self._size,
             },
             ranks=engine.ranks,
         )
         counted = adascale is not None or batch.counts or reduction != "mean"
-        foreseen = not lagged and grad_scaler is None
-        metric, tally = None, Tally(clock=clock, batch=batch)
+        foreseen = not lagged and grad_scaler is None and per_layer is None
+        metric, layers, tally = None, None, Tally(clock=clock, batch=batch)
         self._tally = tally
+        if per_layer is not None:
+            if adascale is None:
+                raise UsageError(f"{rule} measures no noise, by layer neither: give attach rule=anybatch.AdaScale().")
+            layers = Layers(model, due=lambda: tally.steps % per_layer == 0)
         if adascale is not None and adascale.metric == "adam":
             if len(optimizers) > 1:
                 raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
@@ -133,6 +140,7 @@ class Controller(Readings, Loops, Companion):
                 consecutive=adascale is not None and adascale.consecutive,
                 metric=metric,
                 sizes=Sizes(model, given=batch.micro_batch),
+                layers=layers,
             )
         config = run_config(
             optimizers,
@@ -145,6 +153,8 @@ class Controller(Readings, Loops, Companion):
         )
         try:
             self._logbook = Logbook(record, config=config, first=self._ranks.first)
+            if per_layer is not None and self._ranks.first and not self._logbook.writes:
+                raise UsageError("per_layer is written to the record: give attach record=, a path or a function.")
         except Exception:
             self._let_go()
             raise

@@ -1,7 +1,7 @@
 """Judge: from what a step showed to how far it may go. Numbers in, numbers out; no tensors, no process groups."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite, nan
@@ -56,6 +56,7 @@ class Step:
         gain: r; nan for a rule that does not measure.
         scaling: what the rule says.
         skipped: whether the step does not count, because its gradient is not finite or there is none.
+        layers: the same as `raw` by layer, where the step is looked at and shows them.
     """
 
     scale: float
@@ -65,6 +66,7 @@ class Step:
     gain: float
     scaling: Scaling
     skipped: bool = False
+    layers: Mapping[str, Moments] = field(default_factory=dict)
 
 
 class Judge:
@@ -123,7 +125,7 @@ class Judge:
         step = self.decide(
             known if prior else folded, count=seen.shares.count, inverse_sizes=seen.shares.inverse, raw=raw
         )
-        step = replace(step, known=folded)
+        step = replace(step, known=folded, layers=self.layers(seen))
         if raw is not None and not raw.finite:
             return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
         return step
@@ -154,6 +156,17 @@ class Judge:
             raw_metric = self._with_replacement(_moments_of(seen.weighed, sample=sample, batch=scale))
             metric = updated(known.metric.moved(-ago), raw_metric)
         return raw, Known(updated(known.averages.moved(-ago), raw), metric).moved(ago)
+
+    def layers(self, seen: Observation) -> dict[str, Moments]:
+        """The Euclidean moments that `seen` alone shows, by layer: they are linear in the norms, so they add up."""
+        if not seen.layers:
+            return {}
+        shares = seen.shares
+        scale, sample = self._batch.of_step(shares.count, shares.inverse, effective=shares.effective)
+        return {
+            name: self._with_replacement(_moments_of(norms, sample=sample, batch=scale))
+            for name, norms in seen.layers.items()
+        }
 
     def decide(self, known: Known, *, count: int, inverse_sizes: float, raw: Moments | None = None) -> Step:
         """The step of `count` micro-batches, from `known`; 0 where the scale is a number and nothing was counted."""

@@ -7,9 +7,9 @@ has happened, so a step that raises leaves no trace. docs/architecture.md draws 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
 from typing import Any
@@ -113,6 +113,7 @@ class Stepper:
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
+        self._landed_layers: Mapping[str, Moments] = {}
         self._inverse_size: float | None = None
         self._judged: _Judged | None = None
         driven = {id(driver.optimizer) for driver in drivers}
@@ -155,6 +156,7 @@ class Stepper:
         (flight, tau), self._flight = self._flight, None
         seen = flight.land()
         self._note_sizes(seen)
+        self._landed_layers = self._judge.layers(seen)
         self._landed, self._tally.known = self._judge.fold(self._tally.known, seen, ago=self._tally.clock.tau - tau)
 
     def _note_sizes(self, seen: Observation) -> None:
@@ -165,6 +167,7 @@ class Stepper:
     def forget(self) -> None:
         """Nothing is under way: a state was loaded."""
         self._flight = self._landed = self._judged = self._inverse_size = None
+        self._landed_layers = {}
         self._taken.clear()
 
     def detach(self) -> None:
@@ -267,7 +270,7 @@ class Stepper:
             if self._reduction != "mean":
                 self._gather.average(divisor_of(self._reduction, self._gather.pending))
         if judged.flight is not None:
-            self._flight, self._landed = (judged.flight, self._tally.clock.tau), None
+            self._flight, self._landed, self._landed_layers = (judged.flight, self._tally.clock.tau), None, {}
 
     def _trainable(self) -> list[Tensor]:
         return [p for each in self._values for p in trainable(each.optimizer)]
@@ -305,7 +308,9 @@ class Stepper:
                 "A step after the end: the clock has reached total, and the schedule with it. Train `while not "
                 "controller.done`, or give attach the total, in base iterations, that is meant."
             )
-        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in self._not_driven):  # by torch's schedulers
+        # At a scale fixed at 1, where the training is only measured, a scheduler comes to its end by itself.
+        left = () if self._tally.batch.scale == 1 else self._not_driven
+        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in left):  # by torch's schedulers
             self._warn(
                 "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "
                 "by the loop it does not come to its end. Give attach(scheduler=...), and do not step it."
@@ -342,6 +347,11 @@ class Stepper:
         window, ranks = self._gather.window(), self._engine.ranks
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._tally.known), None
+        if window.layers is not None and window.backwards * ranks.size == 1:
+            self._warn(
+                "One gradient a step shows no noise, so there is none by layer either: accumulate over two or more "
+                "backwards, or cut the batch with anybatch.split(batch, 2)."
+            )
         self.land()
         checksum = 0 if ranks.group is None else self._tally.checksum()
         flight = launch(
@@ -360,7 +370,8 @@ class Stepper:
         else:
             inverse_size = self._inverse_size
         inverse_sizes = count * inverse_size
-        return self._judge.decide(self._tally.known, count=count, inverse_sizes=inverse_sizes, raw=self._landed), flight
+        step = self._judge.decide(self._tally.known, count=count, inverse_sizes=inverse_sizes, raw=self._landed)
+        return replace(step, layers=self._landed_layers), flight
 
     # ---- after ----
 

@@ -104,6 +104,7 @@ class Tally:
             skipped=skipped,
             metric_variance=_clipped(metric.variance),
             metric_sqnorm=_clipped(metric.sqnorm),
+            per_layer={} if skipped else step.layers,
         )
 
 

@@ -4,6 +4,7 @@ from anybatch._gradients.autograd import check_no_backward, check_not_captured
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.join import Companion
+from anybatch._gradients.layers import Layers
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import SquaredNorms
 from anybatch._gradients.parameters import (
@@ -21,6 +22,7 @@ __all__ = [
     "Engine",
     "Flight",
     "Gather",
+    "Layers",
     "Metric",
     "Observation",
     "Ranks",

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
 from anybatch._gradients.consecutive import Consecutive
+from anybatch._gradients.layers import Layers
 from anybatch._gradients.metric import Metric
 from anybatch._gradients.norms import total_squared_norm
 from anybatch._gradients.samples import Samples
@@ -58,6 +59,7 @@ class Gather:
         consecutive: keep a copy of the gradient for the one-gradient estimator.
         metric: Adam's, where norms are taken in it too.
         sizes: of the micro-batches; `None` where they do not matter.
+        layers: the norms by layer, where steps are looked at.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Gather:
         consecutive: bool = False,
         metric: Metric | None = None,
         sizes: Sizes | None = None,
+        layers: Layers | None = None,
     ) -> None:
         self.sizes = Sizes() if sizes is None else sizes
         self._measures = measure
@@ -84,6 +87,8 @@ class Gather:
         self._loss_scale = loss_scale
         self._consecutive = Consecutive() if consecutive else None
         self._weighing = None if metric is None else Weighing(metric)
+        self._layers = layers if measure else None
+        self._looking: Layers | None = None  # the same in a window that is looked at
         self._paused = False
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
         self._together: Together | None = None
@@ -124,6 +129,8 @@ class Gather:
         leaves = self._leaves_of(new) if new else ()
         if new and self._weighing is not None:
             self._weighing.follow(new, leaves)
+        if new and self._layers is not None:
+            self._layers.follow(new, leaves)
         for p, leaf in zip(new, leaves, strict=True):
             index = len(self._parameters)
             self._parameters.append(p)
@@ -210,7 +217,7 @@ class Gather:
         self._witness.renewed()
         self.stamp += 1
         self._backwards = n
-        self._measuring = self._measures and self._due()
+        self._begin_window()
         self.sizes.forget()
         self.sizes.count(n)
         with torch.no_grad():
@@ -221,6 +228,8 @@ class Gather:
                 if self._weighing is not None:
                     self._weighing.open()
                     self._weighing.samples(samples)
+                if self._looking is not None:
+                    self._looking.samples(samples)
                 self._read_sum()
             self._remember(single=n == 1)
 
@@ -245,8 +254,11 @@ class Gather:
             else:  # what is not finite must be known for the step to be skipped
                 measured = not bool(self._samples_square().isfinite())
         weighed = None if self._weighing is None else Weighed()
+        layers = None
+        if self._layers is not None and self._layers.due():  # asked of the clock, so that all ranks say the same
+            layers = self._layers.squares(self._fires, known=measured and self._looking is not None)
         if not measured:
-            return Window(backwards, self.sizes.shares, None, None, None, weighed)
+            return Window(backwards, self.sizes.shares, None, None, None, weighed, layers)
         samples, grad, pair = self._samples_square(), self._grad_square, self._pair
         if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
             grad = samples
@@ -257,7 +269,8 @@ class Gather:
             samples, grad = samples / unit, None if grad is None else grad / unit
             pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
             weighed = None if weighed is None else weighed.over(unit)
-        return Window(backwards, self.sizes.shares, samples, grad, pair, weighed)
+            layers = None if layers is None else layers.over(unit)
+        return Window(backwards, self.sizes.shares, samples, grad, pair, weighed, layers)
 
     def emptied(self) -> bool:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
@@ -304,6 +317,9 @@ class Gather:
         self._trace: Trace | None = None  # of the sum, where its norm is taken later, if at all
         if self._weighing is not None:
             self._weighing.clear()
+        if self._looking is not None:
+            self._looking.clear()
+        self._looking = None
         self._pair: Pair | None = None
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._task = -1  # the one whose gradients are measured in the plain way now
@@ -352,7 +368,7 @@ class Gather:
             if task == self._newest:  # not nested: one gradient tells all there is to count
                 self._told = task
             return False
-        if self._weighing is not None or not self._samples.patient:
+        if self._weighing or self._looking or not self._samples.patient:
             self._fires[index] += 1
             self._measure_sample(self._fires[index] - 1, index, grad)
             return False
@@ -367,6 +383,8 @@ class Gather:
             self._samples.take(grad)
         if self._weighing is not None:
             self._weighing.sample(row, index, grad)
+        if self._looking is not None:
+            self._looking.sample(row, index, grad)
 
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -385,7 +403,7 @@ class Gather:
             self._open()
         self._witness.begin(parameter)
         if self.pending == 0:
-            self._measuring = self._measures and self._due()
+            self._begin_window()
             if self._weighing is not None and self._measuring:
                 self._weighing.open()
         self._tasks.add(task)
@@ -418,10 +436,18 @@ class Gather:
         if self._together is None:
             self._remember(single=self._alone)
 
+    def _begin_window(self) -> None:
+        """Whether its norms are taken, and which."""
+        look = self._measures and self._layers is not None and self._layers.due()
+        self._looking = self._layers if look else None
+        self._measuring = self._measures and (look or self._due())
+
     def _read_sum(self) -> None:
         self._grad_square = total_squared_norm(self._grads())
         if self._weighing is not None:
             self._weighing.grads()
+        if self._looking is not None:
+            self._looking.grads()
 
     @property
     def _alone(self) -> bool:

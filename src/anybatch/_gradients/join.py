@@ -56,12 +56,13 @@ class Companion(Joinable):
         """What `Join` calls on a rank that has run out of data; the model must come first in its list.
 
         Raises:
-            UnsupportedError: no DDP, a lagged step, a `GradScaler`, or something that follows the clock.
+            UnsupportedError: no DDP, a lagged step, a `GradScaler`, layers that are looked at, or something that
+                follows the clock.
         """
         if self._ddp is None or not self._foreseen:
             raise UnsupportedError(
-                "Join needs a model under DistributedDataParallel, and neither lagged=True nor a grad_scaler: the "
-                "ranks that are done must know which steps the others take."
+                "Join needs a model under DistributedDataParallel, and neither lagged=True nor a grad_scaler nor "
+                "per_layer: the ranks that are done must know which steps the others take."
             )
         if self._followed:
             raise UnsupportedError(

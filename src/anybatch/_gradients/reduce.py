@@ -12,7 +12,7 @@ them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UsageError
 from anybatch._gradients.norms import SquaredNorms
-from anybatch._gradients.window import Shares, Window
+from anybatch._gradients.window import ByLayer, Shares, Window
 
 # Equal norms, summed over ranks and divided again; gradients that nothing averaged differ by far more.
 _ROUNDING = 1e-12
@@ -84,12 +84,14 @@ class Observation:
         norms: squared norms of the step's samples; `None` where the step was not measured or is a single sample.
         pair: squared norms of this step's gradient and the one before, for a single sample; else `None`.
         weighed: `norms` in Adam's metric; `None` where it was not asked for or some weight was not known on some rank.
+        layers: `norms` by layer; empty at a step that nobody looks at, and where they are not known on some rank.
     """
 
     shares: Shares
     norms: SquaredNorms | None
     pair: SquaredNorms | None
     weighed: SquaredNorms | None = None
+    layers: Mapping[str, SquaredNorms] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,8 +102,8 @@ class Flight:
         window: this rank's window.
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
-        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[12]` over several ranks, and in Adam's metric two more;
-            empty where one rank has only counted.
+        numbers: float64 tensor `[2]`, `[4]` with a pair, or `[12]` over several ranks, in Adam's metric two more, and
+            at a step that is looked at two more for each layer; empty where one rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
         work: the reduction under way, or `None`.
@@ -141,11 +143,11 @@ def launch(
 ) -> Flight:
     """Begin to sum the windows of the ranks.
 
-    With several ranks that is one all-reduce of twelve float64 numbers, 14 with Adam's metric. `||.grad||^2` is
-    summed with the rest, over the shards or divided by the number of replicas, so that every rank computes with the
-    same bits; the sums of squares beside the sums tell whether all ranks counted, know and hold the same. Landing costs
-    the one device-to-host copy of a step; with `ahead=True` the copy runs beside the computation, and landing a step
-    later waits for nothing.
+    With several ranks that is one all-reduce of twelve float64 numbers, 14 with Adam's metric, and two more for each
+    layer where the layers are looked at. `||.grad||^2` is summed with the rest, over the shards or divided by the
+    number of replicas, so that every rank computes with the same bits; the sums of squares beside the sums tell whether
+    all ranks counted, know and hold the same. Landing costs the one device-to-host copy of a step; with `ahead=True`
+    the copy runs beside the computation, and landing a step later waits for nothing.
 
     Args:
         window: this rank's window.
@@ -177,7 +179,10 @@ def launch(
     tail = [torch.full_like(zero, nan) if n is None else n.to(device) for n in weighed]
     if ranks.group is None:
         pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
-        flight = Flight(window, ranks, reduction, torch.stack([*norms, *pair, *tail]))
+        packed = torch.stack([*norms, *pair, *tail])
+        if window.layers is not None:
+            packed = torch.cat([packed, *_by_layer(window.layers, like=packed)])
+        flight = Flight(window, ranks, reduction, packed)
     else:
         backwards, shares = window.backwards, window.shares
         told = [shares.inverse_sizes, shares.sizes, shares.weights, shares.squares, shares.weighted]
@@ -190,6 +195,9 @@ def launch(
             # shard of the other ranks' is expected to be as long.
             packed[-2] *= ranks.size / ranks.replicas
             packed[-1] /= ranks.replicas
+        if window.layers is not None:
+            samples, grads = _by_layer(window.layers, like=packed)
+            packed = torch.cat([packed, samples, grads / ranks.replicas])
         work = dist.all_reduce(packed, group=ranks.group, async_op=True)
         flight = Flight(window, ranks, reduction, packed, share, work)
     if ahead and device.type == "cuda":  # pragma: no cover
@@ -208,6 +216,13 @@ def _copy_ahead(flight: Flight) -> None:  # pragma: no cover
     flight.copied.record()
 
 
+def _by_layer(layers: ByLayer, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms by layer; nan where they are not known, which the sum is then on every rank alike."""
+    unknown = like.new_full((len(layers.names),), nan)
+    found = [unknown if squares is None else squares for squares in (layers.samples_squares, layers.grad_squares)]
+    return found[0].to(like.device), found[1].to(like.device)
+
+
 def shadow(ranks: Ranks, *, weighed: bool) -> None:
     """Take part in `launch` on the other ranks with nothing to add."""
     if ranks.group is not None:
@@ -217,6 +232,8 @@ def shadow(ranks: Ranks, *, weighed: bool) -> None:
 
 def _observation(numbers: list[float], flight: Flight) -> Observation:
     window, ranks, shares = flight.window, flight.ranks, flight.window.shares
+    names = () if window.layers is None else window.layers.names
+    numbers, by_layer = numbers[: len(numbers) - 2 * len(names)], numbers[len(numbers) - 2 * len(names) :]
     backwards, count = window.backwards, window.backwards
     share, active = 1.0, ranks.size
     if ranks.group is not None:
@@ -269,7 +286,11 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
     weighed = None if window.weighed is None else norms(*numbers[-2:])
     if weighed is not None and not (isfinite(weighed.mean_square) and isfinite(weighed.square_mean)):
         weighed = None
-    return Observation(shares, euclidean, None, weighed)
+    layers = {}
+    if all(map(isfinite, by_layer)):
+        pairs = zip(by_layer[: len(names)], by_layer[len(names) :], strict=True)
+        layers = {name: norms(*pair) for name, pair in zip(names, pairs, strict=True)}
+    return Observation(shares, euclidean, None, weighed, layers)
 
 
 def divisor_of(reduction: Reduction, micro_batches: float) -> float:

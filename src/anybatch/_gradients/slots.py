@@ -15,6 +15,7 @@ class Slots:
         for p in parameters:
             places.append((p.device, sizes.get(p.device, 0)))
             sizes[p.device] = sizes.get(p.device, 0) + 1
+        self._places = places
         self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
         self.views = [self._rows[device][i] for device, i in places]
 
@@ -23,10 +24,23 @@ class Slots:
         sums = [row.square().sum() for row in self._rows.values()]
         return torch.stack([s.to(sums[0].device) for s in sums]).sum()
 
+    def squares(self) -> Tensor:
+        """The square of each number, in the parameters' order, on the first one's device."""
+        if len(self._rows) == 1:
+            return next(iter(self._rows.values())).square()
+        first = self._places[0][0]
+        moved = {device: row.square().to(first) for device, row in self._rows.items()}
+        return torch.stack([moved[device][i] for device, i in self._places])
+
 
 def total_of(rows: Sequence[Slots], fires: Sequence[int]) -> Tensor:
     """Sum of the squares in all `rows`, of parameters that got `fires` gradients each; what they did not get is 0."""
+    zero_unused(rows, fires)
+    return torch.stack([slots.total() for slots in rows]).sum()
+
+
+def zero_unused(rows: Sequence[Slots], fires: Sequence[int]) -> None:
+    """Make 0 of what the parameters, which got `fires` gradients each, did not get."""
     for index, written in enumerate(fires):
         for slots in rows[written:]:  # unused in a micro-batch: its gradient there is zero
             slots.views[index].zero_()
-    return torch.stack([slots.total() for slots in rows]).sum()

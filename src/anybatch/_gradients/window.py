@@ -28,6 +28,25 @@ class Weighed:
 
 
 @dataclass(frozen=True)
+class ByLayer:
+    """The window's two norms by layer, float64 tensors of shape `[layers]`; `None` where they are not known.
+
+    Args:
+        names: of the layers, in the model's order.
+    """
+
+    names: tuple[str, ...]
+    samples_squares: Tensor | None = None
+    grad_squares: Tensor | None = None
+
+    def over(self, unit: Tensor) -> "ByLayer":
+        """Both divided by `unit`."""
+        if self.samples_squares is None or self.grad_squares is None:
+            return self
+        return ByLayer(self.names, self.samples_squares / unit, self.grad_squares / unit)
+
+
+@dataclass(frozen=True)
 class Shares:
     """What each of some micro-batches is of their mean: sums over them, on one rank or on all.
 
@@ -69,6 +88,7 @@ class Window:
         grad_square: squared norm of `.grad`.
         pair: with one backward in a window, this gradient and the one before.
         weighed: the norms in Adam's metric; `None` where nobody asks for them.
+        layers: the norms by layer; `None` at a step that nobody looks at.
     """
 
     backwards: int
@@ -77,3 +97,4 @@ class Window:
     grad_square: Tensor | None
     pair: Pair | None
     weighed: Weighed | None = None
+    layers: ByLayer | None = None

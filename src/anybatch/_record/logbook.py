@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
+from anybatch._record.layers import as_numbers
 from anybatch._record.record import MetricRecord, StepRecord
 from anybatch._record.writer import RunRecord
 
@@ -59,7 +60,9 @@ class Logbook:
         for record in self._records:
             record.write(line)
         if self._sinks:
-            self._tell(vars(line))
+            values = dict(vars(line))
+            layers = values.pop("per_layer")
+            self._tell(values | as_numbers(layers))
 
     def metrics(self, results: Mapping[str, float], *, step: int, tau: float) -> None:
         """Write the results of an evaluation.

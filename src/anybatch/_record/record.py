@@ -8,7 +8,7 @@ reads as one run, whatever happened; a run that starts from nothing in an old fi
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite, nan
 from operator import index
@@ -16,6 +16,8 @@ from typing import Any
 
 from anybatch._errors import InvalidValueError, StateError
 from anybatch._numbers import real
+from anybatch._record.layers import averaged, from_json
+from anybatch._scaling import Moments
 
 RECORD_VERSION = 2  # 2: metrics, and a header with provenance
 HEADER_START = b'{"kind": "header"'
@@ -45,6 +47,8 @@ class StepRecord:
         skipped: whether the step was not counted, because of a non-finite gradient.
         metric_variance: the averaged sigma^2 in Adam's metric; nan where it was not measured, as in older records.
         metric_sqnorm: the averaged mu^2, likewise.
+        per_layer: `raw_variance` and `raw_sqnorm` by layer, which add up to them, at a step that
+            `attach(per_layer=...)` looked at; else empty, and then not in the file.
     """
 
     step: int
@@ -64,6 +68,7 @@ class StepRecord:
     skipped: bool = False
     metric_variance: float = nan
     metric_sqnorm: float = nan
+    per_layer: Mapping[str, Moments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,42 @@ class Run:
     metrics: list[MetricRecord] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
+
+    def per_layer(self, begin: float = 0.0, end: float = inf) -> dict[str, Moments]:
+        """Variance and sqnorm of each layer, averaged over the steps that were looked at with `begin < tau <= end`.
+
+            variance_l = mean over steps of tr Cov(g_l)         sqnorm_l = mean over steps of ||E g_l||^2
+
+        in the unit of one base batch. Of single steps both are noisy, sqnorm more than variance, and may be negative:
+        take a window of ten looks or more. Its noise scale is in base batches; times `config["base_batch"]`, in
+        examples. That of the whole is not their mean, but their mean with sqnorm as weights.
+
+        Args:
+            begin: where the window begins, base iterations.
+            end: where it ends.
+
+        Returns:
+            The moments by layer, in the model's order: a module under its name in the model, weight and bias together,
+            a parameter of the model itself under its own. Empty where no step was looked at.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            >>> path = tmp_path / "layers.jsonl"
+            >>> controller = anybatch.attach(optimizer, model=model, scale=1, per_layer=2, record=path)
+            >>> for batch in torch.randn(20, 16, 4):
+            ...     for part in anybatch.split(batch, 2):
+            ...         (model(part).square().mean() / 2).backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            >>> found = anybatch.read_record(path).per_layer()
+            >>> list(found), found["2"].variance > 0
+            (['0', '2'], True)
+
+        Source:
+            McCandlish et al. 2018, Appendix A.1, for each layer by itself.
+        """
+        return averaged(step.per_layer for step in self.steps if begin < step.tau <= end)
 
 
 @dataclass
@@ -250,12 +291,17 @@ def _count(value: Any) -> int:
     return index(value)
 
 
+def _layers(value: Any) -> dict[str, Moments]:
+    return from_json(value, number=_number)
+
+
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
-_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: _count, bool: _truth}
-_NEW_FIELDS = dict.fromkeys(("metric_variance", "metric_sqnorm"))  # which older records do not have
+_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: _count, bool: _truth, Mapping[str, Moments]: _layers}
+# Which older records, or most lines, do not have.
+_NEW_FIELDS: dict[str, Any] = {"metric_variance": None, "metric_sqnorm": None, "per_layer": {}}
 _STEP_FIELDS = {f.name: _CONVERT[f.type] for f in fields(StepRecord)}

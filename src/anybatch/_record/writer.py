@@ -9,6 +9,7 @@ from typing import Any
 from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._record.append import AppendFile
 from anybatch._record.json import json_line
+from anybatch._record.layers import as_json
 from anybatch._record.provenance import environment
 from anybatch._record.record import HEADER_START, RECORD_VERSION, MetricRecord, StepRecord, parsed
 
@@ -88,8 +89,11 @@ class RunRecord:
     def write(self, line: StepRecord | MetricRecord) -> None:
         """Append one step, or one evaluation."""
         self._begin_once()
-        kind = "step" if isinstance(line, StepRecord) else "metric"
-        self._file.append(json_line({"kind": kind, **vars(line)}))
+        kind, values = "metric", dict(vars(line))
+        if isinstance(line, StepRecord):
+            kind, layers = "step", values.pop("per_layer")
+            values |= {"per_layer": as_json(layers)} if layers else {}
+        self._file.append(json_line({"kind": kind, **values}))
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""

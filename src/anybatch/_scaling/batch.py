@@ -15,6 +15,8 @@ _THE_THREE_WAYS = (
     "                                   (both in examples, or both in tokens),\n"
     '                                   or micro_batch="auto": the first dimension of what each forward gets;\n'
     "  scale=16                         every step is 16 base batches;\n"
+    "  scale=1                          every step is the base batch, and training is only measured; beside it\n"
+    "                                   base_batch=256 says how large that is, for noise scales in examples;\n"
     '  scale="count"                    every backward on every rank is one base batch.'
 )
 
@@ -30,7 +32,8 @@ class BatchSize:
         scale = N * sample                          S
 
     With unequal micro-batches the harmonic mean is exact, not a convention: the variance of an equally weighted mean of
-    gradients with variances `v / b_i` is `v / (N * size)`. `examples` is the size of the data, if it was said.
+    gradients with variances `v / b_i` is `v / (N * size)`. `examples` is the size of the data, if it was said. Beside a
+    scale of 1 `base_batch` says no scale, but in what the noise scale is told.
     """
 
     base_batch: float | None
@@ -39,7 +42,8 @@ class BatchSize:
     examples: float | None = None
 
     def __post_init__(self) -> None:
-        pair = (self.base_batch is not None, self.micro_batch is not None)
+        only_measured = not isinstance(self.scale, bool) and self.scale == 1
+        pair = (self.base_batch is not None and not only_measured, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
             given = ", ".join(f"{n}={shown(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
@@ -70,7 +74,7 @@ class BatchSize:
         share = 1.0 if effective is None else count / effective
         if self.scale == "count":
             return float(count), share
-        if self.base_batch is not None:
+        if self.base_batch is not None and self.scale is None:
             sample = count / inverse_sizes / self.base_batch
             return count * sample, sample * share
         scale = float(self.scale or 1)
