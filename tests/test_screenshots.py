@@ -14,6 +14,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 from test_run_report import written
 
+import anybatch
 from anybatch._report.report import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 def page(tmp_path_factory):
     """A page with all its parts, long names among them."""
     folder = tmp_path_factory.mktemp("page")
+    names = ["embedding", *(f"transformer.blocks.{k}.attention.projection" for k in range(40)), "head", "<b>" * 40]
+    layers = {name: anybatch.Moments(1.0 + k**2, 1.0) for k, name in enumerate(names)}
     for i, scale in enumerate((1, 8, 32)):
         name = ["a", "x" * 120, "ein sehr langer Name <b>"][i]
         metrics = [
@@ -36,7 +39,11 @@ def page(tmp_path_factory):
             for k in range(1, 9)
         ]
         written(
-            folder / f"{name}.jsonl", scale=scale, metrics=metrics, header={"note": "y" * 500, "i": "z" * 300 + str(i)}
+            folder / f"{name}.jsonl",
+            scale=scale,
+            metrics=metrics,
+            header={"note": "y" * 500, "i": "z" * 300 + str(i)},
+            per_layer=layers,
         )
     target = folder / "page.html"
     target.write_text(report(sorted(folder.glob("*.jsonl"))))

@@ -17,7 +17,7 @@ STEPS, EVERY = 4, 2
 
 
 def looks(model, *, accumulation, rank=0, scaler=None):
-    """The raw moments of each step, by layer too where it is looked at, at a learning rate of 0; the all-reduces' sizes."""
+    """The raw moments of each step, by layer too where it is looked at, and the sizes of all all-reduces."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     lines = []
     with counted_all_reduces() as sizes:

@@ -43,6 +43,8 @@ svg {{ display: block; width: 100%; height: auto; }}
 .chart {{ overflow: visible; font-family: inherit; font-variant-numeric: tabular-nums; stroke-linejoin: round; }}
 .chart .strip {{ pointer-events: all; }}
 .chart .strip:hover path {{ fill: var(--line) !important; }}
+.chart .row {{ pointer-events: all; }}
+.chart .row:hover path {{ stroke: var(--ink) !important; stroke-width: 1.5px !important; }}
 .chart .line:hover path {{ stroke-width: 3px !important; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.25rem 2rem; }}
 .grid figure {{ margin: 0; }}

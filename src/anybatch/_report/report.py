@@ -10,6 +10,7 @@ from anybatch._report.chart import Legend
 from anybatch._report.comparison import Comparison, compare
 from anybatch._report.difference import BAND, SAYS
 from anybatch._report.figures import charts, differences, forecast_chart, legend
+from anybatch._report.layers import LayerChart, layer_legend, levels
 from anybatch._report.page import Block, Fold, Grid, Heading, Table, Text, page
 from anybatch._report.summary import Summary, summarise
 from anybatch._report.words import LONG, duration, short_number, shorten, written
@@ -19,6 +20,7 @@ _TASKS = 6  # sections of curves
 _SIDE_BY_SIDE = 6  # runs whose configurations are compared in columns
 _VALUES = 6  # else the values of a setting that are written out
 _UNREAD = 20  # records that cannot be read, each with its reason
+_LAYERS = 4  # runs whose layers are drawn
 _SETTINGS = 80  # rows of a table of settings
 
 
@@ -135,6 +137,27 @@ def _curves(runs: Sequence[Summary], name: str) -> Iterator[Block]:
         yield legend(runs, rules=False)
         yield Grid(apart)
         yield Text(f"{SAYS} {BAND}", note=True)
+    yield from _layers(runs)
+
+
+def _layers(runs: Sequence[Summary]) -> Iterator[Block]:
+    found = [(run, run.layers) for run in runs if run.layers is not None]
+    limits = levels(layers for _, layers in found)
+    if not limits:
+        return
+    yield Heading("Noise by layer")
+    yield layer_legend(limits)
+    yield Grid([LayerChart(shorten(run.name), layers, limits) for run, layers in found[:_LAYERS]])
+    examples = all(isfinite(run.base_batch) for run, _ in found)
+    yield Text(
+        f"The noise scale of each layer in {'examples' if examples else 'base batches'}, as colour, the layers in the "
+        "model's order. Each cell is as long as it takes for the mean sqnorm of the steps that were looked at in it to "
+        "be two standard errors above 0; where there is none, the noise is more than these steps can measure. The "
+        "noise scale of the whole is not the mean of the layers' but their mean with sqnorm as weights.",
+        note=True,
+    )
+    if len(found) > _LAYERS:
+        yield Text(f"The layers of {len(found) - _LAYERS} more runs are left out.", note=True)
 
 
 def _forecasts(runs: Sequence[Summary]) -> Iterator[Block]:

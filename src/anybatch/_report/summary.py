@@ -11,6 +11,7 @@ from typing import Any
 
 import anybatch
 from anybatch._numbers import positive
+from anybatch._report.layers import LayerMap, layer_map
 from anybatch._report.points import Point, seen, thin
 from anybatch._report.words import short_number, written
 
@@ -52,6 +53,8 @@ class Summary:
         metrics: the evaluations by name.
         config: the header's configuration.
         facts: what the header says, as text, and the scale.
+        layers: the noise by layer, in examples, or in base batches where the record does not say how large one is;
+            `None` where no step was looked at.
     """
 
     path: Path
@@ -74,6 +77,7 @@ class Summary:
     metrics: dict[str, Curve]
     config: dict[str, Any]
     facts: dict[str, str]
+    layers: LayerMap | None
 
     @property
     def finished(self) -> bool:
@@ -155,6 +159,7 @@ def _summary(path: Path, name: str) -> Summary:
         metrics={key: _curve(_results(run.metrics, key)) for key in results},
         config=run.config,
         facts={**_facts(run.header), "scale": _scales(scales)},
+        layers=layer_map(run, unit=positive(run.config.get("base_batch")) or 1.0),
     )
 
 

@@ -1,0 +1,192 @@
+"""The noise of layers against tau: a row for each layer, its noise scale as colour."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor, log10, nan
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import anybatch
+from anybatch._report.chart import Legend
+from anybatch._report.figure import blank, colour, house, inline, numbers, widest
+from anybatch._report.page import inert, visible
+from anybatch._report.points import seen
+from anybatch._report.words import short_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH, _ROWS, _ROW = 380, 460, 15  # pixels: of the picture, of all rows where they are many, of one where they are few
+_FOOT = 42  # pixels for the numbers below
+_LETTERS, _SIZE = 20, 10.0  # of a layer's name
+_MOST = 230  # layers; two pixels each
+_WINDOWS = 24  # of tau, the shortest that a cell may be
+_SURE = 2.0  # standard errors that the sqnorm of a cell is above 0: its noise scale is then known to a factor
+_COLOURS = 9  # neighbours of more are not told apart
+# What one colour spans: these share a decade evenly.
+_SPANS = (10**0.05, 10**0.1, 10**0.2, 10 ** (1 / 3), 10**0.5, *(10.0 ** (2**i) for i in range(8)))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The noise scale of a layer while the clock is between two places."""
+
+    begin: float
+    end: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The noise scale of each layer along tau.
+
+    Args:
+        layers: the cells of each layer in turn, in the model's order; between them, and behind, may be gaps.
+        end: where the run ends, base iterations.
+    """
+
+    layers: Mapping[str, Sequence[Cell]]
+    end: float
+
+
+def layer_map(run: anybatch.Run, *, unit: float) -> LayerMap | None:
+    """The map of a run, in units of `unit` base batches; `None` where no step was looked at.
+
+    A cell grows, a twenty-fourth of the run at a time, until the mean of its looks' sqnorm is two standard errors above
+    0: where there is much noise it is long, and where the looks do not tell it there is none.
+    """
+    looks = [step for step in run.steps if step.per_layer and seen(step.tau, log=True)]
+    if not looks:
+        return None
+    end = max(step.tau for step in looks)
+    windows: list[list[Mapping[str, anybatch.Moments]]] = [[] for _ in range(_WINDOWS)]
+    for step in looks:
+        windows[min(max(ceil(step.tau / end * _WINDOWS), 1), _WINDOWS) - 1].append(step.per_layer)
+    edges = [end * i / _WINDOWS for i in range(_WINDOWS + 1)]
+    names = list(dict.fromkeys(name for step in looks for name in step.per_layer))[:_MOST]
+    return LayerMap({name: list(_grown(name, windows, edges, unit)) for name in names}, end)
+
+
+def _grown(
+    name: str, windows: Sequence[Sequence[Mapping[str, anybatch.Moments]]], edges: Sequence[float], unit: float
+) -> Iterator[Cell]:
+    begin, held = edges[0], list[anybatch.Moments]()
+    for window, edge in zip(windows, edges[1:], strict=True):
+        held += [look[name] for look in window if name in look and look[name].finite]
+        noise = _noise(held) * unit
+        if seen(noise, log=True):
+            yield Cell(begin, edge, noise)
+            begin, held = edge, []
+
+
+def _noise(looks: Sequence[anybatch.Moments]) -> float:
+    """The noise scale in base batches, if these looks tell it."""
+    if len(looks) < 2 or not all(seen(m.variance) and seen(m.sqnorm) for m in looks):
+        return nan
+    sqnorms = [m.sqnorm for m in looks]
+    if fmean(sqnorms) <= _SURE * stdev(sqnorms) / len(looks) ** 0.5:
+        return nan
+    return anybatch.Moments(fmean(m.variance for m in looks), fmean(sqnorms)).noise_scale
+
+
+def levels(maps: Iterable[LayerMap]) -> list[float]:
+    """The limits of the colours, in ascending order; none where nothing is known."""
+    known = [cell.noise for each in maps for cells in each.layers.values() for cell in cells]
+    for span in _SPANS if known else ():
+        low, high = (floor(log10(end) / log10(span)) for end in (min(known), max(known)))
+        if high - low < _COLOURS:
+            return [span**i for i in range(low, high + 2)]
+    return []
+
+
+def layer_legend(limits: Sequence[float]) -> Legend:
+    """What the colours mean."""
+    words = [short_number(float(f"{limit:.2g}")) for limit in limits]
+    pairs = list(enumerate(pairwise(words)))
+    return Legend([(f"{a} to {b}", colour(place, len(pairs)), ()) for place, (a, b) in pairs])
+
+
+@dataclass(frozen=True)
+class LayerChart:
+    """The picture of a map.
+
+    Args:
+        title: whose it is.
+        found: the map.
+        limits: of the colours, as from `levels`.
+    """
+
+    title: str
+    found: LayerMap
+    limits: Sequence[float]
+
+    def html(self) -> str:
+        """The figure."""
+        return f"<figure><figcaption>{inert(self.title)}</figcaption>{self.svg()}</figure>"
+
+    def svg(self) -> str:
+        """The picture alone."""
+        rows = len(self.found.layers)
+        tall = min(_ROW * rows, max(_ROWS, 2 * rows))
+        with house():
+            figure, [axes] = blank(width=_WIDTH, height=tall + _FOOT)
+            figure.subplots_adjust(right=0.985, top=1.0, bottom=_FOOT / (tall + _FOOT))
+            _frame(axes, self.found, every=-(-13 * rows // tall))
+            figure.subplots_adjust(left=(widest(axes.yaxis) + 6) / _WIDTH)
+            many = len(self.limits) - 1
+            for place in range(many):
+                _paint(axes, list(_cells(self.found, self.limits, place)), colour(place, many))
+            return inline(figure, f"{self.title}: noise scale of each layer against tau", _titles(axes, self.found))
+
+
+def _frame(axes: "Axes", found: LayerMap, *, every: int) -> None:
+    """Axes with the names of every so many layers."""
+    names = list(found.layers)
+    shown = range(0, len(names), every)
+    axes.set(xlim=(0, found.end), ylim=(len(names), 0))
+    axes.set_xlabel("tau (base iterations)")
+    axes.grid(visible=False)
+    axes.set_yticks([i + 0.5 for i in shown], [visible(_end_of(names[i])) for i in shown])
+    axes.tick_params(axis="y", labelsize=_SIZE)
+    numbers(axes.xaxis, log=False)
+
+
+def _end_of(name: str) -> str:
+    """The end of a long name: the beginning is the same for many."""
+    return name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
+
+
+def _cells(found: LayerMap, limits: Sequence[float], place: int) -> Iterator[tuple[Cell, int]]:
+    """The cells of the colour at `place`, with their rows."""
+    for row, cells in enumerate(found.layers.values()):
+        yield from ((cell, row) for cell in cells if sum(cell.noise >= limit for limit in limits[1:-1]) == place)
+
+
+def _paint(axes: "Axes", cells: Sequence[tuple[Cell, int]], fill: str) -> None:
+    """All cells of a colour as one path: a figure of thousands of them stays small."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    points = []
+    for cell, row in cells:
+        low, high = row + 0.04, row + 0.96
+        points += [(cell.begin, low), (cell.end, low), (cell.end, high), (cell.begin, high), (cell.begin, low)]
+    if points:
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(cells)
+        axes.add_artist(PathPatch(Path(points, codes), fc=fill, lw=0, clip_on=False))
+
+
+def _titles(axes: "Axes", found: LayerMap) -> dict[str, str]:
+    """Lay a row over each layer; returns what it says under the pointer."""
+    from matplotlib.patches import Rectangle
+
+    titles = {}
+    for i, (name, cells) in enumerate(found.layers.items()):
+        row = Rectangle((0, i), found.end, 1, fc="none", lw=0, zorder=3, clip_on=False)
+        row.set_gid(f"row{i}")
+        axes.add_artist(row)
+        ends = dict.fromkeys([*cells[:1], *cells[-1:]])
+        words = [f"{short_number(c.noise, 3)} for tau {short_number(c.begin)} to {short_number(c.end)}" for c in ends]
+        titles[f"row{i}"] = "\n".join([name, *(words or ["not known"])])
+    return titles
