@@ -99,6 +99,10 @@ def test_the_noise_scale_is_measured_and_forecast(tmp_path):
     found = run("noise_scale", "--total", 200, "--record", tmp_path / "run.jsonl", folder=tmp_path)
     assert found["steps"] == 200
     assert all(4 < noise < 1000 for _, noise in found["noise_scale"])
+    low, critical, high = found["critical_batch"]
+    assert 16 <= low <= critical <= high < 1000
+    assert list(found["by_layer"]) == ["0", "2"]
+    assert all(4 < noise < 1000 for noise in found["by_layer"].values())
     record = anybatch.read_record(tmp_path / "run.jsonl")
     assert {(step.gain, step.scale, step.lr_factor) for step in record.steps} == {(1.0, 1.0, 1.0)}
     forecast = anybatch.forecast(tmp_path / "run.jsonl", [1, 8])

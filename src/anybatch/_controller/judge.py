@@ -195,11 +195,13 @@ class Judge:
         if seen.pair is not None:
             return _moments_of(seen.pair, sample=sample, batch=2 * sample)
         consecutive = self._adascale is not None and self._adascale.consecutive
-        if seen.shares.count == 1 and scale != 1 and not consecutive and not self._warned:
+        missed = scale != 1 or self._batch.only_measured
+        if seen.shares.count == 1 and missed and not consecutive and not self._warned:
             self._warned = True
             gain = "the last one known" if known else f"{min(1.0, scale):g}"
+            so = "there is no noise scale" if self._batch.only_measured else f"the gain is {gain}"
             warnings.warn(
-                f"One gradient a step at scale {scale:g} shows no variance, so the gain is {gain}. Accumulate over two "
+                f"One gradient a step at scale {scale:g} shows no variance, so {so}. Accumulate over two "
                 "or more backwards, cut the batch with anybatch.split(batch, 2), or use "
                 "anybatch.AdaScale(consecutive=True).",
                 AnybatchWarning,

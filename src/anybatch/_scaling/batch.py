@@ -42,8 +42,8 @@ class BatchSize:
     examples: float | None = None
 
     def __post_init__(self) -> None:
-        only_measured = not isinstance(self.scale, bool) and self.scale == 1
-        pair = (self.base_batch is not None and not only_measured, self.micro_batch is not None)
+        beside = self.base_batch is not None and not isinstance(self.scale, bool) and self.scale == 1
+        pair = (self.base_batch is not None and not beside, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
             given = ", ".join(f"{n}={shown(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
             raise InvalidValueError(f"Got {given or 'none of base_batch, micro_batch, scale'}. {_THE_THREE_WAYS}")
@@ -60,6 +60,11 @@ class BatchSize:
     def population(self) -> float | None:
         """Base batches of a pass over the data; `None` where the size of the data was not said."""
         return None if self.examples is None or self.base_batch is None else self.examples / self.base_batch
+
+    @property
+    def only_measured(self) -> bool:
+        """Whether it was said that training is only measured: a scale of 1, and how large that batch is."""
+        return self.scale == 1 and self.base_batch is not None
 
     @property
     def counts(self) -> bool:
