@@ -11,11 +11,12 @@ import anybatch
 from integrations import task
 
 
-def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None):
+def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None, tracker=None):
     """An accelerator and what it has prepared, with a controller; the loader is sharded by Accelerate."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, log_with=tracker)
+    accelerator.init_trackers("run")
     model = oracle.make_model()
     optimizer = task.optimizer_of(model)
     scheduler = None if around else task.scheduler_of(optimizer, total)
@@ -24,7 +25,7 @@ def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None):
     scheduler = task.scheduler_of(optimizer, total) if around else accelerator.prepare(scheduler)
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler, total=total, base_batch=task.SIZE, micro_batch=task.SIZE,
-        reduction=accumulation,
+        reduction=accumulation, record=None if tracker is None else accelerator.log,
     )  # fmt: skip
     return accelerator, model, optimizer, loader, scheduler, controller
 

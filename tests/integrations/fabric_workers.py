@@ -7,18 +7,19 @@ import anybatch
 from integrations import task
 
 
-def prepared(rank, world, *, around=True):
+def prepared(rank, world, *, around=True, logger=None):
     """A fabric and what it has set up, with a controller."""
     task.as_launched(rank, world)
-    fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto")
+    fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", loggers=logger)
     fabric.launch()
     model = oracle.make_model()
     bare = task.optimizer_of(model)
     model, optimizer = fabric.setup(model, bare)
     scheduler = task.scheduler_of(optimizer if around else bare)
     controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=task.TOTAL, base_batch=task.SIZE, micro_batch="auto"
-    )
+        optimizer, model=model, scheduler=scheduler, total=task.TOTAL, base_batch=task.SIZE, micro_batch="auto",
+        record=None if logger is None else fabric.log_dict,
+    )  # fmt: skip
     return fabric, model, optimizer, scheduler, controller
 
 
@@ -40,8 +41,8 @@ def train(parts, rank, world, *, accumulation, clip=None, steps=None):
     return task.outcome(trace, model, optimizer)
 
 
-def parity(rank=0, world=1, *, clip=None, around=True):
-    parts = prepared(rank, world, around=around)
+def parity(rank=0, world=1, *, clip=None, **options):
+    parts = prepared(rank, world, **options)
     return train(parts, rank, world, accumulation=task.MICRO_BATCHES // world, clip=clip)
 
 

@@ -104,13 +104,13 @@ def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, lengths=(), **options):
 
 
 def check(found, expected):
-    """Gains and weights to 1e-6; the worst difference."""
+    """Gains and weights to 1e-6; the worst difference of each."""
     assert len(found["gains"]) == len(expected["gains"]) > 25
     gains = max(abs(a - b) for a, b in zip(found["gains"], expected["gains"]))
     weights = max(float((a - b).abs().max()) for a, b in zip(found["weights"], expected["weights"]))
     assert max(gains, weights) < 1e-6
     check_end(found)
-    return max(gains, weights)
+    return gains, weights
 
 
 def check_end(found, total=TOTAL):
@@ -126,6 +126,15 @@ def check_resumed(before, after):
     assert after["first"] == before["taus"][-1] > 15
     assert (before["scale"], after["scale"]) == (2, 4)
     check_end(after)
+
+
+def check_logged(steps, found):
+    """What a framework's own logger was given, a dictionary for each step: finite, or not there."""
+    assert len(steps) == len(found["gains"])
+    for values, gain, tau in zip(steps, found["gains"], found["taus"]):
+        assert (float(values["anybatch/gain"]), float(values["anybatch/tau"])) == pytest.approx((gain, tau))
+        assert all(math.isfinite(float(value)) for value in values.values())
+    assert float(steps[-1]["anybatch/noise_scale"]) > 0
 
 
 def as_launched(rank, world):

@@ -6,7 +6,7 @@ import pytest
 from distributed import launch
 
 import anybatch
-from integrations import task
+from integrations import same, task
 
 workers = pytest.importorskip("integrations.accelerate_workers", exc_type=ModuleNotFoundError)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:accelerate", "ignore::FutureWarning:accelerate")
@@ -29,18 +29,14 @@ def two(folder):
     return launch.run(workers.all_of, world=2, args=(2, folder))
 
 
-plain = functools.cache(task.plain)
-
-
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_one_process_trains_as_the_plain_loop(clip, record_property):
-    record_property("worst difference, Accelerate", task.check(workers.parity(clip=clip), plain(clip=clip)))
+def test_one_process_trains_as_the_plain_loop(clip):
+    same.hold("Accelerate", [workers.parity(clip=clip)], clip)
 
 
 @pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5), ("around", None)])
-def test_two_processes_train_as_the_plain_loop(folder, case, clip, record_property):
-    for found in two(folder):
-        record_property("worst difference, Accelerate", task.check(found[case], plain(clip=clip)))
+def test_two_processes_train_as_the_plain_loop(folder, case, clip):
+    same.hold("Accelerate", [found[case] for found in two(folder)], clip)
 
 
 def test_a_prepared_scheduler_that_the_loop_steps_ends_with_the_run(folder):
@@ -75,3 +71,18 @@ def test_a_prepared_scheduler_that_attach_was_not_given_is_warned_of():
     with pytest.warns(anybatch.AnybatchWarning, match="attach was not given"):
         workers.train(accelerator, model, optimizer, loader, scheduler, controller)
     assert scheduler.scheduler.last_epoch == controller.steps
+
+
+def test_accelerates_tracker_gets_the_numbers_of_each_step():
+    from accelerate.tracking import GeneralTracker, on_main_process
+
+    told = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "told", False, None
+
+        @on_main_process
+        def log(self, values, step=None, **_):
+            told.append(values)
+
+    task.check_logged(told, workers.parity(tracker=Tracker()))

@@ -1,13 +1,15 @@
 """Fabric, with plain `attach`: on one process and on two gloo processes."""
 
+import csv
 import functools
 
 import pytest
 from distributed import launch
 
-from integrations import task
+from integrations import same, task
 
 workers = pytest.importorskip("integrations.fabric_workers", exc_type=ModuleNotFoundError)
+from lightning.fabric.loggers import CSVLogger
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,6 @@ def folder(tmp_path_factory):
 
 
 killed = functools.cache(workers.killed)
-plain = functools.cache(task.plain)
 
 
 @functools.cache
@@ -26,18 +27,24 @@ def two(folder):
 
 
 @pytest.mark.parametrize(("clip", "around"), [(None, True), (0.5, False)])
-def test_one_process_trains_as_the_plain_loop(clip, around, record_property):
-    found = workers.parity(clip=clip, around=around)
-    record_property("worst difference, Fabric", task.check(found, plain(clip=clip)))
+def test_one_process_trains_as_the_plain_loop(clip, around):
+    same.hold("Fabric", [workers.parity(clip=clip, around=around)], clip)
 
 
 @pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5)])
-def test_two_processes_train_as_the_plain_loop(folder, case, clip, record_property):
-    for found in two(folder):
-        record_property("worst difference, Fabric", task.check(found[case], plain(clip=clip)))
+def test_two_processes_train_as_the_plain_loop(folder, case, clip):
+    same.hold("Fabric", [found[case] for found in two(folder)], clip)
 
 
 def test_killed_and_resumed_on_two_processes_with_twice_the_batch(folder):
     before = killed(folder)
     for found in two(folder):
         task.check_resumed(before, found["resumed"])
+
+
+def test_fabrics_logger_gets_the_numbers_of_each_step(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    found = workers.parity(logger=logger)
+    logger.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        task.check_logged([{k: v for k, v in row.items() if v} for row in csv.DictReader(file)], found)

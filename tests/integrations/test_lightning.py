@@ -5,7 +5,7 @@ import functools
 import pytest
 from distributed import launch
 
-from integrations import task
+from integrations import same, task
 
 workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
 pytestmark = pytest.mark.filterwarnings(
@@ -30,20 +30,20 @@ def two(path):
     return launch.run(workers.all_of, world=2, args=(2, path))
 
 
-plain = functools.cache(task.plain)
-
-
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_one_process_trains_as_the_plain_loop(clip, record_property):
+def test_one_process_trains_as_the_plain_loop(clip):
     found = workers.train(gradient_clip_val=clip)
     assert found["asked"] == task.TOTAL
-    record_property("worst difference, Lightning", task.check(found, plain(clip=clip)))
+    same.hold("Lightning", [found], clip)
 
 
-@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5), ("sharded", None)])
-def test_two_processes_train_as_the_plain_loop(path, case, clip, record_property):
-    for found in two(path):
-        record_property("worst difference, Lightning", task.check(found[case], plain(clip=clip)))
+@pytest.mark.parametrize(("case", "clip"), [("parity", None), ("clipped", 0.5)])
+def test_two_processes_train_as_the_plain_loop(path, case, clip):
+    same.hold("Lightning", [found[case] for found in two(path)], clip)
+
+
+def test_shards_train_as_the_plain_loop(path):
+    same.hold("Lightning, FSDP2", [found["sharded"] for found in two(path)])
 
 
 def test_killed_and_resumed_on_two_processes_with_twice_the_batch(path):

@@ -5,7 +5,7 @@ import torch
 from distributed import launch
 
 from anybatch.integrations.transformers import attach
-from integrations import gpt, task
+from integrations import gpt, same, task
 from integrations import transformers_workers as workers
 
 DATA = task.STEPS * task.MICRO_BATCHES * task.SIZE
@@ -27,12 +27,10 @@ def two(tmp_path_factory, checkpoint):
 
 
 @pytest.mark.parametrize(("name", "clip"), [("parity", None), ("clipped", 0.5)])
-def test_is_the_plain_loop(name, clip, two, tmp_path, record_property):
-    expected = task.plain(clip=clip, examples=DATA)
+def test_is_the_plain_loop(name, clip, two, tmp_path):
     one = workers.train(0, 1, f"{tmp_path}", max_grad_norm=clip or 0.0)
-    for found in (one, *(rank[name] for rank in two)):
-        worst = task.check(found, expected)
-        record_property("worst difference of the Trainer to the plain loop", worst)
+    for ranks in ([one], [rank[name] for rank in two]):
+        same.hold("Trainer", ranks, clip, examples=DATA)
 
 
 def test_a_loss_scale_that_changes_changes_no_gain(tmp_path):
