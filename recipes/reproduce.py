@@ -12,6 +12,9 @@
     fig5     a grid of exponential schedules: scale 1, AdaScale, LSW, and direct search at the large scale
 
 Every training but those of fig2 is cached under `--cache`, by its configuration, and goes on where it was stopped.
+Each takes one device, or `--processes` of them by torchrun, and there are as many at a time as devices allow. Machines
+that see the same cache can be given the same command: each trains what no other is at. Before it starts it says how
+many runs, device-hours and gigabytes it will take, from measured steps; `--plan` stops there.
 Results come as a table, as `<out>/<task>-<what>.json` (`<task>-tiny-<what>.json` with `--tiny`) and as a figure. `*`
 marks what is significantly below scale 1 (one-sided Welch test, 0.95, each row by itself: not corrected for the number
 of rows, so that of twenty rows that are no worse one is marked on average).
@@ -19,37 +22,54 @@ of rows, so that of twenty rows that are no worse one is marked on average).
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import ceil, isfinite
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import anybatch
-from anybatch._demo import significantly_below
-from recipes.paper import figures, gains
-from recipes.paper.runs import Run, Summary, mean_curve, task_of, train_all, with_lsw_plus
-from recipes.training.options import TASKS, number_or_word
+from recipes.paper import figures, gains, plan
+from recipes.paper.jobs import Machine, machine_here, train_all
+from recipes.paper.runs import Run, Summary, mean_curve, task_of, with_lsw_plus
+from recipes.paper.tables import rows_of, show, value_of
+from recipes.paper.wanted import POINTS, TRAJECTORIES, WANTED, Question
+from recipes.training.options import PRECISIONS, TASKS, number_or_word
 from recipes.training.task import DataError
 
-GRID = 13
-UNTOLD = ("what", "cache", "out", "jobs")  # arguments that do not decide the numbers
-ELASTIC = ("32,64@0.25,128@0.5", "128,64@0.25,32@0.5")
+UNTOLD = ("what", "cache", "out", "jobs", "processes", "workers", "compile", "plan")  # they do not decide the numbers
 
 
 class Lab:
     """Trains what an experiment asks for, with a progress bar."""
 
-    def __init__(self, base: Run, given: argparse.Namespace) -> None:
-        self.given, self.task = given, task_of(base)
+    def __init__(self, base: Run, given: argparse.Namespace, machine: Machine) -> None:
+        self.given, self.machine, self.task = given, machine, task_of(base)
         self.base = replace(base, total=self.task.total)
+        optimizer = self.task.optimizer(self.task.model())
+        rate = (optimizer[0] if isinstance(optimizer, list) else optimizer).param_groups[0]["lr"]
+        self.question = Question(self.base, tuple(given.scales), given.scale, given.seeds, rate)
+
+    def wanted(self) -> list[Run]:
+        """What the experiment asks for, in the micro-batches of this machine's processes."""
+        return [self.placed(one) for one in WANTED[self.given.what](self.question)]
+
+    def placed(self, one: Run) -> Run:
+        """In the micro-batches of this machine's processes."""
+        return one.on(self.machine.processes, self.task)
+
+    def plan(self) -> str:
+        """What is missing, and what it takes."""
+        if self.given.what == "fig2":
+            more = POINTS * self.given.batches
+            return plan.told(self.wanted(), cache=None, machine=self.machine, task=self.task, more=more)
+        return plan.told(self.wanted(), cache=self.given.cache, machine=self.machine, task=self.task)
 
     def train(self, runs: Iterable[Run]) -> dict[Run, Summary]:
         """All summaries."""
@@ -59,14 +79,10 @@ class Lab:
         found = {}
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(self.given.what, total=len(wanted))
-            for one, summary in train_all(wanted, cache=self.given.cache, jobs=self.given.jobs):
+            for one, summary in train_all(wanted, cache=self.given.cache, machine=self.machine):
                 found[one] = summary
                 progress.update(bar, advance=1)
         return found
-
-    def seeds(self, **changes: Any) -> list[Run]:
-        """The base run with changes, once for each seed."""
-        return [replace(self.base, seed=seed, **changes) for seed in range(self.given.seeds)]
 
     def write(self, values: Any, draw: Callable[[Path], None] | None = None) -> None:
         """The numbers as JSON, and the figure beside them."""
@@ -88,28 +104,30 @@ class Lab:
 
 def table2(lab: Lab) -> None:
     """Every rule at every scale."""
-    adascale = lab.train(run for s in lab.given.scales for run in lab.seeds(scale=str(s)))
-    large = [run for run in adascale if run.scale != "1"]
-    found = adascale | lab.train(
-        [replace(run, rule="lsw") for run in large] + [with_lsw_plus(run, adascale[run]) for run in large]
-    )
-    rows = _rows(lab, found)
-    _print(rows, lab.task.metric)
+    wanted = lab.wanted()
+    adascale = lab.train(run for run in wanted if run.rule == "adascale")
+    linear = [
+        run if run.rule == "lsw" else with_lsw_plus(one := replace(run, rule="adascale"), adascale[one])
+        for run in wanted
+        if run.rule != "adascale"
+    ]
+    rows = rows_of(adascale | lab.train(linear), metric=lab.task.metric)
+    show(rows, lab.task.metric)
     lab.write(rows, lambda path: figures.table2(rows, path, metric=lab.task.metric))
 
 
 def fig1(lab: Lab) -> None:
     """Identity keeps quality and saves nothing, linear saves most and loses quality, AdaScale is between them."""
-    scale = str(lab.given.scale)
-    found = lab.train(lab.seeds(scale="1") + [r for rule in ("identity", "linear", "adascale")
-                                              for r in lab.seeds(scale=scale, rule=rule)])  # fmt: skip
-    _print(rows := _rows(lab, found), lab.task.metric)
+    found = lab.train(lab.wanted())
+    show(rows := rows_of(found, metric=lab.task.metric), lab.task.metric)
     lab.write(rows, lambda path: figures.rules(found, path, metric=lab.task.metric))
 
 
 def fig2(lab: Lab) -> None:
     """Is the gain that a run sees the true one?"""
-    found = gains.compare(lab.base, scale=lab.given.scale, batches=lab.given.batches, points=12, trajectories=5)
+    found = gains.compare(
+        lab.base, scale=lab.given.scale, batches=lab.given.batches, points=POINTS, trajectories=TRAJECTORIES
+    )
     for point in found["offline"]:
         print(f"tau {point['tau']:8.0f}   online {point['online']:6.2f}   offline {point['offline']:6.2f}")
     print(f"online / offline: mean {found['mean_ratio']:.3f}, largest deviation {found['largest_deviation']:.1%}")
@@ -119,7 +137,7 @@ def fig2(lab: Lab) -> None:
 
 def fig3(lab: Lab) -> None:
     """Against tau the curves of all scales are one."""
-    found = lab.train(run for s in lab.given.scales for run in lab.seeds(scale=str(s)))
+    found = lab.train(lab.wanted())
     base = mean_curve([found[r] for r in found if r.scale == "1"], x="tau", y=lab.task.metric)
     values = {}
     for scale in map(str, lab.given.scales):
@@ -133,50 +151,32 @@ def fig3(lab: Lab) -> None:
 
 def fig4(lab: Lab) -> None:
     """The scale doubled at a quarter and at half of the run, and halved."""
-    found = lab.train(
-        lab.seeds(scale="1")
-        + [r for s in ELASTIC for rule in ("adascale", "lsw") for r in lab.seeds(scale=s, rule=rule)]
-    )
-    _print(rows := _rows(lab, found), lab.task.metric)
+    found = lab.train(lab.wanted())
+    show(rows := rows_of(found, metric=lab.task.metric), lab.task.metric)
     records = {(r.scale, r.rule): lab.given.cache / r.key / "record.jsonl" for r in found if r.seed == 0}
     lab.write(rows, lambda path: figures.elastic(found, records, path, metric=lab.task.metric))
 
 
 def fig5(lab: Lab) -> None:
     """Which exponential schedules train well, of 13 first rates and 13 last ones?"""
-    optimizer = lab.task.optimizer(lab.task.model())
-    lr = (optimizer[0] if isinstance(optimizer, list) else optimizer).param_groups[0]["lr"]
-    half = GRID // 2
-    rates = [lr * 2 ** ((i - half) / 2) for i in range(GRID)]
-    lasts = [10 ** (-i / 3) for i in range(GRID)]
-    scale = str(lab.given.scale)
-    grid = [(rate, last) for last in lasts for rate in rates]
-    seeds = range(lab.given.seeds)
-
-    def at(rule: str, scale: str, **changes: Any) -> list[Run]:
-        factor = changes.pop("factor", 1.0)
-        return [
-            replace(
-                lab.base, rule=rule, scale=scale, lr=rate * factor, last_rate=last, seed=seed, evaluations=1, **changes
-            )
-            for rate, last in grid
-            for seed in seeds
-        ]
-
-    methods = {"scale 1": at("adascale", "1"), f"AdaScale, S = {scale}": at("adascale", scale),
-               f"LSW, S = {scale}": at("lsw", scale)}  # fmt: skip
+    question = lab.question
+    methods = {name: [lab.placed(run) for run in runs] for name, runs in question.grids().items()}
     found = lab.train(run for runs in methods.values() for run in runs)
+    scale = str(question.scale)
     steps = fmean(found[run]["iterations"] for run in methods[f"AdaScale, S = {scale}"])
     # The large batch tuned by itself, with as many steps as AdaScale takes on average, around the rates it arrives at.
-    direct = at("identity", scale, total=ceil(steps), factor=lab.task.total / steps)
-    methods[f"direct search, S = {scale}"] = direct
+    direct = question.at("identity", scale, factor=lab.task.total / steps, total=ceil(steps))
+    methods[f"direct search, S = {scale}"] = direct = [lab.placed(run) for run in direct]
     found |= lab.train(direct)
+    rates, lasts = question.grid()
     values: dict[str, Any] = {"rates": rates, "lasts": lasts, "metric": {}, "area": {}, "best": {}}
+    seeds, columns = question.seeds, len(rates)
     for name, runs in methods.items():
         means = [
-            fmean(_metric(found[runs[i + k]], lab.task.metric) for k in seeds) for i in range(0, len(runs), len(seeds))
+            fmean(value_of(found[run], lab.task.metric) for run in runs[i : i + seeds])
+            for i in range(0, len(runs), seeds)
         ]
-        values["metric"][name] = [means[i : i + GRID] for i in range(0, len(means), GRID)]
+        values["metric"][name] = [means[i : i + columns] for i in range(0, len(means), columns)]
     best = max(max(row) for row in values["metric"]["scale 1"])
     for name, rows in values["metric"].items():
         flat = [value for row in rows for value in row]
@@ -190,57 +190,12 @@ def fig5(lab: Lab) -> None:
 
 def decays(lab: Lab) -> None:
     """Is AdaScale better with the optimizer's decays on the clock?"""
-    large = [s for s in map(str, lab.given.scales) if s != "1"]
-    found = lab.train(lab.seeds(scale="1") + [r for s in large for d in ("constant", "clock")
-                                              for r in lab.seeds(scale=s, decays=d)])  # fmt: skip
-    _print(rows := _rows(lab, found), lab.task.metric)
+    found = lab.train(lab.wanted())
+    show(rows := rows_of(found, metric=lab.task.metric, by_decays=True), lab.task.metric)
     lab.write(rows)
 
 
 EXPERIMENTS = {"table2": table2, "decays": decays, "fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5}
-
-
-def _rows(lab: Lab, found: dict[Run, Summary]) -> list[dict[str, Any]]:
-    """A row for each scale and rule, means over the seeds."""
-    metric = lab.task.metric
-    groups: dict[tuple[str, str], list[Summary]] = {}
-    for run, summary in found.items():
-        compared = str(run.decays) if lab.given.what == "decays" and run.scale != "1" else run.rule
-        groups.setdefault((run.scale, compared), []).append(summary)
-    base = [_metric(s, metric) for s in groups.get(("1", "adascale"), [])]
-    order = {rule: i for i, rule in enumerate(("adascale", "constant", "clock", "identity", "linear", "lsw", "lsw+"))}
-    rows = []
-    for (scale, rule), runs in sorted(groups.items(), key=lambda g: (len(g[0][0]), g[0][0], order[g[0][1]])):
-        values = [_metric(s, metric) for s in runs]
-        rows.append({
-            "scale": scale,
-            "rule": rule,
-            "metric": fmean(values),
-            "spread": stdev(values) if len(values) > 1 else None,
-            "worse": significantly_below(values, base) if scale != "1" else False,
-            "train_loss": fmean(s["train_loss"] for s in runs),
-            "test_loss": fmean(s["loss"] for s in runs),
-            "iterations": fmean(s["iterations"] for s in runs),
-            "mean_gain": fmean(s["mean_gain"] for s in runs),
-            "diverged": sum(s["diverged"] for s in runs),
-        })  # fmt: skip
-    return rows
-
-
-def _print(rows: list[dict[str, Any]], metric: str) -> None:
-    print(f"{'scale':>20} {'rule':9} {metric:>15}  {'train loss':>10} {'test loss':>10} {'iterations':>10} {'gain':>6}")
-    for row in rows:
-        spread = "" if row["spread"] is None else f"± {row['spread']:.1f}"
-        value = f"{row['metric']:.1f} {spread}{' *' if row['worse'] else '  '}"
-        print(
-            f"{row['scale']:>20} {row['rule']:9} {value:>17} {row['train_loss']:10.4f} {row['test_loss']:10.4f} "
-            f"{row['iterations']:10.0f} {row['mean_gain']:6.1f}"
-        )
-
-
-def _metric(summary: Summary, metric: str) -> float:
-    value = summary[metric]
-    return 0.0 if value is None or not isfinite(value) else value
 
 
 def _strict(value: Any) -> Any:
@@ -272,17 +227,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the files, in place of the experiment's")
     parser.add_argument("--batches", type=int, default=1000, help="for fig2: base batches of the offline gain")
     parser.add_argument("--evaluations", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="as in recipes.train")
+    parser.add_argument("--micro-batch", type=int, help="likewise, of every run (default: what a process takes)")
+    parser.add_argument("--compile", action="store_true", help="likewise")
+    parser.add_argument("--workers", type=int, help="likewise (default: by the cores of a process; on a CPU none)")
+    parser.add_argument("--processes", type=int, default=1, help="of each training, a device each (default: 1)")
+    parser.add_argument("--jobs", type=int, help="trainings at a time (default: one for each --processes devices)")
+    parser.add_argument("--plan", action="store_true", help="say what is to be trained and what it takes, and stop")
     parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--out", type=Path, default=Path("docs/reproduction"))
     given = parser.parse_args(arguments)
     given.command = _command(given, parser)
     given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
     given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
-    base = Run(given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations,
-               decays=given.decays, estimator=given.estimator, smoothing=given.smoothing)  # fmt: skip
+    base = Run(
+        given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations, decays=given.decays,
+        estimator=given.estimator, smoothing=given.smoothing, precision=given.precision, micro_batch=given.micro_batch,
+    )  # fmt: skip
     try:
-        EXPERIMENTS[given.what](Lab(base, given))
+        if given.what == "fig2" and given.processes > 1:
+            raise anybatch.InvalidValueError("fig2 is one process: leave out --processes.")
+        machine = machine_here(
+            jobs=given.jobs, processes=given.processes, workers=given.workers, compiled=given.compile
+        )
+        lab = Lab(base, given, machine)
+        print(lab.plan() or f"Every run is in {given.cache}.", file=sys.stderr)
+        if not given.plan:
+            EXPERIMENTS[given.what](lab)
     except (DataError, anybatch.AnybatchError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -295,7 +266,8 @@ def _command(given: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     for name, value in vars(given).items():
         if name not in UNTOLD and value != parser.get_default(name):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{name}"] if value is True else [f"--{name}", text]
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, text]
     return shlex.join(words)
 
 

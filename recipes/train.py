@@ -31,6 +31,7 @@ import anybatch
 from recipes.training import parallel
 from recipes.training.attempts import Attempts
 from recipes.training.growth import growth
+from recipes.training.loading import workers_for
 from recipes.training.options import PRECISIONS, TASKS, Options, parse, task_of
 from recipes.training.parallel import Place
 from recipes.training.task import DataError, Task
@@ -71,7 +72,7 @@ class Training:
     def __init__(self, task: Task, options: Options, place: Place) -> None:
         self.task, self.options, self.place = task, options, place
         self.start = time.perf_counter()
-        task.workers, task.total = options.workers, options.total or task.total
+        task.workers, task.total = workers_in(options, place), options.total or task.total
         task.base_batch = options.base_batch or task.base_batch
         self.micro_batch = options.micro_batch_for(task, ranks=place.ranks)
         for scale, _ in options.scales:
@@ -123,7 +124,7 @@ class Training:
             self.ema = anybatch.ModelEMA(self.net, options.ema, clock=self.controller.clock)
         if saved:
             self.restore(saved)
-        shares = {"rank": place.rank, "ranks": place.ranks, "start": self.used, "workers": options.workers}
+        shares = {"rank": place.rank, "ranks": place.ranks, "start": self.used, "workers": task.workers}
         self.batches = task.batches(self.micro_batch, seed=options.seed, **shares)
 
     def scheduler(self, optimizer: Optimizer) -> Any:
@@ -276,6 +277,13 @@ class Training:
             "diverged": self.attempts.hopeless or not isfinite(last["train_loss"]),
             "seconds": time.perf_counter() - self.start,
         }
+
+
+def workers_in(options: Options, place: Place) -> int:
+    """The loading processes of this rank: as given, or by the cores that it has."""
+    if options.workers is not None:
+        return options.workers
+    return workers_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device=place.device.type == "cuda")
 
 
 def _line(values: Point) -> str:

@@ -1,7 +1,7 @@
 """Is the gain that a run sees the true one? Online against offline, and one run against five with a common gain."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import isnan
 from statistics import fmean
 from typing import Any
@@ -46,12 +46,12 @@ class TiedOptions(Options):
 
     def rule_for_attach(self) -> anybatch.Rule:
         """Its rule."""
-        return Tied(tie=self.tie)
+        return Tied(**_values(super().rule_for_attach()), tie=self.tie)
 
 
 def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: int) -> dict[str, Any]:
     """Gains against tau: `online` of one run, `offline` at a few of its points, `tied` of trajectories in step."""
-    options = Options(rule="adascale", scale=str(scale), seed=base.seed, total=base.total, evaluations=1)
+    options = replace(base, scale=str(scale), evaluations=1).options()
     training = Training(task_of(base), options, here())
     total = training.task.total
     online: list[tuple[float, float]] = []
@@ -105,7 +105,8 @@ def _tied(base: Run, *, scale: int, trajectories: int) -> list[tuple[float, floa
     tie = Tie()
     runs = []
     for seed in range(trajectories):
-        options = TiedOptions(rule="adascale", scale=str(scale), seed=seed, total=base.total, evaluations=1, tie=tie)
+        alone = replace(base, scale=str(scale), seed=seed, evaluations=1).options()
+        options = TiedOptions(**_values(alone), tie=tie)
         runs.append(Training(task_of(base), options, here()))
     found = []
     while not runs[0].over:
@@ -120,6 +121,10 @@ def _tied(base: Run, *, scale: int, trajectories: int) -> list[tuple[float, floa
     for run in runs:
         run.close()
     return found
+
+
+def _values(given: Any) -> dict[str, Any]:
+    return {field_.name: getattr(given, field_.name) for field_ in fields(given)}
 
 
 def _at(curve: list[tuple[float, float]], tau: float) -> float:

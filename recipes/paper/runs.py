@@ -1,14 +1,11 @@
-"""Trainings of the experiments: each once, cached by its configuration, on all cores, going on where it was stopped."""
+"""A training of the experiments, by what decides its result, and the cache that keeps what it came to."""
 
 import hashlib
 import importlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil, nan
-from multiprocessing import get_context
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,21 @@ import numpy as np
 import torch
 
 import anybatch
-from recipes.train import run
 from recipes.training.options import TASKS, Options
 from recipes.training.task import Task
 
 Summary = dict[str, Any]
 POINTS = 40  # of a curve
+LATER = {"precision": "fp32", "micro_batch": None}  # fields that older keys do not have, and what they stood for
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of `train.py`, by what decides its result; without a total, of the task's own length."""
+    """One training of `train.py`, by what decides its result; without a total, of the task's own length.
+
+    How many processes and loaders it runs on, and whether its model is compiled, do not decide it: as with a
+    checkpoint, that changes no more than the rounding.
+    """
 
     task: str
     tiny: bool
@@ -42,38 +43,33 @@ class Run:
     decays: str | float | None = None
     estimator: str | None = None
     smoothing: str | float | None = None
+    precision: str = "fp32"
+    micro_batch: int | None = None  # None: what one process takes
 
     @property
     def key(self) -> str:
         """The name of its folder in the cache; data at another place, and other versions, are another run."""
         values = {
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if (name, value) not in LATER.items()},
             "data": str(Path(self.data).resolve()) if self.data else None,
             "versions": [anybatch.__version__, torch.__version__],
         }
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.task}-{self.rule}-S{self.scale.replace(',', '-')}-seed{self.seed}-{digest}"
 
+    def options(self, **more: Any) -> Options:
+        """What `train.py` is told."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in ("task", "tiny", "data")}
+        return Options(**chosen, **more)
 
-def train_all(runs: Iterable[Run], *, cache: Path, jobs: int) -> Iterator[tuple[Run, Summary]]:
-    """Summaries with the evaluations as `"history"`, in the order in which they are done, the cached ones first."""
-    missing = []
-    for one in dict.fromkeys(runs):
-        summary = _cached(one, cache)
-        if summary is None:
-            missing.append(one)
-        else:
-            yield one, summary
-    if not missing:
-        return
-    cost = sorted(missing, key=lambda r: -max(float(s.split("@")[0]) for s in r.scale.split(",")))
-    with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        try:
-            futures = {pool.submit(_train, one, cache): one for one in cost}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # what one run is wrong in is said now, not after all others
-            pool.shutdown(cancel_futures=True)
+    def on(self, processes: int, task: Task) -> "Run":
+        """This run with the micro-batch that so many processes take; `None` where one process takes the same."""
+        options = replace(self, rule="adascale", steps=None).options()
+        taken, alone = (
+            replace(options, micro_batch=given).micro_batch_for(task, ranks=ranks)
+            for given, ranks in ((self.micro_batch, processes), (None, 1))
+        )
+        return replace(self, micro_batch=None if taken == alone else taken)
 
 
 def with_lsw_plus(adascale: Run, summary: Summary) -> Run:
@@ -91,7 +87,8 @@ def mean_curve(runs: Sequence[Summary], *, x: str, y: str) -> tuple[list[float],
     return tuple(np.mean([at(run, name) for run in runs], axis=0).tolist() for name in (x, y))
 
 
-def _cached(one: Run, cache: Path) -> Summary | None:
+def cached(one: Run, cache: Path) -> Summary | None:
+    """The summary of a finished run, with the evaluations as `"history"`."""
     folder = cache / one.key
     try:
         summary = json.loads((folder / "summary.json").read_text())
@@ -103,40 +100,6 @@ def _cached(one: Run, cache: Path) -> Summary | None:
         **{k: nan if v is None and k in ("loss", "train_loss") else v for k, v in summary.items()},
         "history": points,
     }
-
-
-def _train(one: Run, cache: Path) -> Summary:
-    out = cache / one.key
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(asdict(one), indent=1) + "\n")
-    task = task_of(one)
-    options = Options(
-        rule=one.rule,
-        decays=one.decays,
-        estimator=one.estimator,
-        smoothing=one.smoothing,
-        scale=one.scale,
-        seed=one.seed,
-        total=task.total,
-        evaluations=one.evaluations,
-        lr=one.lr,
-        last_rate=one.last_rate,
-        steps=one.steps,
-        save_every=max(task.total / 4, ceil(task.total / 100)),
-        out=out,
-    )
-    run(task, options)
-    for name in out.glob("checkpoint*"):
-        name.unlink()
-    summary = _cached(one, cache)
-    if summary is None:
-        raise RuntimeError(f"{out} holds no summary after its training.")
-    return summary
-
-
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 
 def task_of(one: Run) -> Task:

@@ -61,7 +61,7 @@ class Options:
     precision: str = "fp32"
     compile: bool = False
     fsdp: bool = False
-    workers: int = 0
+    workers: int | None = None
     evaluations: int = 20
     save_every: float | None = None
     out: Path | None = None
@@ -79,6 +79,8 @@ class Options:
             raise anybatch.InvalidValueError("--grow needs --most, the largest scale, and one --scale to begin with.")
         if self.efficiency is not None and self.grow != "noise":
             raise anybatch.InvalidValueError("--efficiency belongs to --grow noise.")
+        if self.workers is not None and self.workers < 0:
+            raise anybatch.InvalidValueError(f"--workers must not be negative, got {self.workers}.")
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -188,7 +190,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--precision", default="fp32", choices=PRECISIONS, help="autocast, and for fp16 a GradScaler (default: fp32)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="shard with FSDP2 in place of DDP")
-    add("--workers", type=int, default=0, help="processes that load data on each rank (default: 0)")
+    add("--workers", type=int, help="processes that load data on each rank (default: by the cores; on a CPU none)")
     add("--evaluations", type=int, default=20, help="at equal steps of tau (default: 20)")
     add("--save-every", type=float, help="base iterations between two checkpoints (default: a twentieth of the run)")
     add(

@@ -9,7 +9,7 @@ import torch
 
 import anybatch
 from recipes import reproduce
-from recipes.paper import gains, runs
+from recipes.paper import gains, jobs, plan, runs, wanted
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def run(folders, monkeypatch, capsys):
     """`reproduce.py` on a short run of the digits, in this process."""
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", _Here)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Here)
+    monkeypatch.setattr(plan, "SECONDS", 0.0)
     cache, out = folders
 
     def call(what, *arguments):
@@ -50,11 +51,11 @@ class _Here:
     def shutdown(self, **_):
         pass
 
-    def submit(self, function, *arguments):
+    def submit(self, function, *arguments, **named):
         from concurrent.futures import Future
 
         future = Future()
-        future.set_result(function(*arguments))
+        future.set_result(function(*arguments, **named))
         return future
 
 
@@ -70,7 +71,7 @@ def test_table_2_has_a_row_for_each_rule_and_scale_and_trains_once(run, monkeypa
     assert stretched["iterations"] == adascale["iterations"]
     assert adascale["mean_gain"] == pytest.approx(80 / adascale["iterations"], rel=0.06)
     assert "lsw+" in printed
-    monkeypatch.setattr(runs, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(jobs, "in_place", lambda *_: pytest.fail("trained or measured again"))
     again, _ = run("table2", "--scales", "4")
     assert again == rows
 
@@ -106,24 +107,24 @@ def test_a_run_that_fails_is_not_waited_for(tmp_path, monkeypatch):
             stopped.set()
             super().shutdown(wait=wait)
 
-    def train(one, _):
+    def train(one, *_, **__):
         if one.scale == "8":
             raise anybatch.InvalidValueError("no")
         stopped.wait()
         trained.append(one)
 
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Threads)
-    monkeypatch.setattr(runs, "_train", train)
-    wanted = [runs.Run("digits", False, None, "adascale", s, seed, 1, 1) for seed in range(5) for s in ("1", "8")]
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(jobs, "_train", train)
+    asked = [runs.Run("digits", False, None, "adascale", s, seed, 1, 1) for seed in range(5) for s in ("1", "8")]
     with pytest.raises(anybatch.InvalidValueError, match="no"):
-        list(runs.train_all(wanted, cache=tmp_path, jobs=1))
+        list(jobs.train_all(asked, cache=tmp_path, machine=jobs.Machine()))
     assert len(trained) <= 1  # the one that had begun
 
 
 def test_the_file_tells_the_command_and_a_tiny_run_has_its_own(run, folders):
     run("fig1", "--scale", "8")
     reproduce.main(["fig1", "--task", "digits", "--tiny", "--total", "8", "--seeds", "1", "--scale", "2",
-                    "--jobs", "1", "--cache", str(folders[0]), "--out", str(folders[1])])  # fmt: skip
+                    "--jobs", "1", "--workers", "0", "--cache", str(folders[0]), "--out", str(folders[1])])  # fmt: skip
     commands = {path.name: json.loads(path.read_text())["command"] for path in folders[1].glob("*fig1.json")}
     assert commands == {
         "digits-fig1.json": "python -m recipes.reproduce fig1 --scale 8 --seeds 2 --total 80 --evaluations 4",
@@ -134,6 +135,7 @@ def test_the_file_tells_the_command_and_a_tiny_run_has_its_own(run, folders):
 @pytest.mark.parametrize(("words", "shown"), [("8,2", "1,2,8"), ("128,64,32,16,8", None)])
 def test_the_command_has_no_defaults(words, shown, monkeypatch):
     seen = []
+    monkeypatch.setattr(plan, "told", lambda *_, **__: "")
     monkeypatch.setitem(reproduce.EXPERIMENTS, "table2", lambda lab: seen.append(lab.given.command))
     reproduce.main(["table2", "--scales", words])
     assert seen == ["python -m recipes.reproduce table2" + (f" --scales {shown}" if shown else "")]
@@ -151,7 +153,7 @@ def test_figures_1_3_and_4(run):
 
 
 def test_figure_5_counts_the_schedules_within_one_point(run, monkeypatch):
-    monkeypatch.setattr(reproduce, "GRID", 2)
+    monkeypatch.setattr(wanted, "GRID", 2)
     found, _ = run("fig5", "--scale", "4", "--seeds", "1")
     assert set(found["metric"]) == {"scale 1", "AdaScale, S = 4", "LSW, S = 4", "direct search, S = 4"}
     for name, rows in found["metric"].items():
