@@ -34,6 +34,7 @@ from recipes.training.growth import growth
 from recipes.training.loading import workers_for
 from recipes.training.options import PRECISIONS, TASKS, Options, parse, task_of
 from recipes.training.parallel import Place
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import DataError, Task
 
 __all__ = ["TASKS", "Options", "Training", "main", "run"]
@@ -82,7 +83,9 @@ class Training:
         saved = parallel.load(options.out, same=options.identity(task)) if options.out else None
 
         torch.manual_seed(options.seed)
-        self.net = task.model().to(place.device)
+        self.net = parallel.tuned(
+            task.model(), task, device=place.device, precision=options.precision, fsdp=options.fsdp
+        )
         self.model = parallel.wrap(self.net, place=place, fsdp=options.fsdp, compiled=options.compile)
         given = task.optimizer(self.net)
         self.optimizers = given if isinstance(given, list) else [given]
@@ -186,19 +189,16 @@ class Training:
         self.attempts.count(self.controller)
 
     def evaluate(self) -> Point:
-        """The metric at this tau, and the mean training loss since the last evaluation; under DDP on rank 0 alone."""
+        """The metric at this tau, and the mean training loss since the last evaluation; the ranks share the work."""
         total, number = self.place.summed(self.losses).tolist()
         self.losses.zero_()
         point: Point = {"tau": self.controller.tau, "step": self.controller.steps, "train_loss": total / number}
-        if self.place.first or self.options.fsdp:
-            self.net.eval()
-            with torch.no_grad():
-                point |= self.task.evaluate(self.net, self.place.device)
-                if self.ema is not None:
-                    with self.ema.applied():
-                        values = self.task.evaluate(self.net, self.place.device)
-                    point |= {f"ema_{name}": value for name, value in values.items()}
-            self.net.train()
+        self.net.eval()
+        point |= self.measured()
+        if self.ema is not None:
+            with self.ema.applied():
+                point |= {f"ema_{name}": value for name, value in self.measured().items()}
+        self.net.train()
         self.history.append(point)
         if self.record is not None:
             self.controller.log(**{name: value for name, value in point.items() if name not in ("tau", "step")})
@@ -206,6 +206,16 @@ class Training:
             with (self.options.out / "results.jsonl").open("a") as file:
                 file.write(_line(point))
         return point
+
+    def measured(self) -> dict[str, float]:
+        """What the task says of the model as it is, in the training's precision."""
+        place, precision = self.place, PRECISIONS[self.options.precision]
+        share = Share(place.rank, place.ranks)
+        if self.options.fsdp and not self.task.lockstep:
+            share = ALONE  # FSDP2's ranks call the model together, so that all do all of it
+        parallel.same_buffers(self.net, place)
+        with torch.no_grad(), torch.autocast(place.device.type, precision, enabled=precision is not None):
+            return self.task.evaluate(self.net, place.device, share)
 
     def save(self, out: Path) -> None:
         """Write the checkpoint; every rank calls this, rank 0 writes."""

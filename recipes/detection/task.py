@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 import anybatch
 from recipes.detection import made
@@ -31,6 +30,7 @@ from recipes.detection.boxes import Grid, detect, iou, make_grid, mean_average_p
 from recipes.detection.model import STRIDES, YoloV3, anchors
 from recipes.detection.voc import CLASSES, JITTER, TrainSet, WholeSet, read_split
 from recipes.training.parallel import here
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import Task
 
 IGNORE = 0.5  # overlap with an object above which a prediction not in charge is not told that there is none
@@ -43,6 +43,7 @@ class Yolo(Task):
 
     name: ClassVar[str] = "yolo"
     metric: ClassVar[str] = "mAP"
+    convolutions = True
     measured = "VOC2007 test, 11 points, overlap 0.5, difficult objects left out"
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
@@ -96,23 +97,24 @@ class Yolo(Task):
         return detection_loss(model(images), targets, self.grid(images.device))
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """`mAP` with 11 points, `mAP_area` (VOC2010's), and the loss, over VOC2007's test images."""
-        grid, detections, truths, loss = self.grid(device), [], [], 0.0
-        options: dict[str, Any] = {
-            "batch_size": self.base_batch,
-            "collate_fn": self._truths,
-            "num_workers": self.workers,
-        }
-        loader: DataLoader[Any] = DataLoader(self.test_set, **options)
-        for images, targets, whole in loader:
-            raw = model(images.to(device)).float()
-            loss += float(detection_loss(raw, targets.to(device), grid)) * len(images)
+        grid, found, number = self.grid(device), [], len(self.test_set)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        size = self.base_batch
+        parts = share.of([list(range(i, min(i + size, number))) for i in range(0, number, size)])
+        batches = self.tested(self.test_set, [part for part, _ in parts], collate=self._truths)
+        for (images, targets, whole), (part, counts) in zip(batches, parts, strict=True):
+            raw = model(images.to(device, non_blocking=True)).float()
+            if not counts:
+                continue
+            loss += detection_loss(raw, targets.to(device), grid).double() * len(images)
             scores = raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()
-            detections += [detect(b, s).cpu() for b, s in zip(grid.decode(raw), scores, strict=True)]
-            truths += whole
-        points, area = mean_average_precision(detections, truths, len(CLASSES))
-        return {"mAP": points, "mAP_area": area, "loss": loss / len(self.test_set)}
+            detections = [detect(b, s).cpu() for b, s in zip(grid.decode(raw), scores, strict=True)]
+            found += list(zip(part, zip(detections, whole, strict=True), strict=True))
+        detected, truths = (list(some) for some in zip(*share.gathered(found), strict=True))
+        points, area = mean_average_precision(detected, truths, len(CLASSES))
+        return {"mAP": points, "mAP_area": area, "loss": share.summed(loss).item() / number}
 
     def _truths(self, examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, list[Tensor]]:
         images, targets = self.collate([(image, t[:, [0, 2, 3, 4, 5]]) for image, t in examples])

@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import Dataset
 
 from recipes.images import made
+from recipes.images.counted import Counted
 from recipes.images.resnet import cifar_resnet_v2, standardised
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import DataError, Task
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images
@@ -32,6 +34,7 @@ class Cifar10(Task):
 
     name = "cifar10"
     metric = "accuracy"
+    convolutions = True
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)
@@ -53,24 +56,25 @@ class Cifar10(Task):
         return ExponentialLR(optimizer, LAST_RATE ** (1 / self.total))
 
     def collate(self, examples: list[Any]) -> Any:
-        """Standardised images and labels."""
+        """Images in bytes, and labels."""
         images, labels = zip(*examples, strict=True)
-        return standardised(torch.stack(images), mean=MEAN, std=STD), torch.stack(labels)
+        return torch.stack(images), torch.stack(labels)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy; the images become numbers where the model is, for bytes are a quarter of them."""
         x, y = batch
-        return cross_entropy(model(x), y)
+        return cross_entropy(model(standardised(x, mean=MEAN, std=STD)), y)
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """Test accuracy in percent."""
-        right = loss = 0.0
-        for images, y in zip(*(part.split(500) for part in self.test_set), strict=True):
-            logits, labels = model(standardised(images, mean=MEAN, std=STD).to(device)), y.to(device)
-            right += (logits.argmax(1) == labels).sum().item()
-            loss += cross_entropy(logits, labels, reduction="sum").item()
-        n = len(self.test_set[1])
-        return {"accuracy": 100 * right / n, "loss": loss / n}
+        found = Counted(device)
+        parts = list(zip(*(part.split(500) for part in self.test_set), strict=True))
+        for (images, y), counts in share.of(parts):
+            x = standardised(images.to(device), mean=MEAN, std=STD)
+            logits = model(x).float()
+            if counts:
+                found.add(logits, y.to(device))
+        return found.over(share)
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from recipes.images import made
+from recipes.images.counted import Counted
 from recipes.images.resnet import imagenet_resnet_v1, standardised
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import DataError, Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
@@ -34,6 +36,7 @@ class ImageNet(Task):
 
     name = "imagenet"
     metric = "accuracy"
+    convolutions = True
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         super().__init__(data, tiny=tiny)
@@ -59,25 +62,26 @@ class ImageNet(Task):
         return MultiStepLR(optimizer, [round(share * self.total) for share in MILESTONES])
 
     def collate(self, examples: list[Any]) -> Any:
-        """Standardised images and labels."""
-        images, labels = default_collate(examples)
-        return standardised(images, mean=MEAN, std=STD), labels
+        """Images in bytes, and labels."""
+        return default_collate(examples)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy; the images become numbers where the model is, for bytes are a quarter of them."""
         x, y = batch
-        return cross_entropy(model(x), y)
+        return cross_entropy(model(standardised(x, mean=MEAN, std=STD)), y)
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """Top-1 accuracy in percent, over the images that could be read."""
-        right = loss = n = 0.0
-        for x, y in DataLoader(self.test_set, 250, collate_fn=self.collate, num_workers=self.workers):
+        found, number = Counted(device), len(self.test_set)
+        parts = share.of([list(range(i, min(i + 250, number))) for i in range(0, number, 250)])
+        batches = self.tested(self.test_set, [part for part, _ in parts], collate=self.collate)
+        for (images, y), (_, counts) in zip(batches, parts, strict=True):
             readable = y >= 0
-            logits, labels = model(x[readable].to(device)), y[readable].to(device)
-            right += (logits.argmax(1) == labels).sum().item()
-            loss += cross_entropy(logits, labels, reduction="sum").item()
-            n += len(labels)
-        return {"accuracy": 100 * right / n, "loss": loss / n}
+            x = standardised(images[readable].to(device, non_blocking=True), mean=MEAN, std=STD)
+            logits = model(x).float()
+            if counts:
+                found.add(logits, y[readable].to(device))
+        return found.over(share)
 
 
 class Images(Dataset[tuple[Tensor, int]]):

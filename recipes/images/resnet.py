@@ -1,6 +1,7 @@
 """The two residual networks of the paper: ResNet-18 v2 for CIFAR-10 and ResNet-50 v1 for ImageNet."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -90,5 +91,10 @@ def _conv(inputs: int, outputs: int, *, size: int, stride: int = 1) -> nn.Conv2d
 
 def standardised(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels `[B, 3, H, W]` in bytes as numbers of mean 0 and deviation 1 over the data set, for each channel."""
-    shift, width = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    shift, width = (_channels(tuple(values), images.device) for values in (mean, std))
     return (images.float() / 255 - shift) / width
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)  # copied once: the copy is waited for

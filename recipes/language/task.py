@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 import anybatch
 from recipes.language import made
 from recipes.language.model import GPT, GPT2_TOKENS, SHAPES
 from recipes.language.text import tokenized
 from recipes.language.tokens import Windows, read_folder
+from recipes.training.loading import loader
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import DataError, Shuffled, Task
 
 WARMUP, FALL = 0.04, 0.2  # of the run, at its beginning and (WSD) at its end
@@ -136,29 +137,30 @@ class Language(Task):
             )
         place = {"seed": seed, "rank": rank, "ranks": ranks, "start": start // self.shape.context}
         order = Shuffled(self.train_set, windows, **place)
-        return iter(DataLoader(self.train_set, batch_sampler=order, num_workers=workers))
+        return iter(loader(self.train_set, order, workers=workers))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean over the tokens."""
         return cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """The share of tokens that were the most likely one, the loss of a token in nats, and its exponential."""
         context, total = self.shape.context, len(self.test_set)
         number = min(total, max(1, VALIDATION // context))
         chosen = [i * total // number for i in range(number)]
-        right = torch.zeros((), dtype=torch.float64, device=device)
-        loss = torch.zeros_like(right)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # right, loss
         at_once = max(1, TOGETHER // context)
-        for first in range(0, number, at_once):
-            batch = torch.stack([self.test_set[i] for i in chosen[first : first + at_once]]).to(device)
+        for some, counts in share.of([chosen[i : i + at_once] for i in range(0, number, at_once)]):
+            batch = torch.stack([self.test_set[i] for i in some]).to(device)
             logits, wanted = model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten()
-            right += (logits.argmax(1) == wanted).sum()
-            loss += cross_entropy(logits, wanted, reduction="sum")
-        mean = loss.item() / (number * context)
+            right, loss = (logits.argmax(1) == wanted).sum(), cross_entropy(logits, wanted, reduction="sum")
+            if counts:
+                sums += torch.stack([right.double(), loss.double()])
+        answers, losses = share.summed(sums).tolist()
+        mean = losses / (number * context)
         perplexity = math.exp(mean) if mean < 100 else math.inf
-        return {self.metric: 100 * right.item() / (number * context), "loss": mean, "perplexity": perplexity}
+        return {self.metric: 100 * answers / (number * context), "loss": mean, "perplexity": perplexity}
 
 
 def _tokens(data: Path | None, *, vocabulary: int) -> tuple[Path, int]:

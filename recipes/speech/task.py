@@ -17,6 +17,7 @@ from recipes.speech import made
 from recipes.speech.librispeech import LibriSpeech, read_splits
 from recipes.speech.model import BLANK, DeepSpeech2, edit_distance, greedy
 from recipes.training.buckets import bucketed
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import Task
 
 FINAL = 0.01  # of the learning rate is left at the end
@@ -28,6 +29,7 @@ class Speech(Task):
     name = "speech"
     metric = "word accuracy"
     examples = None  # batches are of utterances of one length
+    one_size = False
     clip = 400.0  # Deep Speech 2's (Amodei et al., 2016)
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
@@ -71,19 +73,22 @@ class Speech(Task):
         return _losses(log_probs, steps, labels, label_lengths).mean()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """Word accuracy by greedy decoding, and the mean loss of an utterance."""
         order = sorted(range(len(self.test_set)), key=lambda i: self.test_set.utterances[i].samples)
-        parts = [order[i : i + self.base_batch] for i in range(0, len(order), self.base_batch)]
-        edits, words, loss = 0, 0, 0.0
-        for part in parts:
-            batch = self.collate([self.test_set[i] for i in part])
-            features, lengths, labels, label_lengths = (x.to(device) for x in batch)
+        parts = share.of([order[i : i + self.base_batch] for i in range(0, len(order), self.base_batch)])
+        batches = self.tested(self.test_set, [part for part, _ in parts], collate=self.collate)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # edits, words, loss
+        for batch, (part, counts) in zip(batches, parts, strict=True):
+            features, lengths, labels, label_lengths = (x.to(device, non_blocking=True) for x in batch)
             log_probs, steps = model(features, lengths)
-            loss += float(_losses(log_probs, steps, labels, label_lengths).sum())
+            if not counts:
+                continue
+            sums[2] += _losses(log_probs, steps, labels, label_lengths).sum()
             for index, text in zip(part, greedy(log_probs, steps), strict=True):
                 said = self.test_set.utterances[index].text.split()
-                edits, words = edits + edit_distance(said, text.split()), words + len(said)
+                sums[:2] += torch.tensor([edit_distance(said, text.split()), len(said)], device=device)
+        edits, words, loss = share.summed(sums).tolist()
         return {self.metric: 100 * (1 - edits / words), "loss": loss / len(order)}
 
 

@@ -10,9 +10,10 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 import anybatch
+from recipes.training.loading import loader
 from recipes.training.task import DataError, Task
 
 POOL = 64  # blocks sorted together: more is less padding, fewer is more mixing
@@ -23,7 +24,7 @@ def bucketed(
 ) -> Iterator[Any]:
     """The micro-batches of a task's training set; `place` is seed, rank, ranks and start, as in `Bucketed`."""
     order = Bucketed(units, lengths=lengths, block=task.base_batch, micro_batch=micro_batch, **place)
-    return iter(DataLoader(task.train_set, batch_sampler=order, collate_fn=task.collate, num_workers=workers))
+    return iter(loader(task.train_set, order, workers=workers, collate=task.collate))
 
 
 class Bucketed(Sampler[list[int]]):

@@ -35,7 +35,7 @@ OWN = {  # what some tasks let choose within them
     "schedule": "language: cosine or wsd",
     "vocabulary": "language: tokens to make of a text, or of the .bin files' tokenizer (default: 50257)",
 }
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Options:
         if not isinstance(self.rule, anybatch.Rule) and self.rule not in RULES:
             raise anybatch.InvalidValueError(f"--rule is one of {', '.join(RULES)}; got {self.rule!r}.")
         if self.precision not in PRECISIONS:
-            raise anybatch.InvalidValueError(f"--precision is fp32, bf16 or fp16; got {self.precision!r}.")
+            raise anybatch.InvalidValueError(f"--precision is {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if (self.rule == "lsw+") != (self.steps is not None):
             raise anybatch.InvalidValueError("--steps belongs to --rule lsw+: the number of steps AdaScale took.")
         if self.grow not in (None, *GROWTHS):
@@ -187,7 +187,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     for name, words in OWN.items():
         add(f"--{name}", type=int if name == "vocabulary" else str, help=words)
     add("--ema", type=float, help="evaluate an average of the weights too; its decay per base iteration")
-    add("--precision", default="fp32", choices=PRECISIONS, help="autocast, and for fp16 a GradScaler (default: fp32)")
+    add(
+        "--precision", default="fp32", choices=PRECISIONS, help="autocast, for fp16 a GradScaler; tf32: in products too"
+    )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="shard with FSDP2 in place of DDP")
     add("--workers", type=int, help="processes that load data on each rank (default: by the cores; on a CPU none)")

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from recipes.training.task import DataError
+from recipes.training.task import DataError, Task
 
 _NAME = "checkpoint.pt"
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -82,13 +82,35 @@ def process_group() -> Iterator[Place]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    hours = timedelta(hours=2)  # under DDP the others wait while rank 0 evaluates
+    hours = timedelta(hours=2)  # the others wait while rank 0 prepares the data
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=hours)
     try:
         yield here()
         dist.barrier()  # a rank that failed does not come here: torchrun ends the others
     finally:
         dist.destroy_process_group()
+
+
+def tuned(net: nn.Module, task: Task, *, device: torch.device, precision: str, fsdp: bool) -> nn.Module:
+    """`net` on the device, and what CUDA is told for it.
+
+    Kernels are tried out where all batches have one shape; float32 products may have TF32's ten bits beside bf16's
+    seven and fp16's ten, and with `--precision tf32`; with fp32 that is as torch has it, in convolutions alone.
+    Convolutions are faster with the channels last. FSDP2 takes no such weights.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = task.one_size
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        if task.convolutions and not fsdp:
+            return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net.to(device)
+
+
+def same_buffers(net: nn.Module, place: Place) -> None:
+    """Rank 0's on all: each has its own running averages of BatchNorm, under DDP until the next forward."""
+    if place.ranks > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wrap(net: nn.Module, *, place: Place, fsdp: bool, compiled: bool) -> nn.Module:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from recipes.training.loading import loader
+from recipes.training.sharing import ALONE, Share
+
 
 class DataError(Exception):
     """Data that cannot be used: the message names the file and says what is wrong with it."""
@@ -37,11 +40,15 @@ class Task(ABC):
     workers: int = 0  # processes that load data, also for `evaluate`; train.py sets it
     measured: str = ""  # how the metric is computed, where that needs saying beside the number
     clip: float | None = None  # the largest norm of a step's gradient
+    convolutions: ClassVar[bool] = False  # of images: their channels lie last on a GPU, where that is faster
+    one_size: ClassVar[bool] = True  # whether all batches have the same shape, so that kernels are chosen once
+    lockstep: ClassVar[bool] = True  # whether `evaluate` calls the model once for each part of a share
     variant: Mapping[str, Any] = {}  # what was chosen within the task, and must be the same in a resumed run
 
     def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
         self.data = data
         self.tiny = tiny
+        self._tested: tuple[list[list[int]], DataLoader[Any]] | None = None
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -60,8 +67,19 @@ class Task(ABC):
         """The mean loss over the examples (or tokens) of `batch`, which lies on the model's device."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """The metric, by the name in `metric`, and the test loss as `"loss"`; the model is in eval mode."""
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
+        """The metric, by the name in `metric`, and the test loss as `"loss"`; the model is in eval mode.
+
+        Every rank calls it with its share, and gets the numbers of all.
+        """
+
+    def tested(self, data: Dataset[Any], parts: list[list[int]], *, collate: Any = None) -> DataLoader[Any]:
+        """Batches of the test set, by workers that stay for the next evaluation."""
+        if self._tested is None or self._tested[0] != parts:
+            generator = torch.Generator()  # its own: an evaluation takes no random number from the training
+            options = {"workers": self.workers, "collate": collate, "generator": generator}
+            self._tested = parts, loader(data, parts, **options)
+        return self._tested[1]
 
     @property
     def examples(self) -> int | None:
@@ -87,7 +105,7 @@ class Task(ABC):
         """
         order = Shuffled(self.train_set, micro_batch, seed=seed, rank=rank, ranks=ranks, start=start)
         data = Seeded(self.train_set, seed=seed)
-        return iter(DataLoader(data, batch_sampler=Numbered(order), collate_fn=self.collate, num_workers=workers))
+        return iter(loader(data, Numbered(order), workers=workers, collate=self.collate))
 
 
 class Shuffled(Sampler[list[int]]):

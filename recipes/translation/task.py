@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 import anybatch
 from recipes.training.buckets import bucketed, cut
+from recipes.training.sharing import ALONE, Share
 from recipes.training.task import Task
 from recipes.translation import made
 from recipes.translation.model import BEGIN, LENGTH_PENALTY, PAD, TransformerModel, translate
@@ -38,6 +39,7 @@ class Transformer(Task):
 
     name = "transformer"
     metric = "BLEU"
+    one_size = lockstep = False  # a translation calls the model once for each of its tokens
     examples = None  # the base batch is in tokens, and batches are of sentences of one length
 
     def __init__(
@@ -111,24 +113,27 @@ class Transformer(Task):
         """The mean over the target tokens, with label smoothing."""
         return _loss(model, batch, smoothing=SMOOTHING, reduction="mean")
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
         """BLEU of the translated test set, and its mean loss per token without label smoothing."""
         from sacrebleu.metrics.bleu import BLEU
 
         test = ParallelText(iter(self.test_pairs), vocabulary=self.vocabulary, longest=None)
         lengths = test.source.lengths()
         order = sorted(range(len(test)), key=lengths.__getitem__)
-        texts, loss, tokens = [""] * len(test), 0.0, 0
+        texts: list[tuple[int, str]] = []
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
         with torch.no_grad():
-            for part in cut(order, lengths, parts=max(1, sum(lengths) // self.base_batch)):
+            for part, counts in share.of(cut(order, lengths, parts=max(1, sum(lengths) // self.base_batch))):
+                if not counts:
+                    continue
                 batch = tuple(x.to(device) for x in self.collate([test[i] for i in part]))
-                loss += float(_loss(model, batch, smoothing=0.0, reduction="sum"))
-                tokens += self.size(batch)
+                sums[0] += _loss(model, batch, smoothing=0.0, reduction="sum")
+                sums[1] += self.size(batch)
                 found = translate(model, batch[0], beam=self.beam)
-                for i, text in zip(part, self.vocabulary.decode(found), strict=True):
-                    texts[i] = text
+                texts += list(zip(part, self.vocabulary.decode(found), strict=True))
+        loss, tokens = share.summed(sums).tolist()
         references, bleu = [target for _, target in self.test_pairs], BLEU()
-        score = bleu.corpus_score(texts, [references]).score
+        score = bleu.corpus_score(share.gathered(texts), [references]).score
         self.measured = f"sacrebleu {bleu.get_signature()}, {self.decoded}"
         return {self.metric: score, "loss": loss / tokens}
 

@@ -145,7 +145,8 @@ def test_a_run_that_another_machine_is_at_is_left_to_it(tmp_path):
 def test_after_a_kill_nothing_runs_on_and_the_same_command_goes_on(tmp_path):
     one, cache = replace(RUN, scale="2", total=400, evaluations=4), tmp_path / "cache"
     program = (
-        "from pathlib import Path; from recipes.paper.jobs import Machine, train_all; from recipes.paper.runs import Run\n"
+        "from pathlib import Path; from recipes.paper.jobs import Machine, train_all\n"
+        "from recipes.paper.runs import Run\n"
         f"list(train_all([{one}], cache=Path({str(cache)!r}), machine=Machine()))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -1,5 +1,6 @@
 """recipes/train.py on the digits: the same run on any number of ranks, and after any interruption."""
 
+import importlib
 import json
 import math
 from types import SimpleNamespace
@@ -180,6 +181,18 @@ def test_lower_precision_trains(precision, tmp_path):
     assert (scale.get("scale", 0) > 0) == (precision == "fp16")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_an_evaluation_is_in_the_precision_of_the_training(precision):
+    class Seen(Digits):
+        def evaluate(self, *given):
+            seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return super().evaluate(*given)
+
+    seen = []
+    run(Seen(), Options(precision=precision, total=4, evaluations=1, ema=0.9))
+    assert seen == [torch.bfloat16 if precision == "bf16" else False] * 2
+
+
 def test_a_compiled_model_trains_alike(monkeypatch):
     compiled = []
 
@@ -349,19 +362,34 @@ def tasks(tmp_path_factory):
     """Every task by the command line on two ranks: exit codes and summaries."""
     folder = tmp_path_factory.mktemp("tasks")
     codes = launch.run(workers.tasks, world=2, args=(str(folder),))
-    return codes, {path.parent.name: read(path)[0] for path in folder.glob("out/*/summary.json")}
+    return codes, {path.parent.name: read(path)[0] for path in folder.glob("out/*/summary.json")}, folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_trains_on_two_ranks(task, tasks):
-    codes, summaries = tasks
+    codes, summaries, _ = tasks
     assert [rank[task] for rank in codes] == [0, 0]
     found = summaries[task]
     assert (found["ranks"], found["skipped"], found["diverged"]) == (2, 0, False)
     assert 3 <= found["iterations"] <= 4  # batches of tokens are not full
     assert found["tau"] >= 6 - 1e-6
-    assert math.isfinite(found["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_evaluate_as_one_process_does(task, tasks):
+    """No example counts twice and none is left out; the ranks' own running averages of BatchNorm do not come in."""
+    _, summaries, folder = tasks
+    source, name = TASKS[task].split(":")
+    alone = getattr(importlib.import_module(source), name)(folder / task, tiny=True)
+    net = alone.model()
+    net.load_state_dict(weights(folder / "out" / task)["model"])
+    with torch.no_grad():
+        expected = alone.evaluate(net.eval(), torch.device("cpu"))
+    assert expected["loss"] > 0
+    for key, value in expected.items():
+        assert summaries[task][key] == pytest.approx(value, rel=1e-12), key
 
 
 # ---- the command line ----
