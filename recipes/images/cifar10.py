@@ -81,14 +81,14 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Crops of 32x32 out of the image with 4 pixels of padding on each side, flipped half of the time."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
+        self.x, self.y = pad(x, (4, 4, 4, 4)), y
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         top, left = torch.randint(0, 9, (2,)).tolist()
-        image = pad(self.x[i], (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
+        image = self.x[i, :, top : top + 32, left : left + 32]
         return image.flip(2) if torch.rand(()) < 0.5 else image, self.y[i]
 
 

@@ -127,3 +127,19 @@ def test_images_cross_to_the_device_as_bytes(made):
     for channel, (mean, std) in enumerate([(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]):
         expected = (images[:, channel].double() / 255 - mean) / std
         torch.testing.assert_close(seen[0][:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_benchmark_loads_what_the_tasks_do(tmp_path):
+    from benchmarks import loader as bench
+
+    bench.write(tmp_path)
+    assert 6e4 < (tmp_path / "n0" / "0.jpg").stat().st_size < 1.2e5  # as large as a photograph's
+    sets = bench.sets(tmp_path)
+    assert [tuple(sets[task][0][0].shape) for task in ("cifar10", "imagenet", "yolo")] == [
+        (3, 32, 32),
+        (3, 224, 224),
+        (3, 416, 416),
+    ]
+    assert set(bench.models()) == set(sets)
+    for data in sets.values():
+        assert bench.loading(data, number=2) > 0

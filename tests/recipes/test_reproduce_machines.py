@@ -149,8 +149,7 @@ def test_after_a_kill_nothing_runs_on_and_the_same_command_goes_on(tmp_path):
         "from recipes.paper.runs import Run\n"
         f"list(train_all([{one}], cache=Path({str(cache)!r}), machine=Machine()))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     folder, until = cache / one.key, time.monotonic() + 100
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None
