@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from anybatch._demo import digits
 from recipes.ema import runs
+from recipes.ema.config import Config
 from recipes.ema.distillation import GROUP, Byol, Distillation, probe
 from recipes.ema.images import Folder
 from recipes.ema.plots import accuracy
 from recipes.ema.runs import Results, Study
-from recipes.ema.train import Batch, Config
+from recipes.ema.train import Batch
 
 # The full learning rates are starts for tuning at the base batch.
 CONFIGS = {

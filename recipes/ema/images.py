@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from recipes.ema.config import Config
 from recipes.ema.distillation import Byol, Distillation, probe
 from recipes.ema.nets import resnet18, vit
-from recipes.ema.train import Batch, Config
+from recipes.ema.train import Batch
 from recipes.images.imagenet import MEAN, STD, Images, classes
 from recipes.images.resnet import standardised
 from recipes.training.task import DataError, Shuffled

@@ -2,10 +2,12 @@
 
     python -m recipes.ema.parabola [--out docs/figures]       eta 0.01, rho 0.99, 512 base steps, kappa to 32
     python -m recipes.ema.parabola --config full              eta 1e-4, rho 0.9999, 51,200 base steps, kappa to 1024
+    python -m recipes.ema.parabola --config adam              Adam under ten times the noise, the SDE's square root
+    python -m recipes.ema.parabola --config adam-quiet        Adam under the noise of SGD's
 
 Many independent runs of SGD on L(theta) = theta^2 / 2 from theta = 1, in float64. The gradient of a base batch is
 
-    g = theta + e,        e normal with variance theta^2 / 2 + 1,
+    g = theta + e,        e normal with variance (theta^2 / 2 + 1) noise^2,
 
 that of a step of kappa base batches the mean of kappa of these at one theta; every kappa sees the same samples.
 Written <.> is the mean over the runs, zeta the EMA. After n base batches, n a multiple of kappa,
@@ -45,9 +47,11 @@ class Config:
         rate: eta.
         decay: rho.
         total: base steps.
-        runs: how many in parallel.
+        runs: how many in parallel; Adam scales each coordinate by itself, so that each has its own there, too.
         scales: kappa; each divides `total`.
         seed: of the noise.
+        optimizer: `"sgd"`, with linear scaling, or `"adam"`, betas 0.9 and 0.99, with the SDE's square root.
+        noise: factor on the noise's standard deviation.
     """
 
     rate: float = 0.01
@@ -56,11 +60,15 @@ class Config:
     runs: int = 4000
     scales: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seed: int = 0
+    optimizer: str = "sgd"
+    noise: float = 1.0
 
 
 CONFIGS = {
     "small": Config(),
     "full": Config(1e-4, 0.9999, 51_200, 1000, (1, 4, 16, 64, 256, 1024)),
+    "adam": Config(rate=0.1, optimizer="adam", noise=10.0),
+    "adam-quiet": Config(rate=0.02, optimizer="adam"),
 }
 
 
@@ -72,7 +80,7 @@ class Parabola(nn.Module):
         self.theta = nn.Parameter(torch.ones(runs, dtype=torch.float64))
 
     def forward(self, noise: Tensor) -> Tensor:
-        """L with the gradient `theta + e`, `noise` being e in standard deviations."""
+        """L with the gradient `theta + e`, `noise` being e in units of `sqrt(theta^2 / 2 + 1)`."""
         deviation = (self.theta.detach() ** 2 / 2 + 1).sqrt()
         return (self.theta**2 / 2 + deviation * noise * self.theta).sum()
 
@@ -80,8 +88,8 @@ class Parabola(nn.Module):
 def path(config: Config, kappa: int, *, order: str, rule: bool) -> tuple[Tensor, Tensor]:
     """<theta> and <zeta> after every step, `[total / kappa]`, each."""
     model = Parabola(config.runs)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.rate)
-    controller = anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=kappa, total=config.total)
+    optimizer, answer = _optimizer(model, config)
+    controller = anybatch.attach(optimizer, model=model, rule=answer, scale=kappa, total=config.total)
     ema = anybatch.ModelEMA(model, config.decay, clock=controller.clock if rule and order == "after" else None)
     iterations = float(kappa) if rule else 1.0
     generator = torch.Generator().manual_seed(config.seed)
@@ -90,7 +98,7 @@ def path(config: Config, kappa: int, *, order: str, rule: bool) -> tuple[Tensor,
         noise = torch.zeros(config.runs, dtype=torch.float64)
         for _ in range(kappa):  # one base batch after the other, so that every kappa sees the same
             noise += torch.randn(config.runs, generator=generator, dtype=torch.float64)
-        model(noise / kappa).backward()
+        model(config.noise * noise / kappa).backward()
         if order == "before":
             ema.update(iterations)
         optimizer.step()
@@ -101,6 +109,12 @@ def path(config: Config, kappa: int, *, order: str, rule: bool) -> tuple[Tensor,
         with ema.applied():
             zetas.append(model.theta.mean().item())
     return torch.tensor(thetas, dtype=torch.float64), torch.tensor(zetas, dtype=torch.float64)
+
+
+def _optimizer(model: Parabola, config: Config) -> tuple[torch.optim.Optimizer, anybatch.Rule]:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.rate, betas=(0.9, 0.99)), anybatch.SquareRoot()
+    return torch.optim.SGD(model.parameters(), lr=config.rate), anybatch.Linear()
 
 
 def errors(config: Config) -> list[Row]:
@@ -218,12 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options.out.mkdir(parents=True, exist_ok=True)
     setup = json.loads(json.dumps(asdict(config)))
     saved = json.loads(file.read_text()) if file.exists() else {}
-    rows = saved["rows"] if saved.get("config") == setup else errors(config)
+    # What a configuration has got since then is at its default in results from before.
+    same = "config" in saved and json.loads(json.dumps(asdict(Config()))) | saved["config"] == setup
+    rows = saved["rows"] if same else errors(config)
     file.write_text(
         json.dumps({"study": "parabola", "torch": torch.__version__, "config": setup, "rows": rows}, indent=1)
     )
     print(table(rows))
-    draw(config, rows, options.out / f"{name}.png")
+    if config.optimizer == "sgd":  # the right panel is the error term of its steps
+        draw(config, rows, options.out / f"{name}.png")
     return rows
 
 

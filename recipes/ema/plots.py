@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from recipes.ema.config import ARMS
 from recipes.ema.runs import Results, spread
-from recipes.ema.train import ARMS
 
 # Okabe and Ito's palette: told apart by colour-blind eyes; markers tell them apart in grey.
 COLOURS = {
@@ -16,8 +16,9 @@ COLOURS = {
     "adascale": "#009E73",
     "adascale-off": "#CC79A7",
     "adascale-scale": "#E69F00",
+    "linear": "#56B4E9",
 }
-MARKERS = {"rule": "o", "off": "s", "adascale": "^", "adascale-off": "D", "adascale-scale": "v"}
+MARKERS = {"rule": "o", "off": "s", "adascale": "^", "adascale-off": "D", "adascale-scale": "v", "linear": "P"}
 
 
 @contextmanager

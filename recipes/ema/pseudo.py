@@ -1,6 +1,7 @@
 """Pseudo-labelling with an EMA teacher at any batch size.
 
     python -m recipes.ema.pseudo [--out docs/figures]                    the digits, 134 of 1347 labelled
+    python -m recipes.ema.pseudo --config adamw [--out docs/figures]     the same with AdamW, or `adam`
     python -m recipes.ema.pseudo --config full --data DIR --device cuda  speech with CTC
 
 The student learns from the labelled examples, and from unlabelled ones what its own EMA says of them before noise is
@@ -18,13 +19,18 @@ from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits
 from recipes.ema import runs
+from recipes.ema.config import Config
 from recipes.ema.plots import accuracy
 from recipes.ema.runs import Results, Study
 from recipes.ema.speech import Speech
-from recipes.ema.train import Batch, Config, Experiment
+from recipes.ema.train import Batch, Experiment
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1536, decay=0.98, rate=0.03),
+    "adam": Config(base_batch=16, total=1536, decay=0.99, rate=1e-3, optimizer="adam", scales=(1, 8)),
+    "adamw": Config(
+        base_batch=16, total=1536, decay=0.99, rate=1e-3, optimizer="adamw", weight_decay=0.1, scales=(1, 8)
+    ),
     # The learning rate is a start for tuning at the base batch.
     "full": Config(
         base_batch=32, total=84_800, decay=0.999, rate=3e-4, momentum=0.9, largest=64, evaluations=40, points=40,
@@ -81,7 +87,7 @@ class Digits(Experiment[nn.Module]):
 
 def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
-    if options.config == "small":
+    if options.config in ("small", "adam", "adamw"):
         return Digits(config)
     return Speech(config, data=options.data, device=options.device)
 

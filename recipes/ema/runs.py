@@ -7,7 +7,7 @@ the figure anew, so that a figure can be changed without training.
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 import anybatch
 from anybatch._demo import welch
-from recipes.ema.train import ARMS, Config, Experiment, Scale, train
+from recipes.ema.config import ARMS, Config, Scale
+from recipes.ema.train import Experiment, train
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment[Any]]
@@ -81,7 +82,8 @@ class Results:
         self.versions = VERSIONS
         if path.exists():
             saved = json.loads(path.read_text())
-            if (saved["config"], saved.get("data")) != (_plain(config), self.data):
+            # What a configuration has got since then is at its default in runs from before.
+            if (_DEFAULTS | saved["config"], saved.get("data")) != (_plain(config), self.data):
                 raise SystemExit(f"{path} holds runs of another configuration: name another --json, or delete it.")
             self.runs = saved["runs"]
             self.versions = {name: saved.get(name, version) for name, version in VERSIONS.items()}
@@ -183,10 +185,15 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> Results:
     return results
 
 
+_MANY = {"seeds", "scales"}
+_DEFAULTS = {
+    field.name: field.default for field in fields(Config) if field.default is not MISSING and field.name not in _MANY
+}
+
+
 def _plain(config: Config) -> dict[str, Any]:
     """What makes runs comparable: all but how many there are."""
-    kept = {field.name for field in fields(config)} - {"seeds", "scales"}
-    return {name: value for name, value in asdict(config).items() if name in kept}
+    return {name: value for name, value in asdict(config).items() if name not in _MANY}
 
 
 def _key(arm: str, scale: Scale | list[float], seed: int) -> tuple[str, tuple[float, ...], int]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from recipes.ema.train import Batch, Config, Experiment
+from recipes.ema.config import Config
+from recipes.ema.train import Batch, Experiment
 from recipes.speech import task as speech
 from recipes.speech.model import BLANK, CHARACTERS, greedy
 from recipes.training.task import Shuffled

@@ -1,6 +1,7 @@
 """Supervised training with a model EMA at any batch size.
 
     python -m recipes.ema.supervised [--out docs/figures]                      the digits, plain SGD
+    python -m recipes.ema.supervised --config adamw [--out docs/figures]       the digits, AdamW
     python -m recipes.ema.supervised --config full --data DIR --device cuda    CIFAR-10, ResNet-18
 
 The EMA is only looked at here, it has no say in the training. What is compared is its test loss along the run, at eight
@@ -18,13 +19,18 @@ from torch.nn.functional import cross_entropy
 
 from anybatch._demo import digits, network
 from recipes.ema import runs
+from recipes.ema.config import ARMS, Config, Scale
 from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
 from recipes.ema.runs import Results, Study
-from recipes.ema.train import ARMS, Batch, Config, Experiment, Scale
+from recipes.ema.train import Batch, Experiment
 from recipes.images import cifar10
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
+    "adamw": Config(
+        base_batch=16, total=1600, decay=0.995, rate=1e-3, optimizer="adamw", weight_decay=0.1, evaluations=160,
+        points=16, scales=(1, 8, 32), seeds=4,
+    ),
     "full": Config(
         base_batch=128, total=39_100, decay=0.9995, rate=0.02, momentum=0.9, weight_decay=5e-4, largest=512,
         evaluations=40, points=40, scales=(0.5, 1, 8, 32), seeds=3,

@@ -5,7 +5,6 @@ run from one seed. Nothing here depends on which experiment it is, or on how big
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from math import ceil, nan
 from typing import Any, Generic, TypeVar
 
@@ -13,69 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import anybatch
+from recipes.ema.config import ARMS, Arm, Config, Scale
+from recipes.ema.optimizers import follow_weight_decay, make_optimizer, make_rule, make_scheduler
 from recipes.training.attempts import Attempts
 
 Batch = tuple[Tensor, ...]
 Model = TypeVar("Model", bound=nn.Module)
-Scale = float | tuple[float, ...]  # a tuple is progressive: equal shares of the run at each
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """The hyperparameters of the base batch, and the sizes of the experiment around them.
-
-    Args:
-        base_batch: B0, in examples.
-        total: base iterations of a run.
-        decay: the model EMA's rho per base iteration.
-        optimizer: `"sgd"`, whose fixed rule is linear scaling, or `"adamw"`, whose is the SDE's square root.
-        rate: learning rate, constant, at the base batch.
-        momentum: of SGD.
-        weight_decay: of either optimizer.
-        largest: examples that one backward may hold; larger batches are accumulated.
-        evaluations: how often a run is evaluated, at equal steps of tau.
-        points: length of the stored curves; a divisor of `evaluations`.
-        scales: kappa, the batch in base batches.
-        seeds: how many.
-    """
-
-    base_batch: int
-    total: int
-    decay: float
-    rate: float
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    largest: int = 1 << 30
-    evaluations: int = 16
-    points: int = 16
-    scales: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
-    seeds: int = 5
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One answer to a batch of kappa base batches.
-
-    Args:
-        label: as figures and tables have it.
-        adascale: the optimizer follows AdaScale's gain; else the fixed rule of its class.
-        ema: what the EMA's decay is raised to in a step: `"clock"`, the base iterations done; `"one"`, nothing;
-            `"scale"`, kappa, which under the fixed rule is the clock.
-    """
-
-    label: str
-    adascale: bool
-    ema: str
-
-
-ARMS = {
-    "rule": Arm("fixed scaling, ρ^κ (the rule)", adascale=False, ema="clock"),
-    "off": Arm("fixed scaling, ρ (rule off)", adascale=False, ema="one"),
-    "adascale": Arm("AdaScale, ρ^r (ours)", adascale=True, ema="clock"),
-    "adascale-off": Arm("AdaScale, ρ (rule off)", adascale=True, ema="one"),
-    "adascale-scale": Arm("AdaScale, ρ^κ", adascale=True, ema="scale"),
-}
 
 
 class Experiment(ABC, Generic[Model]):
@@ -100,6 +42,12 @@ class Experiment(ABC, Generic[Model]):
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
         """The next `examples` training examples, augmented."""
 
+    def begin(self, model: Model, clock: anybatch.Clock) -> None:
+        """A run begins; what of the experiment has a rhythm of its own may follow the clock."""
+
+    def before_step(self, model: Model) -> None:
+        """The gradients are there, the step is not done."""
+
     def targets(self, model: Model, batch: Batch) -> Batch:  # noqa: ARG002
         """The batch with what the teacher says of it; `model` holds the EMA's weights here."""
         return batch
@@ -121,16 +69,19 @@ def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -
     config, how = experiment.config, ARMS[arm]
     torch.manual_seed(seed)
     model = experiment.model().to(experiment.device)
-    optimizer = _optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     controller = anybatch.attach(
         optimizer,
         model=model,
-        rule=_rule(how, config),
+        rule=make_rule(how, config),
+        scheduler=make_scheduler(optimizer, config),
         total=config.total,
         base_batch=config.base_batch,
         micro_batch=config.base_batch,
     )
-    ema = anybatch.ModelEMA(model, config.decay, clock=controller.clock if how.ema == "clock" else None)
+    follow_weight_decay(optimizer, controller, config)
+    ema = _average(model, config, controller.clock, followed=how.ema == "clock")
+    experiment.begin(model, controller.clock)
     order = torch.Generator().manual_seed(seed)
     curve = [_evaluate(experiment, model, ema, tau=0.0)]
     attempts = Attempts()
@@ -145,6 +96,7 @@ def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -
         controller.micro_batch = examples / parts
         for part in anybatch.split(batch, parts):
             (experiment.loss(model, part) / parts).backward()
+        experiment.before_step(model)
         try:
             optimizer.step()
         except anybatch.DivergedError:
@@ -174,18 +126,14 @@ def backwards(how: Arm, kappa: float, examples: int, config: Config) -> int:
     return next(n for n in range(max(least, ceil(examples / config.largest)), examples + 1) if examples % n == 0)
 
 
-def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-
-
-def _rule(how: Arm, config: Config) -> anybatch.Rule:
-    if how.adascale:
-        return anybatch.AdaScale()
-    return anybatch.Linear() if config.optimizer == "sgd" else anybatch.SquareRoot()
+def _average(model: nn.Module, config: Config, clock: anybatch.Clock, *, followed: bool) -> anybatch.ModelEMA:
+    """The teacher. One that does not follow the clock still has its rho of tau, but once in a step."""
+    if config.final_decay is None:
+        return anybatch.ModelEMA(model, config.decay, clock=clock if followed else None)
+    rho = anybatch.cosine_decay(config.decay, total=config.total, end=config.final_decay)
+    if followed:
+        return anybatch.ModelEMA(model, rho, clock=clock)
+    return anybatch.ModelEMA(model, lambda _: rho(clock.tau))
 
 
 def _evaluate(experiment: Experiment[Model], model: Model, ema: anybatch.ModelEMA, *, tau: float) -> dict[str, float]:

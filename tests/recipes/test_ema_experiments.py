@@ -55,6 +55,23 @@ def test_the_parabolas_law():
         assert row["off"] >= 10 * row["rule"]
 
 
+def test_the_parabola_under_adam_is_the_plain_loop():
+    """beta**kappa, sqrt(kappa) and rho**kappa written out, in tensors of the runs."""
+    config = replace(parabola.CONFIGS["adam"], total=64, runs=50)
+    theta, zeta = parabola.path(config, 8, order="before", rule=True)
+    noise = torch.Generator().manual_seed(config.seed)
+    w = torch.ones(50, dtype=torch.float64)
+    average, m, v = w.clone(), torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, 9):
+        drawn = sum(torch.randn(50, generator=noise, dtype=torch.float64) for _ in range(8))
+        g = w + 10 * (w**2 / 2 + 1).sqrt() * drawn / 8
+        m, v = 0.9**8 * m + (1 - 0.9**8) * g, 0.99**8 * v + (1 - 0.99**8) * g**2
+        average = 0.99**8 * average + (1 - 0.99**8) * w
+        w = w - 0.1 * math.sqrt(8) * (m / (1 - 0.9 ** (8 * t))) / ((v / (1 - 0.99 ** (8 * t))).sqrt() + 1e-8)
+        assert theta[t - 1].item() == pytest.approx(w.mean().item(), rel=1e-6)
+        assert zeta[t - 1].item() == pytest.approx(average.mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("order", parabola.ORDERS)
 def test_the_error_term_is_that_of_model_ema(order):
     for kappa in (1, 2, 8, 32):
@@ -195,6 +212,13 @@ def test_pseudo_labels_need_the_rule(tmp_path):
     assert sum(off) < sum(on)
 
 
+def test_under_adamw_pseudo_labels_need_the_rule_too():
+    experiment = pseudo.make(pseudo.CONFIGS["adamw"], Namespace(config="adamw"))
+    on, off = (ema_train.train(experiment, arm, scale=8, seed=0)["student_accuracy"] for arm in ("rule", "off"))
+    assert on[7] > off[7] + 5  # at half of the run
+    assert on[-1] > off[-1] + 2
+
+
 def test_byol_runs_end_to_end(tmp_path):
     arguments = ["--seeds", "2", "--scales", "1", "8", "--total", "32"]
     results = study(byol, tmp_path, *arguments, progressive=((1, 2, 4, 8),))
@@ -225,6 +249,21 @@ def test_runs_on_other_data_or_of_other_versions_are_not_mixed(tmp_path, monkeyp
     study(pseudo, tmp_path, *arguments)  # nothing is missing: the figure is drawn
     with pytest.raises(SystemExit, match="'torch': '0'"):
         study(pseudo, tmp_path, "--seeds", "2", "--scales", "1", "--total", "16")
+
+
+def test_runs_from_before_a_field_was_added_are_still_known(tmp_path, monkeypatch):
+    arguments = ["--seeds", "1", "--scales", "1", "--total", "16"]
+    study(pseudo, tmp_path, *arguments)
+    path = tmp_path / "ema_pseudo.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["trust"], saved["config"]["final_decay"]
+    path.write_text(json.dumps(saved))
+    monkeypatch.setattr(ema_runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    study(pseudo, tmp_path, *arguments)
+    del saved["config"]["rate"]  # which has no default
+    path.write_text(json.dumps(saved))
+    with pytest.raises(SystemExit, match="another configuration"):
+        study(pseudo, tmp_path, *arguments)
 
 
 def test_kappa_1_is_always_run_and_8_need_not_be(tmp_path):
