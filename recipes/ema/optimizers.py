@@ -8,10 +8,9 @@ far along mu as r base iterations, r the gain, the rate must grow by
     f = r sqrt(sigma^2 / S + mu^2) / sqrt(sigma^2 + mu^2) = r / sqrt(r) = sqrt(r)
 
 for whatever sigma and mu: the exponent is 1/2, and the fixed rule where noise dominates the square root. The weight
-decay is divided by the same norm, which falls by sqrt(r): it moves by r without a change of its own. Bound is the
-derivation to the direction being mostly noise or mostly mean, the same in all layers, and to steps that are small
-beside the weights. Vectors (biases, gains) take plain SGD in these implementations, for which r would be right: with
-one factor for all they are slower.
+decay is divided by the same norm, which falls by sqrt(r): it moves by r without a change of its own. The gain is that
+of all layers together, while each has its own norm; and vectors (biases, gains) take plain SGD in these
+implementations, for which r would be right: with one factor for all they are slower.
 """
 
 from functools import partial

@@ -213,7 +213,7 @@ def test_pseudo_labels_need_the_rule(tmp_path):
 
 
 def test_under_adamw_pseudo_labels_need_the_rule_too():
-    experiment = pseudo.make(pseudo.CONFIGS["adamw"], Namespace(config="adamw"))
+    experiment = pseudo.make(replace(pseudo.CONFIGS["adamw"], total=768), Namespace(config="adamw"))
     on, off = (ema_train.train(experiment, arm, scale=8, seed=0)["student_accuracy"] for arm in ("rule", "off"))
     assert on[7] > off[7] + 5  # at half of the run
     assert on[-1] > off[-1] + 2
