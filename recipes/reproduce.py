@@ -210,8 +210,8 @@ def _whole(text: str) -> list[int]:
     return sorted({1, *(int(word) for word in text.split(","))})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 2 where the data or the options are wrong."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=EXPERIMENTS)
     parser.add_argument("--task", choices=TASKS, default="digits")
@@ -236,21 +236,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="say what is to be trained and what it takes, and stop")
     parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--out", type=Path, default=Path("docs/reproduction"))
-    given = parser.parse_args(arguments)
-    given.command = _command(given, parser)
-    given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
-    given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
-    base = Run(
+    return parser
+
+
+def base_run(given: argparse.Namespace) -> Run:
+    """The run at scale 1 that all others are changes of."""
+    return Run(
         given.task, given.tiny, given.data, "adascale", "1", 0, given.total, given.evaluations, decays=given.decays,
         estimator=given.estimator, smoothing=given.smoothing, precision=given.precision, micro_batch=given.micro_batch,
     )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 2 where the data or the options are wrong."""
+    given = parser().parse_args(arguments)
+    given.command = _command(given, parser())
+    given.seeds = given.seeds or (1 if given.what == "fig5" else 5)
+    given.scale = given.scale or {"fig2": 32}.get(given.what, 16)
     try:
         if given.what == "fig2" and given.processes > 1:
             raise anybatch.InvalidValueError("fig2 is one process: leave out --processes.")
         machine = machine_here(
             jobs=given.jobs, processes=given.processes, workers=given.workers, compiled=given.compile
         )
-        lab = Lab(base, given, machine)
+        lab = Lab(base_run(given), given, machine)
         print(lab.plan() or f"Every run is in {given.cache}.", file=sys.stderr)
         if not given.plan:
             EXPERIMENTS[given.what](lab)
