@@ -3,21 +3,48 @@
 import oracle
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 import anybatch
 from integrations import task
 
 
-def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None, tracker=None):
+def shard(accelerator):
+    """FSDP2 on processes without a device: Accelerate has it all but the choice, which it makes for devices only."""
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1, cpu_ram_efficient_loading=False
+    )
+
+
+def prepared(
+    *,
+    accumulation,
+    total=task.TOTAL,
+    around=False,
+    loader=None,
+    tracker=None,
+    sharded=False,
+    precision=None,
+    scaler=None,
+):
     """An accelerator and what it has prepared, with a controller; the loader is sharded by Accelerate."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, log_with=tracker)
+    cpu = precision != "fp16"
+    accelerator = Accelerator(
+        cpu=cpu, gradient_accumulation_steps=accumulation, log_with=tracker, mixed_precision=precision
+    )
+    accelerator.scaler = scaler or accelerator.scaler
     accelerator.init_trackers("run")
+    if sharded:
+        shard(accelerator)
     model = oracle.make_model()
+    if precision is not None:
+        model, loader = model.float(), DataLoader(task.singles(), batch_size=task.SIZE)
     optimizer = task.optimizer_of(model)
     scheduler = None if around else task.scheduler_of(optimizer, total)
     loader = loader or DataLoader(task.examples(), batch_size=task.SIZE)
@@ -25,7 +52,7 @@ def prepared(*, accumulation, total=task.TOTAL, around=False, loader=None, track
     scheduler = task.scheduler_of(optimizer, total) if around else accelerator.prepare(scheduler)
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler, total=total, base_batch=task.SIZE, micro_batch=task.SIZE,
-        reduction=accumulation, record=None if tracker is None else accelerator.log,
+        reduction=accumulation, record=None if tracker is None else accelerator.log, grad_scaler=accelerator.scaler,
     )  # fmt: skip
     return accelerator, model, optimizer, loader, scheduler, controller
 
@@ -69,24 +96,29 @@ def unprepared(rank, world):
     return str(said.value)
 
 
-def killed(rank, world, folder):
+def killed(rank, world, folder, accumulation=2, **options):
     """Fifteen steps, and a checkpoint."""
     task.as_launched(rank, world)
-    parts = prepared(accumulation=2)
+    parts = prepared(accumulation=accumulation, **options)
     found = train(*parts, steps=15)
     parts[0].save_state(folder)
     return {**found, "rate": parts[2].param_groups[0]["lr"]}
 
 
-def resumed(rank, world, folder, accumulation):
+def resumed(rank, world, folder, accumulation, **options):
     """From the checkpoint to the end."""
     task.as_launched(rank, world)
-    parts = prepared(accumulation=accumulation)
+    parts = prepared(accumulation=accumulation, **options)
     parts[0].load_state(folder)
     parts[0].step = 0  # the saved count of backwards comes back on ranks that were there when it was saved
     controller = parts[-1]
     first, rate = controller.tau, parts[2].param_groups[0]["lr"]
     return {**train(*parts), "first": first, "rate": rate}
+
+
+def whole(found):
+    """With the weights gathered, as each rank has a shard of them."""
+    return {**found, "weights": [p.full_tensor() for p in found["weights"]]}
 
 
 def all_of(rank, world, folder):
@@ -99,4 +131,7 @@ def all_of(rank, world, folder):
         "end": end_of_400(rank, world),
         "unprepared": unprepared(rank, world),
         "resumed": resumed(rank, world, folder, 2),
+        "sharded": whole(parity(rank, world, sharded=True)),
+        "sharded, killed": whole(killed(rank, world, folder / "shards", 1, sharded=True)),
+        "sharded, resumed": whole(resumed(rank, world, folder / "shards", 2, sharded=True)),
     }

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 KEPT = DOCS / "frameworks" / "same.json"
 PAGE = DOCS / "frameworks.md"
 FRAMEWORKS = ("plain loop", "Lightning", "Trainer", "Accelerate", "Fabric")
-SHARDED = ("Lightning, FSDP2",)  # on two processes, without clipping
+SHARDED = ("Lightning, FSDP2", "Trainer, FSDP2", "Accelerate, FSDP2")  # on two processes, without clipping
 WRITES = os.environ.get("SAME") == "write"
 
 plain = functools.cache(task.plain)

@@ -25,6 +25,11 @@ def examples():
     return TensorDataset(*(torch.cat(each) for each in zip(*parts)))
 
 
+def singles():
+    """The same in float32."""
+    return TensorDataset(*(each.float() for each in examples().tensors))
+
+
 class Mine(torch.utils.data.Sampler):
     """The examples of the micro-batches of one rank: every W-th."""
 
@@ -119,6 +124,22 @@ def check_end(found, total=TOTAL):
     assert total <= tau < total + found["scale"]
     assert found["lr"] == pytest.approx(oracle.LR * (1 + math.cos(math.pi * math.floor(tau) / total)) / 2, abs=1e-9)
     assert found["lr"] < oracle.LR / 100
+
+
+def scaler_of(precision):
+    """With a loss scale at which no step overflows and is left out: the micro-batches of a step are then the same."""
+    return torch.amp.GradScaler("cuda", init_scale=256.0) if precision == "fp16" else None
+
+
+def check_close(found, expected):
+    """A run in half precision: to its digits, and not the very same."""
+    count = min(map(len, (found["gains"], expected["gains"])))
+    assert count > 25
+    apart = max(abs(a / b - 1) for a, b in zip(found["gains"], expected["gains"]))
+    assert 0 < apart < 0.02
+    assert found["taus"][-1] == pytest.approx(expected["taus"][-1], rel=0.02)
+    for a, b in zip(found["weights"], expected["weights"], strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=0.01)
 
 
 def check_resumed(before, after):

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 from distributed import launch
 
 import anybatch
@@ -54,9 +55,30 @@ def test_killed_and_resumed_on_two_processes_with_twice_the_batch(folder):
         assert found["resumed"]["rate"] == before["rate"]
 
 
+def test_shards_train_as_the_plain_loop(folder):
+    same.hold("Accelerate, FSDP2", [found["sharded"] for found in two(folder)])
+
+
+def test_killed_and_resumed_in_shards_with_twice_the_batch(folder):
+    for found in two(folder):
+        task.check_resumed(found["sharded, killed"], found["sharded, resumed"])
+
+
 def test_what_is_left_at_the_end_of_an_epoch_is_a_smaller_step():
     """Fifteen batches: steps of 4, 4, 4 and 3, each loss divided by 4."""
     task.check(workers.parity(loader=task.short(15)), task.plain(epoch=15))
+
+
+def test_a_loss_scale_that_changes_changes_no_gain():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    found = workers.parity(scaler=scaler)
+    assert scaler.get_scale() > 1000
+    task.check(found, task.plain())
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_half_precision_is_close_to_the_plain_loop(precision):
+    task.check_close(workers.parity(precision=precision, scaler=task.scaler_of(precision)), task.plain())
 
 
 def test_a_model_that_was_not_prepared_is_an_error_that_names_the_one_that_was(folder):

@@ -33,11 +33,28 @@ def test_is_the_plain_loop(name, clip, two, tmp_path):
         same.hold("Trainer", ranks, clip, examples=DATA)
 
 
+def test_shards_train_as_the_plain_loop(two):
+    same.hold("Trainer, FSDP2", [rank["sharded"] for rank in two], examples=DATA)
+
+
+def test_killed_and_resumed_in_shards_with_twice_the_batch(two):
+    for rank in two:
+        task.check_resumed(rank["sharded, killed"], rank["sharded, resumed"])
+
+
 def test_a_loss_scale_that_changes_changes_no_gain(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
     found = workers.train(0, 1, f"{tmp_path}", scaler=scaler)
     assert scaler.get_scale() > 1000
     task.check(found, task.plain(examples=DATA))
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_half_precision_is_close_to_the_plain_loop(precision, tmp_path):
+    options = {precision: True, "use_cpu": precision == "bf16", "data": workers.examples(task.singles())}
+    options["scaler"] = task.scaler_of(precision)
+    found = workers.train(0, 1, f"{tmp_path}", model=workers.Model(torch.float32), **options)
+    task.check_close(found, task.plain(examples=DATA))
 
 
 def test_the_last_smaller_step_of_an_epoch_is_a_mean_over_its_own(tmp_path):

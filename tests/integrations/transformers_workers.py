@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import anybatch
 from anybatch.integrations.transformers import attach
 from integrations import gpt, task
+from integrations.accelerate_workers import shard, whole
 
 QUIET = {
     "use_cpu": True,
@@ -32,9 +33,9 @@ QUIET = {
 class Model(torch.nn.Module):
     """The oracle's task, as the Trainer wants it."""
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float64):
         super().__init__()
-        self.net = oracle.make_model()
+        self.net = oracle.make_model().to(dtype)
 
     def forward(self, x, y):
         return {"loss": oracle.loss_fn(self.net(x), y)}
@@ -63,8 +64,8 @@ class Killed(Exception):
     pass
 
 
-def examples():
-    return [{"x": x, "y": y} for x, y in task.examples()]
+def examples(data=None):
+    return [{"x": x, "y": y} for x, y in data or task.examples()]
 
 
 def trainer_of(folder, model=None, *, optimizer=True, data=None, **options):
@@ -82,11 +83,15 @@ def trainer_of(folder, model=None, *, optimizer=True, data=None, **options):
     )
 
 
-def train(rank, world, folder, *, accumulation=None, kill=None, resume=None, scaler=None, **options):
+def train(rank, world, folder, *, accumulation=None, kill=None, resume=None, scaler=None, sharded=False, **options):
     """Until the run is over, or killed after so many steps."""
     task.as_launched(rank, world)
-    trainer = trainer_of(folder, gradient_accumulation_steps=accumulation or task.MICRO_BATCHES // world, **options)
+    accumulation = accumulation or task.MICRO_BATCHES // world
+    trainer = trainer_of(folder, gradient_accumulation_steps=accumulation, **options)
     trainer.accelerator.scaler = scaler  # as mixed precision has it on a device
+    if sharded:
+        shard(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
     adapter = attach(trainer, base_batch=task.SIZE)
     tracing = Tracing(adapter, kill=kill)
     trainer.add_callback(tracing)
@@ -103,11 +108,15 @@ def train(rank, world, folder, *, accumulation=None, kill=None, resume=None, sca
 
 def all_of(rank, world, folder, checkpoint):
     """Everything that two processes are asked."""
+    shards = f"{folder}/shards"
     return {
         "parity": train(rank, world, folder),
         "clipped": train(rank, world, folder, max_grad_norm=0.5),
         "resumed": train(rank, world, folder, accumulation=2, resume=checkpoint),
         "gpt": gpt_parity(rank, world, folder),
+        "sharded": whole(train(rank, world, folder, sharded=True)),
+        "sharded, killed": train(rank, world, shards, accumulation=1, sharded=True, kill=15),
+        "sharded, resumed": train(rank, world, shards, accumulation=2, sharded=True, resume=f"{shards}/checkpoint-15"),
     }
 
 

@@ -6,7 +6,8 @@ because they are recursions.
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import inf
 from typing import Any
 
@@ -124,12 +125,24 @@ class ScheduleDriver:
         if self._jump is not None:
             self._jump(target)
         elif self._driven:
-            for _step in range(target - self._at):
-                self._scheduler.step()
+            with _knowingly(self._scheduler):
+                for _step in range(target - self._at):
+                    self._scheduler.step()
         self._at = target
 
     def _target(self) -> int:
         return int(min(self.offset + self._clock.count(self._every), self._limit))
+
+
+@contextmanager
+def _knowingly(scheduler: Any) -> Iterator[None]:
+    """At its first step torch asks whether optimizer.step is the one it saw; with a loss scale Accelerate's is not."""
+    if getattr(scheduler, "_step_count", 0) != 1:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Seems like `optimizer.step.*overridden", UserWarning)
+        yield
 
 
 def _jump_of(scheduler: Any, *, every: float) -> Callable[[int], object] | None:
