@@ -292,6 +292,20 @@ def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(lagged, tm
     assert str(as_text[0]) == str(as_text[1])
 
 
+def test_a_state_that_is_loaded_after_the_backward_makes_no_look_of_what_was_not_looked_at(tmp_path):
+    data = windows(2, steps=3)
+    model, optimizer, controller, _ = trained(data[:1], per_layer=2, record=tmp_path / "r.jsonl")
+    for micro_batch in data[1]:
+        (loss_of(model, micro_batch) / 2).backward()
+    controller.load_state_dict({**controller.state_dict(), "steps": 2})  # the second step was not to be looked at
+    optimizer.step()
+    controller.detach()
+    last = anybatch.read_record(tmp_path / "r.jsonl").steps[-1]
+    assert last.step == 3
+    assert last.raw_variance > 0
+    assert not last.per_layer
+
+
 # ---- names ----
 
 
