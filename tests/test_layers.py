@@ -179,6 +179,24 @@ def test_the_layers_add_up_to_the_whole_and_nothing_of_the_training_changes(opti
             assert told[f"anybatch/per_layer/{name}/sqnorm"] == moments.sqnorm
 
 
+def test_beside_a_rule_that_measures_some_steps_the_steps_looked_at_are_measured(tmp_path):
+    """At a multiple of its steps that changes nothing."""
+    data = windows(3, steps=9)
+    found = []
+    for every, per_layer in ((2, None), (2, 4), (3, 2)):
+        path = tmp_path / f"{every}-{per_layer}.jsonl"
+        rule = anybatch.AdaScale(every=every)
+        model, *_, controller, _ = trained(data, rule=rule, per_layer=per_layer, record=path)
+        controller.detach()
+        steps = anybatch.read_record(path).steps
+        found.append((list(model.parameters()), [s.step for s in steps if s.raw_variance > 0], looks(path)))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert [measured for _, measured, _ in found] == [[1, 3, 5, 7, 9], [1, 3, 5, 7, 9], [1, 3, 4, 5, 7, 9]]
+    assert [list(looked) for *_, looked in found] == [[], [1, 5, 9], [1, 3, 5, 7, 9]]
+    for line in found[2][2].values():
+        assert sum(m.variance for m in line.per_layer.values()) == pytest.approx(line.raw_variance, rel=1e-9)
+
+
 def test_weights_and_the_loss_scale_are_undone_by_layer_too(tmp_path):
     found = {}
     for factor in (1.0, 64.0):
