@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_the_reproduced_table_is_that_of_the_results():
         star = " *" if row["worse"] else ""
         assert f"{row['metric']:.1f} ± {row['spread']:.1f}{star} |" in text
         assert f"{row['iterations']:.0f}" in text
+
+
+def test_the_table_of_every_kth_step_is_that_of_the_results():
+    text = (ROOT / "docs/overhead.md").read_text()
+    rows = json.loads((ROOT / "docs/overhead/every.json").read_text())
+    assert len(rows) == 16
+    for row in rows:
+        losses = [1e3 * loss for loss in row["losses"]]
+        assert f"| {fmean(row['steps']):.0f}, {fmean(losses):.2f} ± {stdev(losses):.2f} |" in text
 
 
 def test_the_examples_table_is_that_of_the_results():
