@@ -68,9 +68,22 @@ def test_is_documented_with_all_its_arguments(name):
 
 @pytest.mark.parametrize("name", ["Controller", "Clock", "ModelEMA", "RunRecord", "Moments", "Rule"])
 def test_public_members_are_documented(name):
-    for member, value in vars(getattr(anybatch, name)).items():
+    for member in dir(getattr(anybatch, name)):  # what it inherits too
+        value = inspect.getattr_static(getattr(anybatch, name), member)
         if not member.startswith("_") and (callable(value) or isinstance(value, property)):
             assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_examples_of_the_controllers_members_run(doctest_namespace):
+    found = 0
+    for member in dir(anybatch.Controller):
+        value = inspect.getattr_static(anybatch.Controller, member)
+        if member.startswith("_"):
+            continue
+        for test in doctest.DocTestFinder(recurse=False).find(value, member, globs=dict(doctest_namespace)):
+            assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0, member
+            found += len(test.examples) > 0
+    assert found >= 5
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
