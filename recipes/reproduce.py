@@ -52,9 +52,13 @@ class Lab:
     def __init__(self, base: Run, given: argparse.Namespace, machine: Machine) -> None:
         self.given, self.machine, self.task = given, machine, task_of(base)
         self.base = replace(base, total=self.task.total)
-        optimizer = self.task.optimizer(self.task.model())
-        rate = (optimizer[0] if isinstance(optimizer, list) else optimizer).param_groups[0]["lr"]
+        rate = self._rate() if given.what == "fig5" else 0.0  # the others take the task's own
         self.question = Question(self.base, tuple(given.scales), given.scale, given.seeds, rate)
+
+    def _rate(self) -> float:
+        optimizer = self.task.optimizer(self.task.model())
+        rate: float = (optimizer[0] if isinstance(optimizer, list) else optimizer).param_groups[0]["lr"]
+        return rate
 
     def wanted(self) -> list[Run]:
         """What the experiment asks for, in the micro-batches of this machine's processes."""

@@ -21,7 +21,7 @@ class Question:
         scales: for the table and the curves, 1 among them.
         scale: for the experiments at one scale.
         seeds: how many.
-        rate: the task's learning rate.
+        rate: the task's learning rate, for figure 5.
     """
 
     base: Run

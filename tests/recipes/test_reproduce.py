@@ -1,6 +1,8 @@
 """The experiments of the paper run from one command, are cached, and are drawn."""
 
+import importlib
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +12,7 @@ import torch
 import anybatch
 from recipes import reproduce
 from recipes.paper import gains, jobs, plan, runs, wanted
+from recipes.training.options import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,45 @@ def test_figure_2_compares_gains(run):
     assert len(found["offline"]) == 12
     assert all(1 <= point[key] <= 4 for point in found["offline"] for key in ("online", "offline"))
     assert all(1 <= gain <= 4 for _, gain in found["tied"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:One gradient a step at scale")  # the transformer's batches are not full
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "digits"])
+def test_table_2_of_every_task(task, tmp_path, monkeypatch, capsys):
+    """Four steps of each tiny task, in another precision and in half micro-batches; the digits are above."""
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", _Here)
+    monkeypatch.setattr(plan, "costs", lambda *_: plan.Cost(1.0, 1.0, 1.0, 1, 1))
+    module = importlib.import_module(TASKS[task].split(":")[0])
+    module.make(tmp_path / "data", size="tiny", seed=0)
+    half = {"language": 256, "transformer": 128, "cifar10": 8, "imagenet": 8, "speech": 4, "yolo": 4}[task]
+    words = [
+        "--task",
+        task,
+        "--tiny",
+        "--data",
+        str(tmp_path / "data"),
+        "--total",
+        "4",
+        "--seeds",
+        "1",
+        "--scales",
+        "2",
+    ]
+    words += ["--precision", "bf16", "--micro-batch", str(half), "--evaluations", "1", "--jobs", "1"]
+    where = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path)]
+    assert reproduce.main(["table2", *words, *where]) == 0, capsys.readouterr().err
+    assert "4 of 4 runs are to be trained" in capsys.readouterr().err
+    content = json.loads((tmp_path / f"{task}-tiny-table2.json").read_text())
+    assert [(row["scale"], row["rule"]) for row in content["results"]] == [
+        ("1", "adascale"), ("2", "adascale"), ("2", "lsw"), ("2", "lsw+")
+    ]  # fmt: skip
+    assert f"--precision bf16 --micro-batch {half}" in content["command"]
+    assert all(2 <= row["iterations"] <= 5 for row in content["results"])
+    assert all(math.isfinite(row["test_loss"]) for row in content["results"])
+    for path in (tmp_path / "cache").glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        assert (summary["precision"], summary["micro_batch"]) == ("bf16", half)
 
 
 def test_true_moments_are_those_of_a_plain_loop():
