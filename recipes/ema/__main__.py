@@ -8,13 +8,14 @@ What follows the name is the experiment's own: `python -m recipes.ema byol --hel
 import argparse
 from collections.abc import Callable, Sequence
 
-from recipes.ema import byol, lars, parabola, pseudo, supervised
+from recipes.ema import byol, dino, lars, parabola, pseudo, supervised
 
 EXPERIMENTS: dict[str, Callable[[Sequence[str]], object]] = {
     "parabola": parabola.main,
     "supervised": supervised.main,
     "pseudo": pseudo.main,
     "byol": byol.main,
+    "dino": dino.main,
     "lars": lars.main,
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.ema.config import Config
@@ -77,30 +77,37 @@ class Folder(Distillation):
             self._chunks = iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers))
         parts = [next(self._chunks) for _ in range(examples // chunk)]
         first, second = (torch.cat(views).to(self.device) for views in zip(*parts, strict=True))
-        return self._coloured(first, generator), self._coloured(second, generator)
+        return coloured(first, generator), coloured(second, generator)
 
     def evaluate(self, model: Byol) -> dict[str, float]:
         """The probe's accuracy, from at most `PROBED` images of each part."""
-        known, labels = self._features(model, self.known)
-        unknown, test_labels = self._features(model, self.unknown)
-        return {"accuracy": probe(known, labels, unknown, test_labels)}
+        parts = [self._features(model, images) for images in (self.known, self.unknown)]
+        return {"accuracy": probe(*parts[0], *parts[1])}
 
     def _features(self, model: Byol, images: Images) -> tuple[Tensor, Tensor]:
-        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:PROBED].tolist()
-        features, labels = [], []
-        for pixels, y in DataLoader(images, self.config.largest, sampler=rows, num_workers=self.workers):
-            readable = y >= 0
-            x = standardised(pixels[readable], mean=MEAN, std=STD).to(self.device)
-            features.append(model.encoder(x).float())
-            labels.append(y[readable].to(self.device))
-        return torch.cat(features), torch.cat(labels)
+        return features(model.encoder, images, batch=self.config.largest, device=self.device, workers=self.workers)
 
-    def _coloured(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Brightness and saturation up to 40 % up or down, grey one time in five; standardised."""
-        brightness, saturation = 0.6 + 0.8 * torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
-        saturation[torch.rand(len(pixels), generator=generator) < 0.2] = 0.0
-        x = pixels.float() / 255
-        grey = x.mean(1, keepdim=True)
-        x = ((grey + saturation.to(x.device) * (x - grey)) * brightness.to(x.device)).clamp(0, 1)
-        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-        return (x - mean) / std
+
+def features(
+    encoder: nn.Module, images: Images, *, batch: int, device: torch.device, workers: int
+) -> tuple[Tensor, Tensor]:
+    """An encoder's features of at most `PROBED` images, and their labels."""
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:PROBED].tolist()
+    found, labels = [], []
+    for pixels, y in DataLoader(images, batch, sampler=rows, num_workers=workers):
+        readable = y >= 0
+        x = standardised(pixels[readable], mean=MEAN, std=STD).to(device)
+        found.append(encoder(x).float())
+        labels.append(y[readable].to(device))
+    return torch.cat(found), torch.cat(labels)
+
+
+def coloured(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness and saturation up to 40 % up or down, grey one time in five; standardised."""
+    brightness, saturation = 0.6 + 0.8 * torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
+    saturation[torch.rand(len(pixels), generator=generator) < 0.2] = 0.0
+    x = pixels.float() / 255
+    grey = x.mean(1, keepdim=True)
+    x = ((grey + saturation.to(x.device) * (x - grey)) * brightness.to(x.device)).clamp(0, 1)
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (x - mean) / std

@@ -6,6 +6,7 @@ size reaches the training through the optimizer and the EMA alone.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 
 class Block(nn.Module):
@@ -56,12 +57,16 @@ class VisionTransformer(nn.Module):
         width: of the residual stream.
         depth: layers.
         heads: of the attention.
+        channels: of the images.
+        spread: standard deviation of the positions at first.
     """
 
-    def __init__(self, *, side: int, patch: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, *, side: int, patch: int, width: int, depth: int, heads: int, channels: int = 3, spread: float = 0.02
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, stride=patch)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width))
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(spread * torch.randn(1, (side // patch) ** 2, width))
         layer = [
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -72,9 +77,18 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, 3, side, side]` to features `[B, width]`."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        """Images `[B, channels, side, side]` to features `[B, width]`; smaller ones have the positions interpolated."""
+        patches = self.patches(x)
+        tokens = patches.flatten(2).transpose(1, 2) + self._positions(patches.shape[-1])
         return self.norm(self.layers(tokens)).mean(1)
+
+    def _positions(self, count: int) -> Tensor:
+        """Those of `count` by `count` patches."""
+        own = round(self.positions.shape[1] ** 0.5)
+        if count == own:
+            return self.positions
+        grid = self.positions.transpose(1, 2).unflatten(2, (own, own))
+        return interpolate(grid, (count, count), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def vit(

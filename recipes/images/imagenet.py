@@ -151,11 +151,13 @@ def classes(folder: Path) -> list[str]:
     return found
 
 
-def random_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """A random 8 to 100 % of the area, with sides of 3:4 to 4:3; the whole centre where ten attempts do not fit."""
+def random_box(
+    width: int, height: int, *, share: tuple[float, float] = (0.08, 1.0)
+) -> tuple[float, float, float, float]:
+    """A random share of the area, with sides of 3:4 to 4:3; the whole centre where ten attempts do not fit."""
     for _ in range(10):
         area, ratio, x, y = torch.rand(4).tolist()
-        area = (0.08 + 0.92 * area) * width * height
+        area = (share[0] + (share[1] - share[0]) * area) * width * height
         ratio = exp((2 * ratio - 1) * log(4 / 3))
         w, h = sqrt(area * ratio), sqrt(area / ratio)
         if w <= width and h <= height:
