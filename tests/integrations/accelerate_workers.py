@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch
 from integrations import task
@@ -97,18 +97,19 @@ def unprepared(rank, world):
 
 
 def killed(rank, world, folder, accumulation=2, **options):
-    """Fifteen steps, and a checkpoint."""
+    """The first steps, and a checkpoint."""
     task.as_launched(rank, world)
     parts = prepared(accumulation=accumulation, **options)
-    found = train(*parts, steps=15)
+    found = train(*parts, steps=task.KILLED)
     parts[0].save_state(folder)
     return {**found, "rate": parts[2].param_groups[0]["lr"]}
 
 
 def resumed(rank, world, folder, accumulation, **options):
-    """From the checkpoint to the end."""
+    """From the checkpoint to the end, with the data that the killed run has not seen."""
     task.as_launched(rank, world)
-    parts = prepared(accumulation=accumulation, **options)
+    rest = DataLoader(TensorDataset(*task.examples()[task.SIZE * task.SEEN :]), batch_size=task.SIZE)
+    parts = prepared(accumulation=accumulation, loader=rest, **options)
     parts[0].load_state(folder)
     parts[0].step = 0  # the saved count of backwards comes back on ranks that were there when it was saved
     controller = parts[-1]

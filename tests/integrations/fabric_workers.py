@@ -23,10 +23,10 @@ def prepared(rank, world, *, around=True, logger=None):
     return fabric, model, optimizer, scheduler, controller
 
 
-def train(parts, rank, world, *, accumulation, clip=None, steps=None):
+def train(parts, rank, world, *, accumulation, clip=None, steps=None, first=0):
     fabric, model, optimizer, _, controller = parts
     trace = task.Trace(controller)
-    loader = fabric.setup_dataloaders(task.loader(rank, world), use_distributed_sampler=False)
+    loader = fabric.setup_dataloaders(task.loader(rank, world, first=first), use_distributed_sampler=False)
     for i, (x, y) in enumerate(controller.batches(loader), 1):
         stepping = i % accumulation == 0
         with fabric.no_backward_sync(model, enabled=not stepping):
@@ -51,19 +51,19 @@ def _state(parts):
 
 
 def killed(folder):
-    """Fifteen steps of two micro-batches on one process, and a checkpoint."""
+    """The first steps, of two micro-batches on one process, and a checkpoint."""
     parts = prepared(0, 1)
-    found = train(parts, 0, 1, accumulation=2, steps=15)
+    found = train(parts, 0, 1, accumulation=2, steps=task.KILLED)
     parts[0].save(folder / "checkpoint", _state(parts))
     return found
 
 
 def resumed(rank, world, folder):
-    """From the checkpoint to the end, two micro-batches on each process."""
+    """From the checkpoint to the end, two micro-batches on each process, with the data not seen yet."""
     parts = prepared(rank, world)
     parts[0].load(folder / "checkpoint", _state(parts))
     first = parts[-1].tau
-    return {**train(parts, rank, world, accumulation=2), "first": first}
+    return {**train(parts, rank, world, accumulation=2, first=task.SEEN), "first": first}
 
 
 def all_of(rank, world, folder):

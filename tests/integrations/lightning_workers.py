@@ -91,7 +91,8 @@ def train(rank=0, world=1, *, accumulation=None, module=None, kill=None, path=No
         adapter, tracing, world=world, accumulation=accumulation or task.MICRO_BATCHES // world, **options
     )
     with contextlib.suppress(Killed):
-        trainer.fit(module, task.loader(rank, world), ckpt_path=resume)
+        first = task.SEEN if resume else 0
+        trainer.fit(module, task.loader(rank, world, first=first), ckpt_path=resume)
     return {
         **task.outcome(tracing.trace, module, trainer.optimizers[0]),
         "first": tracing.first,
@@ -122,6 +123,6 @@ def all_of(rank, world, path):
         "clipped": train(rank, world, gradient_clip_val=0.5),
         "resumed": train(rank, world, accumulation=2, resume=path),
         "sharded": sharded(rank, world),
-        "sharded, killed": sharded(rank, world, accumulation=1, kill=15, path=path.parent / "shards"),
+        "sharded, killed": sharded(rank, world, accumulation=1, kill=task.KILLED, path=path.parent / "shards"),
         "sharded, resumed": sharded(rank, world, accumulation=2, resume=path.parent / "shards"),
     }

@@ -16,6 +16,8 @@ SIZE = 4  # examples of a micro-batch, and of the base batch
 MICRO_BATCHES = 4  # of a step: on one process, or two on each of two
 STEPS = 90  # of which there is data: more than a run needs
 TOTAL = 100  # base iterations
+KILLED = 15  # steps of two micro-batches before a run is killed
+SEEN = 2 * KILLED  # micro-batches that it has seen
 
 
 @functools.cache
@@ -31,12 +33,11 @@ def singles():
 
 
 class Mine(torch.utils.data.Sampler):
-    """The examples of the micro-batches of one rank: every W-th."""
+    """The examples of the micro-batches of one rank: every W-th from the `first` on."""
 
-    def __init__(self, rank, world):
-        self.indices = [
-            i for k in range(rank, STEPS * MICRO_BATCHES, world) for i in range(SIZE * k, SIZE * (k + 1))
-        ]  # fmt: skip
+    def __init__(self, rank, world, first):
+        mine = range(first + rank, STEPS * MICRO_BATCHES, world)
+        self.indices = [i for k in mine for i in range(SIZE * k, SIZE * (k + 1))]
 
     def __iter__(self):
         return iter(self.indices)
@@ -45,8 +46,8 @@ class Mine(torch.utils.data.Sampler):
         return len(self.indices)
 
 
-def loader(rank=0, world=1):
-    return DataLoader(examples(), batch_size=SIZE, sampler=Mine(rank, world))
+def loader(rank=0, world=1, *, first=0):
+    return DataLoader(examples(), batch_size=SIZE, sampler=Mine(rank, world, first))
 
 
 def short(micro_batches):
@@ -85,18 +86,20 @@ def outcome(trace, model, optimizer):
     }
 
 
-def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, lengths=(), **options):
+def plain(*, clip=None, epoch=STEPS * MICRO_BATCHES, lengths=(), left_out=0, first=0, **options):
     """The plain loop on one process; an epoch of so many micro-batches has what is left in a last, smaller step.
 
-    The steps of the first epoch have other `lengths`, if some are given.
+    The first steps have other `lengths`, if some are given, and so many micro-batches are then left out.
     """
     model = oracle.make_model()
     optimizer = optimizer_of(model)
     options = {"scheduler": scheduler_of(optimizer), "base_batch": SIZE, "micro_batch": SIZE, **options}
     controller = anybatch.attach(optimizer, model=model, total=TOTAL, **options)
-    trace, batches = Trace(controller), itertools.cycle(list(loader())[:epoch])
+    trace, batches = Trace(controller), itertools.cycle(list(loader(first=first))[:epoch])
     rest = [MICRO_BATCHES] * (epoch // MICRO_BATCHES) + [epoch % MICRO_BATCHES] * (epoch % MICRO_BATCHES > 0)
-    for length in itertools.chain(lengths, itertools.cycle(rest)):
+    for i, length in enumerate(itertools.chain(lengths, itertools.cycle(rest))):
+        if i == len(lengths):
+            next(itertools.islice(batches, left_out, left_out), None)
         for x, y in itertools.islice(batches, length):
             (oracle.loss_fn(model(x), y) / length).backward()
         if clip is not None:
@@ -142,11 +145,25 @@ def check_close(found, expected):
         torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=0.01)
 
 
-def check_resumed(before, after):
-    """A run killed at scale 2 has gone on at scale 4 from the same tau, to its end."""
-    assert after["first"] == before["taus"][-1] > 15
+def check_resumed(before, after, **options):
+    """A run killed at scale 2 has gone on at scale 4 from the same tau, as if only its batch had doubled there."""
+    assert after["first"] == before["taus"][-1] > KILLED
     assert (before["scale"], after["scale"]) == (2, 4)
-    check_end(after)
+    whole = {name: before[name] + after[name] for name in ("gains", "taus")}
+    check({**after, **whole}, doubling(**options))
+
+
+def doubling(steps=KILLED, **options):
+    """The plain loop whose batch doubles where the others are killed."""
+    return plain(lengths=[2] * steps, **options)
+
+
+def quality(found):
+    """The loss on examples of no run."""
+    net, (x, y) = oracle.make_model(), oracle.micro_batch(10**6, 0, size=4000)
+    for p, weight in zip(net.parameters(), found["weights"], strict=True):
+        p.data.copy_(weight)
+    return oracle.loss_fn(net(x), y).item()
 
 
 def check_logged(steps, found):

@@ -115,8 +115,10 @@ def all_of(rank, world, folder, checkpoint):
         "resumed": train(rank, world, folder, accumulation=2, resume=checkpoint),
         "gpt": gpt_parity(rank, world, folder),
         "sharded": whole(train(rank, world, folder, sharded=True)),
-        "sharded, killed": train(rank, world, shards, accumulation=1, sharded=True, kill=15),
-        "sharded, resumed": train(rank, world, shards, accumulation=2, sharded=True, resume=f"{shards}/checkpoint-15"),
+        "sharded, killed": train(rank, world, shards, accumulation=1, sharded=True, kill=task.KILLED),
+        "sharded, resumed": whole(
+            train(rank, world, shards, accumulation=2, sharded=True, resume=f"{shards}/checkpoint-{task.KILLED}")
+        ),
     }
 
 
