@@ -184,3 +184,12 @@ def test_two_ranks_are_one_process():
 def test_a_weight_on_one_rank_alone_is_an_error_on_both():
     for rank in launch.run(weight_workers.one_sided, world=2):
         assert "2 of the 4 micro-batches of this step had a weight" in rank
+
+
+def test_a_sum_over_the_ranks_is_an_error_and_their_mean_is_measured_in_shards():
+    lengths = (9, 2, 5, 4)
+    *_, gain, weights = plain_step([TASKS(0, i, n) for i, n in enumerate(lengths)], scale=4)
+    for summed, (found, moved) in launch.run(weight_workers.sharded, world=2, args=(lengths,)):
+        assert "set_gradient_divide_factor" in summed
+        assert found == pytest.approx(gain, rel=1e-9)
+        torch.testing.assert_close(moved, weights)

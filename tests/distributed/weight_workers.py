@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
@@ -92,3 +93,31 @@ def one_sided(rank):
     except anybatch.UsageError as error:
         return str(error)
     return ""
+
+
+def sharded(rank, lengths):
+    """A step as torchtitan has it: a loss over the tokens of all ranks, and FSDP2 told not to divide by them.
+
+    First so, and then with the division by them and the loss times their number; what each came to.
+    """
+    found = []
+    for divided in (False, True):
+        model = fully_shard(nn.Linear(3, 1, bias=False, dtype=torch.float64))
+        with torch.no_grad():
+            full = torch.distributed.tensor.distribute_tensor(START, model.weight.device_mesh, model.weight.placements)
+            model.weight.copy_(full)
+        model.set_gradient_divide_factor(2.0 if divided else 1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        controller = anybatch.attach(optimizer, model=model, base_batch=2, micro_batch=2)
+        controller.micro_batch = 2
+        for i in (0, 1):
+            n = lengths[2 * rank + i]
+            controller.weight = n
+            x, y = TASKS(0, 2 * rank + i, n)
+            ((model(x) - y).square().sum() / sum(lengths) * (2 if divided else 1)).backward()
+        try:
+            optimizer.step()
+            found.append((controller.gain, model.weight.full_tensor().detach()))
+        except anybatch.UsageError as error:
+            found.append(str(error))
+    return found

@@ -37,7 +37,8 @@ def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Ten
         if isinstance(leaf, DTensor):
             raise UnsupportedError(
                 "A trained parameter is a DTensor outside of FSDP2 (tensor parallelism): its gradient is spread over "
-                "ranks that see the same examples, which anybatch cannot measure yet."
+                "ranks that see the same examples, beside parameters that each of them holds whole, and anybatch adds "
+                "up norms over ranks that see others. Shard over the data alone, by FSDP2 (fully_shard) on all ranks."
             )
     return leaves
 
