@@ -57,14 +57,28 @@ def test_the_diffs_are_valid_python_before_and_after():
                 compile("\n".join(lines), f"{page.name}, diff", "exec")
 
 
-def test_the_reproduced_table_is_that_of_the_results():
+@pytest.mark.parametrize("name", ["table2", "table2-paper"])
+def test_the_reproduced_table_is_that_of_the_results(name):
     text = (ROOT / "docs/reproduction.md").read_text()
-    rows = json.loads((ROOT / "docs/reproduction/digits-table2.json").read_text())["results"]
+    rows = json.loads((ROOT / f"docs/reproduction/digits-{name}.json").read_text())["results"]
     assert len(rows) == 16
-    for row in rows:
-        star = " *" if row["worse"] else ""
-        assert f"{row['metric']:.1f} ± {row['spread']:.1f}{star} |" in text
-        assert f"{row['iterations']:.0f}" in text
+    of = {(row["scale"], row["rule"]): row for row in rows}
+    quality = lambda row: f"{row['metric']:.1f} ± {row['spread']:.1f}{' *' if row['worse'] else ''}"  # noqa: E731
+    for scale in ("8", "16", "32", "64", "128"):
+        ours, lsw, plus = (of[scale, rule] for rule in ("adascale", "lsw", "lsw+"))
+        losses = f"{ours['train_loss']:.4f} / {lsw['train_loss']:.3f} / {plus['train_loss']:.3f}"
+        steps = f"{ours['iterations']:.0f} / {lsw['iterations']:.0f}"
+        line = [scale, *map(quality, (ours, lsw, plus)), losses, steps, f"{ours['mean_gain']:.1f}"]
+        assert f"| {' | '.join(line)} |" in text
+
+
+def test_the_elastic_table_is_that_of_the_results():
+    text = (ROOT / "docs/reproduction.md").read_text()
+    for name in ("fig4", "fig4-paper"):
+        for row in json.loads((ROOT / f"docs/reproduction/digits-{name}.json").read_text())["results"]:
+            star = " *" if row["worse"] else ""
+            line = f"{row['metric']:.1f} ± {row['spread']:.1f}{star} | {row['train_loss']:.4f}"
+            assert line in text or line.replace(line[-6:], f"{row['train_loss']:.3f}") in text
 
 
 def test_the_table_of_every_kth_step_is_that_of_the_results():

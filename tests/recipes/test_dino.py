@@ -1,5 +1,6 @@
 """DINO: its loss against a plain loop, the centre and the teacher on the clock, and both configurations' code."""
 
+import itertools
 import math
 from argparse import Namespace
 from dataclasses import replace
@@ -123,7 +124,7 @@ def test_the_last_layer_waits(monkeypatch):
     weights = []
     monkeypatch.setattr(experiment, "before_step", lambda model: weights.append(model.last.detach().clone()))
     train(experiment, "rule", scale=2, seed=0)
-    assert [torch.equal(a, b) for a, b in zip(weights, weights[1:])] == [True, True, False]  # tau 0, 2 | 4, 6
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [True, True, False]  # tau 0, 2 | 4, 6
 
 
 def test_the_teachers_temperature_rises():
@@ -166,7 +167,8 @@ def test_dino_from_an_image_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(made.TRAIN, "least", 60)
     made.image_folder(tmp_path, size="least")
     config = Config(
-        base_batch=8, total=4, decay=0.9, final_decay=1.0, rate=1e-3, optimizer="adamw", largest=8, evaluations=1, points=1
+        base_batch=8, total=4, decay=0.9, final_decay=1.0, rate=1e-3, optimizer="adamw", largest=8, evaluations=1,
+        points=1,
     )  # fmt: skip
     experiment = CropFolder(config, data=tmp_path, tiny=True, workers=0)
     large, small = experiment.batch(8, torch.Generator().manual_seed(0))
