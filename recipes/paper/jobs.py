@@ -5,7 +5,6 @@ devices of its place alone, and trains there, or starts torchrun there. A run is
 several machines that see the same cache can be given the same command: each takes what no other is at.
 """
 
-import fcntl
 import importlib
 import json
 import os
@@ -14,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -119,6 +119,11 @@ def pool(machine: Machine, *, most: int) -> Iterator[ProcessPoolExecutor]:
     ) as workers:
         try:
             yield workers
+        except BrokenProcessPool:
+            raise DataError(
+                "A training's process was ended from outside, perhaps for want of memory: the same command goes on, "
+                "if need be with fewer --jobs."
+            ) from None
         finally:  # what one run is wrong in is said now, not after all others
             workers.shutdown(cancel_futures=True)
 
@@ -167,6 +172,11 @@ def _train(one: Run, cache: Path, machine: Machine, *, wait: bool) -> Summary | 
 @contextmanager
 def _claimed(path: Path, *, wait: bool) -> Iterator[bool]:
     """Whether this process alone has what is at `path`. The claim ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there one machine has a cache for itself
+        yield True
+        return
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,8 +6,8 @@ Linear rules take T/S steps. AdaScale's lie between T/S, where all is noise, and
 LSW+, as long as AdaScale's are not known.
 """
 
+import gc
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,23 +77,29 @@ def work(one: Run, task: Task, *, processes: int) -> tuple[Work, Work]:
 
 def measure(one: Run, path: Path, machine: Machine) -> None:
     """Write the `Cost` of a run to the file `path`, from steps of one micro-batch and of three."""
-    place, found = here(), []
-    for accumulation in (1, 3):
-        task = task_of(one)
-        size = replace(one, rule="adascale", steps=None).options().micro_batch_for(task, ranks=place.ranks)
-        scale = accumulation * place.ranks * size / task.base_batch
-        measured = replace(one, rule="adascale", steps=None, scale=repr(scale), micro_batch=size, total=ENDLESS)
-        options = measured.options(workers=machine.workers, compile=machine.compile)
-        training = Training(task, options, place)
-        found.append(_steps(training, place))
-        if accumulation == 3:
-            evaluation = _timed(training.evaluate, place)
-            states = [training.net.state_dict(), *(optimizer.state for optimizer in training.optimizers)]
-        training.close()
-    each = max((found[1] - found[0]) / 2, 0.0)
-    cost = Cost(max(0.0, found[0] - each), each, evaluation, _memory(place), sum(map(_bytes, states)))
+    place = here()
+    first, _, _ = _measured(one, 1, machine, place)
+    gc.collect()  # one training at a time is in memory
+    third, evaluation, checkpoint = _measured(one, 3, machine, place)
+    each = max((third - first) / 2, 0.0)
+    cost = Cost(max(0.0, first - each), each, evaluation, _memory(place), checkpoint)
     if place.first:
         path.write_text(json.dumps(asdict(cost)))
+
+
+def _measured(one: Run, accumulation: int, machine: Machine, place: Place) -> tuple[float, float, int]:
+    """Seconds of a step and of an evaluation, and the bytes of weights and optimizer."""
+    task, unscaled = task_of(one), replace(one, rule="adascale", steps=None, total=ENDLESS)
+    size = unscaled.options().micro_batch_for(task, ranks=place.ranks)
+    scale = accumulation * place.ranks * size / task.base_batch
+    options = replace(unscaled, scale=repr(scale), micro_batch=size).options(
+        workers=machine.workers, compile=machine.compile
+    )
+    training = Training(task, options, place)
+    step, evaluation = _steps(training, place), _timed(training.evaluate, place)
+    states = [training.net.state_dict(), *(optimizer.state for optimizer in training.optimizers)]
+    training.close()
+    return step, evaluation, sum(map(_bytes, states))
 
 
 def costs(one: Run, machine: Machine) -> Cost:
@@ -155,6 +161,10 @@ def _finish(place: Place) -> None:
 def _memory(place: Place) -> int:
     if place.device.type == "cuda":
         return torch.cuda.max_memory_allocated(place.device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -81,6 +81,10 @@ class Task(ABC):
             self._tested = parts, loader(data, parts, **options)
         return self._tested[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loading process: without loaders of its own."""
+        return {**self.__dict__, "_tested": None}
+
     @property
     def examples(self) -> int | None:
         """Size of an epoch in the unit of `base_batch`; `None` where `batches` does not go once through the data."""
