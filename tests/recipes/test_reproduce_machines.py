@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import anybatch
 from recipes import reproduce
 from recipes.digits import Digits
 from recipes.paper import jobs, plan, runs
+from recipes.training.task import DataError
 
 ROOT = Path(__file__).parents[2]
 RUN = runs.Run("digits", False, None, "adascale", "4", 0, 60, 2)
@@ -169,6 +171,21 @@ def test_after_a_kill_nothing_runs_on_and_the_same_command_goes_on(tmp_path):
     assert 0 < before < mine["iterations"]
     assert steps[0] == steps[1] == mine["iterations"]
     assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+
+
+def test_processes_that_end_badly_are_one_line(tmp_path, monkeypatch):
+    class Ended:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", Ended)
+    with pytest.raises(DataError, match=r"digits-adascale-S4-.*: its 2 processes ended with code 3"):
+        jobs.in_place(jobs.train, RUN, tmp_path, jobs.Machine(processes=2))
+    with pytest.raises(DataError, match="the same command goes on"), jobs.pool(jobs.Machine(), most=1):
+        raise BrokenProcessPool
 
 
 # ---- what it says before it starts ----
