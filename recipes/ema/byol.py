@@ -1,16 +1,20 @@
 """BYOL, self-supervised learning from an EMA teacher, at any batch size.
 
     python -m recipes.ema.byol [--out docs/figures]                      the digits, a small perceptron
-    python -m recipes.ema.byol --config full --data DIR --device cuda    ResNet-18 on an image folder
-    python -m recipes.ema.byol --config vit --data DIR --device cuda     a vision transformer on it, with AdamW
+    python -m recipes.ema.byol --config full --data DIR --device cuda    ResNet-18 on an image folder, GroupNorm
+    python -m recipes.ema.byol --config full-bn ...                      BatchNorm over micro-batches of 256
+    python -m recipes.ema.byol --config full-lars ...                    GroupNorm, with LARS as BYOL's authors have it
+    python -m recipes.ema.byol --config vit ...                          a vision transformer, with AdamW
 
 Of each image two views are made. The student predicts from one what its own EMA, the teacher, makes of the other. No
 label is used; what was learned is measured by a linear probe, a ridge regression from the features to the classes.
+Full sizes go from a batch of 4,096 to 24,576, at once and progressively.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +28,24 @@ from recipes.ema.plots import accuracy
 from recipes.ema.runs import Results, Study
 from recipes.ema.train import Batch
 
-# The full learning rates are starts for tuning at the base batch.
+EPOCH = 1_281_167 / 4096  # base iterations of ImageNet's
+_FULL: dict[str, Any] = {
+    "base_batch": 4096, "total": round(100 * EPOCH), "decay": 0.996, "largest": 256, "evaluations": 20, "points": 20,
+    "scales": (1, 2, 6), "seeds": 1,
+}  # fmt: skip
+# But for LARS's, which are BYOL's own (Grill et al. 2020), the full learning rates are starts for tuning.
 CONFIGS = {
     "small": Config(base_batch=64, total=1024, decay=0.998, rate=0.1),
-    "full": Config(
-        base_batch=256, total=500_000, decay=0.996, rate=0.1, momentum=0.9, weight_decay=1e-6, largest=256,
-        evaluations=20, points=20, scales=(1, 8, 16), seeds=1,
+    "full": Config(rate=0.4, momentum=0.9, weight_decay=1e-6, **_FULL),
+    "full-bn": Config(rate=0.4, momentum=0.9, weight_decay=1e-6, **_FULL),
+    "full-lars": Config(
+        rate=3.2, optimizer="lars", momentum=0.9, trust=1e-3, weight_decay=1.5e-6, warmup=round(10 * EPOCH),
+        cosine=True, final_decay=1.0, **_FULL,
     ),
-    "vit": Config(
-        base_batch=256, total=500_000, decay=0.996, rate=1e-4, optimizer="adamw", weight_decay=0.1, largest=256,
-        evaluations=20, points=20, scales=(1, 8, 16), seeds=1,
-    ),
+    "vit": Config(rate=4e-4, optimizer="adamw", weight_decay=0.1, warmup=round(10 * EPOCH), cosine=True, **_FULL),
 }  # fmt: skip
-PROGRESSIVE = ((1, 2, 4, 8), (4, 8, 16, 32))
+NETWORKS = {"full": "resnet", "full-bn": "resnet-bn", "full-lars": "resnet", "vit": "vit"}
+PROGRESSIVE = ((1, 2, 4, 8), (4, 8, 16, 32), (1, 6))  # the last from 4,096 to 24,576 at full size
 
 
 class Digits(Distillation):
@@ -78,7 +87,7 @@ def make(config: Config, options: argparse.Namespace) -> Distillation:
     """The experiment that `--config` names."""
     if options.config == "small":
         return Digits(config)
-    return Folder(config, data=options.data, transformer=options.config == "vit", device=options.device)
+    return Folder(config, data=options.data, network=NETWORKS[options.config], device=options.device)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipes.ema.config import Config
 from recipes.ema.distillation import Byol, Distillation, probe
-from recipes.ema.nets import resnet18, vit
+from recipes.ema.nets import resnet18, unmoved_statistics, vit
 from recipes.ema.train import Batch
 from recipes.images.imagenet import MEAN, STD, Images, classes
 from recipes.images.resnet import standardised
@@ -38,14 +38,14 @@ class Folder(Distillation):
     Args:
         config: see `Config`.
         data: the folder with `train` and `val`.
-        transformer: ViT-S/16 in place of ResNet-18.
+        network: `"resnet"`, ResNet-18 with GroupNorm; `"resnet-bn"`, the same with BatchNorm; `"vit"`, ViT-S/16.
         tiny: small networks on images of 64x64, for a check of the whole path.
         device: where the networks are.
         workers: processes that load images.
     """
 
     def __init__(
-        self, config: Config, *, data: Path | None, transformer: bool, tiny: bool = False, device: str = "cpu",
+        self, config: Config, *, data: Path | None, network: str, tiny: bool = False, device: str = "cpu",
         workers: int = 8,
     ) -> None:  # fmt: skip
         super().__init__(config, device=device)
@@ -57,16 +57,23 @@ class Folder(Distillation):
         self.views = Views(Images(data / "train", names, side=self.side, training=True))
         self.known = Images(data / "train", names, side=self.side, training=False)
         self.unknown = Images(data / "val", names, side=self.side, training=False)
-        self.transformer, self.tiny, self.workers = transformer, tiny, workers
+        self.network, self.tiny, self.workers = network, tiny, workers
         self._order: torch.Generator | None = None
 
     def model(self) -> Byol:
         """The encoder, with heads 4096 and 256 wide."""
         small: dict[str, Any] = {}
         if self.tiny:
-            small = {"side": 64, "width": 32, "depth": 2, "heads": 2} if self.transformer else {"width": 8, "blocks": 1}
-        encoder, features = vit(**small) if self.transformer else resnet18(**small)
-        return Byol(encoder, features, hidden=32 if self.tiny else 4096, outputs=16 if self.tiny else 256)
+            vit_ = self.network == "vit"
+            small = {"side": 64, "width": 32, "depth": 2, "heads": 2} if vit_ else {"width": 8, "blocks": 1}
+        bn = self.network == "resnet-bn"
+        encoder, count = vit(**small) if self.network == "vit" else resnet18(batch_norm=bn, **small)
+        return Byol(encoder, count, hidden=32 if self.tiny else 4096, outputs=16 if self.tiny else 256)
+
+    def targets(self, model: Byol, batch: Batch) -> Batch:
+        """As ever; a teacher's forward leaves the student's running statistics."""
+        with unmoved_statistics(model):
+            return super().targets(model, batch)
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
         """Two views of the next images, with other colours each."""

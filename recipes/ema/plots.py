@@ -75,7 +75,7 @@ def accuracy(results: Results, path: Path, *, what: str) -> None:
                 list(map(spread, ends)),
                 color=COLOURS[arm], marker=MARKERS[arm], ms=5, lw=1.5, capsize=2, label=label(arm),
             )  # fmt: skip
-        for scale, marker in zip(study.progressive, "*P", strict=False):
+        for scale, marker in zip(study.sequences(results.config), "*PX", strict=False):
             values, name = results.ends("rule", scale), "→".join(f"{kappa:g}" for kappa in scale)
             left.errorbar(
                 scale[-1] * 2**0.2, fmean(values), spread(values), color="black",

@@ -2,7 +2,8 @@
 
     python -m recipes.ema.pseudo [--out docs/figures]                    the digits, 134 of 1347 labelled
     python -m recipes.ema.pseudo --config adamw [--out docs/figures]     the same with AdamW, or `adam`
-    python -m recipes.ema.pseudo --config full --data DIR --device cuda  speech with CTC
+    python -m recipes.ema.pseudo --config full --data DIR --device cuda  speech with CTC, Deep Speech 2
+    python -m recipes.ema.pseudo --config transformer --data DIR ...     the same, a Transformer encoder with AdamW
 
 The student learns from the labelled examples, and from unlabelled ones what its own EMA says of them before noise is
 added. A teacher whose memory is kappa times too long labels with weights of long ago: what is wrong is not an average
@@ -31,10 +32,14 @@ CONFIGS = {
     "adamw": Config(
         base_batch=16, total=1536, decay=0.99, rate=1e-3, optimizer="adamw", weight_decay=0.1, scales=(1, 8)
     ),
-    # The learning rate is a start for tuning at the base batch.
+    # The learning rates are starts for tuning at the base batch.
     "full": Config(
         base_batch=32, total=84_800, decay=0.999, rate=3e-4, momentum=0.9, largest=64, evaluations=40, points=40,
         scales=(0.5, 1, 8, 16), seeds=3,
+    ),
+    "transformer": Config(
+        base_batch=32, total=84_800, decay=0.999, rate=3e-4, optimizer="adamw", weight_decay=0.01, warmup=4000,
+        cosine=True, largest=32, evaluations=40, points=40, scales=(0.5, 1, 8, 16), seeds=3,
     ),
 }  # fmt: skip
 
@@ -89,7 +94,7 @@ def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
     if options.config in ("small", "adam", "adamw"):
         return Digits(config)
-    return Speech(config, data=options.data, device=options.device)
+    return Speech(config, data=options.data, transformer=options.config == "transformer", device=options.device)
 
 
 def draw(results: Results, path: Path) -> None:

@@ -38,7 +38,7 @@ class Study:
         draw: the figure, from the results.
         compared: the arms and scales that the claims are about: run, like kappa 1, from all seeds.
         few: from how many seeds the others are run.
-        progressive: sequences of kappas to run as well, by the first arm.
+        progressive: sequences of kappas to run as well, by the first arm, where the configuration has their last one.
     """
 
     name: str
@@ -59,10 +59,14 @@ class Study:
         for arm, scales in self.scales.items():
             wanted = config.scales if scales is None else [kappa for kappa in scales if kappa in config.scales]
             pairs += [(arm, kappa) for kappa in wanted if kappa != 1 or arm == first]
-        pairs += [(first, scale) for scale in self.progressive]
+        pairs += [(first, scale) for scale in self.sequences(config)]
         all_ = [(first, 1), *self.compared]
         seeds = {pair: config.seeds if pair in all_ else min(config.seeds, self.few) for pair in pairs}
         return [(arm, scale, seed) for seed in range(config.seeds) for arm, scale in pairs if seed < seeds[arm, scale]]
+
+    def sequences(self, config: Config) -> list[tuple[float, ...]]:
+        """The progressive runs of a configuration."""
+        return [scale for scale in self.progressive if scale[-1] in config.scales]
 
 
 class Results:

@@ -1,4 +1,4 @@
-"""Pseudo-labelling's full configuration: Deep Speech 2 on LibriSpeech, of which a tenth keeps its transcripts."""
+"""Pseudo-labelling's full configurations: Deep Speech 2 or a Transformer on LibriSpeech, a tenth of it transcribed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from recipes.ema.config import Config
+from recipes.ema.encoder import SpeechTransformer
 from recipes.ema.train import Batch, Experiment
 from recipes.speech import task as speech
 from recipes.speech.model import BLANK, CHARACTERS, greedy
@@ -27,6 +28,7 @@ class Speech(Experiment[nn.Module]):
         config: see `Config`.
         data: the folder with LibriSpeech's `train-*` and `test-clean`.
         labelled: the share of utterances that keep their transcripts.
+        transformer: a Transformer encoder in the place of Deep Speech 2.
         tiny: the recipe's small network.
         device: where the network is.
         workers: processes that load audio.
@@ -35,19 +37,21 @@ class Speech(Experiment[nn.Module]):
     teaches = True
 
     def __init__(
-        self, config: Config, *, data: Path | None, labelled: float = 0.1, tiny: bool = False, device: str = "cpu",
-        workers: int = 8,
+        self, config: Config, *, data: Path | None, labelled: float = 0.1, transformer: bool = False,
+        tiny: bool = False, device: str = "cpu", workers: int = 8,
     ) -> None:  # fmt: skip
         super().__init__(config, device=device)
-        self.task, self.workers = speech.Speech(data, tiny=tiny), workers
+        self.task, self.transformer, self.workers = speech.Speech(data, tiny=tiny), transformer, workers
         rows = torch.randperm(len(self.task.train_set), generator=torch.Generator().manual_seed(0)).tolist()
         known = max(1, round(labelled * len(rows)))
         self.parts = rows[:known], rows[known:]
         self._order: torch.Generator | None = None
 
     def model(self) -> nn.Module:
-        """Deep Speech 2."""
-        return self.task.model()
+        """Deep Speech 2, or the Transformer encoder: 12 layers of 512, 39 million parameters."""
+        if not self.transformer:
+            return self.task.model()
+        return SpeechTransformer(width=32, layers=2, heads=2, inner=64) if self.task.tiny else SpeechTransformer()
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
         """Transcribed features, lengths, labels and their lengths; then untranscribed features and lengths."""

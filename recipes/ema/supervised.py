@@ -3,13 +3,15 @@
     python -m recipes.ema.supervised [--out docs/figures]                      the digits, plain SGD
     python -m recipes.ema.supervised --config adamw [--out docs/figures]       the digits, AdamW
     python -m recipes.ema.supervised --config full --data DIR --device cuda    CIFAR-10, ResNet-18
+    python -m recipes.ema.supervised --config imagenet --data DIR ...          ImageNet, ResNet-50 v2
 
 The EMA is only looked at here, it has no say in the training. What is compared is its test loss along the run, at eight
 equal points of tau, with that of the base batch: the same average of the same path has the same curve.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from anybatch._demo import digits, network
 from recipes.ema import runs
 from recipes.ema.config import ARMS, Config, Scale
 from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
+from recipes.ema.resnet_v2 import imagenet_resnet_v2
 from recipes.ema.runs import Results, Study
 from recipes.ema.train import Batch, Experiment
-from recipes.images import cifar10
+from recipes.images import cifar10, imagenet
+from recipes.training.task import Task
 
 CONFIGS = {
     "small": Config(base_batch=16, total=1600, decay=0.995, rate=0.1, evaluations=160, points=16, seeds=16),
@@ -34,6 +38,11 @@ CONFIGS = {
     "full": Config(
         base_batch=128, total=39_100, decay=0.9995, rate=0.02, momentum=0.9, weight_decay=5e-4, largest=512,
         evaluations=40, points=40, scales=(0.5, 1, 8, 32), seeds=3,
+    ),
+    # ResNet-50 v2 over 90 epochs; the rate is 0.1 for 256 images (Goyal et al. 2017).
+    "imagenet": Config(
+        base_batch=1024, total=112_603, decay=0.9999, rate=0.4, momentum=0.9, weight_decay=1e-4, warmup=6256,
+        cosine=True, largest=256, evaluations=24, points=24, scales=(0.5, 1, 4, 8), seeds=3,
     ),
 }  # fmt: skip
 POINTS = 8
@@ -67,20 +76,28 @@ class Digits(Experiment[nn.Module]):
         return {"accuracy": right, "loss": cross_entropy(logits, y).item()}
 
 
-class Cifar10(Experiment[nn.Module]):
-    """The recipe's data and network (recipes/images/cifar10.py), at a constant learning rate.
+class Photographs(Experiment[nn.Module]):
+    """A recipe's data (recipes/images), with its network or another.
 
     The network's BatchNorm sees one micro-batch at a time, and its running statistics are the student's for both.
+
+    Args:
+        config: see `Config`.
+        task: the recipe.
+        network: makes the model; the recipe's by default.
+        device: where the model and every batch lie.
     """
 
-    def __init__(self, config: Config, *, data: Path | None, tiny: bool = False, device: str = "cpu") -> None:
+    def __init__(
+        self, config: Config, task: Task, *, network: Callable[[], nn.Module] | None = None, device: str = "cpu"
+    ) -> None:
         super().__init__(config, device=device)
-        self.task = cifar10.Cifar10(data, tiny=tiny)
+        self.task, self.network = task, network or task.model
         self._order: torch.Generator | None = None
 
     def model(self) -> nn.Module:
-        """ResNet-18 v2."""
-        return self.task.model()
+        """The recipe's, or the one given."""
+        return self.network()
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
         """Augmented images and their labels, from the recipe's endless epochs, a few at a time."""
@@ -135,7 +152,13 @@ def points(results: Results) -> str:
 
 def make(config: Config, options: argparse.Namespace) -> Experiment[nn.Module]:
     """The experiment that `--config` names."""
-    return Cifar10(config, data=options.data, device=options.device) if options.config == "full" else Digits(config)
+    if options.config == "full":
+        return Photographs(config, cifar10.Cifar10(options.data), device=options.device)
+    if options.config == "imagenet":
+        task = imagenet.ImageNet(options.data)
+        network = partial(imagenet_resnet_v2, len(task.classes))
+        return Photographs(config, task, network=network, device=options.device)
+    return Digits(config)
 
 
 def draw(results: Results, path: Path) -> None:

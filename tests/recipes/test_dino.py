@@ -166,10 +166,8 @@ def test_dino_learns_on_the_digits_and_does_not_collapse(monkeypatch):
 def test_dino_from_an_image_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(made.TRAIN, "least", 60)
     made.image_folder(tmp_path, size="least")
-    config = Config(
-        base_batch=8, total=4, decay=0.9, final_decay=1.0, rate=1e-3, optimizer="adamw", largest=8, evaluations=1,
-        points=1,
-    )  # fmt: skip
+    values = {"base_batch": 8, "total": 4, "decay": 0.9, "final_decay": 1.0, "rate": 1e-3, "optimizer": "adamw"}
+    config = Config(**values, largest=8, evaluations=1, points=1)
     experiment = CropFolder(config, data=tmp_path, tiny=True, workers=0)
     large, small = experiment.batch(8, torch.Generator().manual_seed(0))
     assert (large.shape, small.shape) == ((8, 2, 3, 112, 112), (8, 2, 3, 48, 48))

@@ -14,10 +14,15 @@ from recipes.ema import byol, parabola, pseudo, supervised
 from recipes.ema import nets as ema_nets
 from recipes.ema import runs as ema_runs
 from recipes.ema import train as ema_train
+from recipes.ema.encoder import SpeechTransformer
 from recipes.ema.images import Folder
+from recipes.ema.resnet_v2 import PreActivationBottleneck, imagenet_resnet_v2
 from recipes.ema.speech import Speech
 from recipes.ema.train import Config
 from recipes.images import made as made_images
+from recipes.images.cifar10 import Cifar10
+from recipes.images.imagenet import ImageNet
+from recipes.images.resnet import imagenet_resnet_v1
 from recipes.speech import made as made_speech
 
 # The parabola
@@ -340,22 +345,92 @@ def made_by(module, name, data):
 
 
 def test_cifar10_from_its_binary_files(cifar):
-    assert isinstance(made_by(supervised, "full", cifar), supervised.Cifar10)
-    found = ema_train.train(supervised.Cifar10(SMALL, data=cifar, tiny=True), "adascale", scale=2, seed=0)
+    assert isinstance(made_by(supervised, "full", cifar).task, Cifar10)
+    found = ema_train.train(supervised.Photographs(SMALL, Cifar10(cifar, tiny=True)), "adascale", scale=2, seed=0)
     assert 2 <= found["steps"] <= 4
     assert finite(found)
 
 
-@pytest.mark.parametrize("transformer", [False, True])
-def test_byol_from_an_image_folder(transformer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "network"), list(byol.NETWORKS.items()))
+def test_byol_from_an_image_folder(name, network, tmp_path, monkeypatch):
     monkeypatch.setitem(made_images.TRAIN, "least", 200)
     made_images.image_folder(tmp_path, size="least")
-    config = replace(SMALL, base_batch=32, largest=32, optimizer="adamw" if transformer else "sgd")
-    experiment = Folder(config, data=tmp_path, transformer=transformer, tiny=True, workers=0)
-    assert made_by(byol, "vit" if transformer else "full", tmp_path).transformer == transformer
+    config = replace(SMALL, base_batch=32, largest=32, optimizer=byol.CONFIGS[name].optimizer)
+    experiment = Folder(config, data=tmp_path, network=network, tiny=True, workers=0)
+    assert made_by(byol, name, tmp_path).network == network
     found = ema_train.train(experiment, "rule", scale=(1, 2), seed=0)
     assert found["steps"] == 3
     assert finite(found)
+
+
+def test_byol_goes_from_4096_to_24576_at_once_and_progressively():
+    for name in byol.NETWORKS:
+        config = byol.CONFIGS[name]
+        plan = byol.STUDY.plan(config)
+        assert (config.base_batch, max(config.scales) * config.base_batch) == (4096, 24_576)
+        assert ("rule", (1, 6), 0) in plan
+        assert ("rule", (4, 8, 16, 32), 0) not in plan
+    assert ("rule", (1, 6), 0) not in byol.STUDY.plan(byol.CONFIGS["small"])
+
+
+def test_the_teachers_forward_leaves_batch_norms_running_statistics():
+    network, _ = ema_nets.resnet18(width=8, blocks=1, batch_norm=True)
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), ema_nets.unmoved_statistics(network):
+        said = network(x)
+    assert norm.running_mean.abs().max() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), said)  # by the batch's own statistics, both times
+    assert norm.running_mean.abs().max() > 0
+
+
+def test_supervised_imagenet_has_resnet_50_v2(tmp_path, monkeypatch):
+    monkeypatch.setitem(made_images.TRAIN, "least", 40)
+    made_images.image_folder(tmp_path, size="least")
+    experiment = made_by(supervised, "imagenet", tmp_path)
+    with torch.device("meta"):
+        network, whole, v1 = experiment.model(), imagenet_resnet_v2(1000), imagenet_resnet_v1(1000)
+    assert network[-1].out_features == len(experiment.task.classes)
+    counts = [sum(p.numel() for p in net.parameters() if p.ndim == 4) for net in (whole, v1)]
+    assert counts[0] == counts[1] == 25_557_032 - 2_049_000 - 53_120  # torchvision's ResNet-50, its head, its norms
+    assert whole(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    task = ImageNet(tmp_path, tiny=True)
+    small = supervised.Photographs(SMALL, task, network=lambda: imagenet_resnet_v2(10, width=8, depths=(1, 1, 1, 1)))
+    assert finite(ema_train.train(small, "rule", scale=2, seed=0))
+
+
+def test_what_a_v2_block_adds_ends_without_an_activation():
+    block = PreActivationBottleneck(8, 2, stride=1).eval()
+    x = torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        block.convs[2].weight.zero_()
+        torch.testing.assert_close(block(x), x)  # negative values pass
+
+
+@torch.no_grad()
+def test_padding_has_no_influence_on_the_speech_transformer():
+    torch.manual_seed(0)
+    model = SpeechTransformer(width=16, layers=2, heads=2, inner=32).eval()
+    x = torch.randn(2, 21, 161)
+    x[1, 13:] = 0
+    said, sizes = model(x, torch.tensor([21, 13]))
+    alone, size = model(x[1:, :13], torch.tensor([13]))
+    assert sizes.tolist() == [11, 7]
+    torch.testing.assert_close(said[:7, 1], alone[:, 0], rtol=1e-4, atol=1e-5)
+    assert size.tolist() == [7]
+    assert said.exp().sum(2).flatten().tolist() == pytest.approx([1.0] * 22, abs=1e-5)
+
+
+def test_pseudo_labels_for_speech_with_a_transformer(tmp_path):
+    made_speech.write(tmp_path, size="tiny", seed=0)
+    whole = made_by(pseudo, "transformer", tmp_path)
+    with torch.device("meta"):
+        model = whole.model()
+    assert 38e6 < sum(p.numel() for p in model.parameters()) < 40e6
+    config = replace(SMALL, base_batch=2, total=2, optimizer="adamw", evaluations=1, points=1)
+    experiment = Speech(config, data=tmp_path, transformer=True, tiny=True, workers=0)
+    assert finite(ema_train.train(experiment, "rule", scale=2, seed=0))
 
 
 def test_pseudo_labels_for_speech(tmp_path):
