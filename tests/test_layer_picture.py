@@ -18,6 +18,7 @@ from test_run_report import NAMES, written
 
 from anybatch._report.figure import colour
 from anybatch._report.layers import Cell, LayerChart, LayerMap, layer_legend, layer_map, levels
+from anybatch._report.picture import picture
 from anybatch._report.report import report
 
 END = 480.0
@@ -88,6 +89,21 @@ def test_every_cell_is_drawn_in_the_colour_of_its_value():
     assert shapes == {colour(0, 7): 2, colour(3, 7): 3, colour(6, 7): 1}  # three to a decade, from 1 to 215
     titles = re.findall(r"<title>(.*?)</title>", html, re.DOTALL)
     assert titles == ["a\n1.5 for tau 0 to 10\n15 for tau 10 to 20", "b\n1.5 for tau 0 to 10\n15 for tau 30 to 40"]
+
+
+def test_pictures_of_unequal_height_stand_below_one_another_in_a_file(tmp_path):
+    maps = [LayerMap({str(i): [Cell(0.0, 1.0, 2.0)] for i in range(rows)}, 1.0) for rows in (3, 40, 1)]
+    limits = levels(maps)
+    charts = [LayerChart(f"the {i}th", found, limits) for i, found in enumerate(maps)]
+    text = picture(charts, layer_legend(limits), tmp_path / "p.svg").read_text()
+    root = ElementTree.fromstring(text)
+    inner = [each for each in root if each.tag.endswith("svg")]
+    ends = [(float(each.get("y")), float(each.get("height"))) for each in inner]
+    assert [height for _, height in ends] == [87, 502, 57]
+    assert all(y + height < after for (y, height), (after, _) in itertools.pairwise(ends))
+    assert ends[-1][0] + ends[-1][1] < float(root.get("height"))
+    for each, (_, height) in zip(inner, ends, strict=True):
+        assert float(each.get("viewBox").split()[3]) == height
 
 
 def test_the_legend_says_round_numbers():

@@ -4,6 +4,7 @@ from anybatch._report.chart import Chart, Legend, Line
 from anybatch._report.difference import BAND, SAYS, difference
 from anybatch._report.figure import INK, colour
 from anybatch._report.forecast import plot
+from anybatch._report.layers import LayerChart, LayerMap, layer_legend, layer_map, levels
 from anybatch._report.page import Block, Grid, Heading, Table, Text, page
 from anybatch._report.picture import picture
 from anybatch._report.points import thin, value_at
@@ -18,6 +19,8 @@ __all__ = [
     "Chart",
     "Grid",
     "Heading",
+    "LayerChart",
+    "LayerMap",
     "Legend",
     "Line",
     "Table",
@@ -25,6 +28,9 @@ __all__ = [
     "colour",
     "difference",
     "duration",
+    "layer_legend",
+    "layer_map",
+    "levels",
     "page",
     "picture",
     "plot",

@@ -65,6 +65,11 @@ class Chart:
     log_y: bool = False
 
     @property
+    def height(self) -> int:
+        """Of the picture, in pixels."""
+        return HEIGHT
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to draw."""
         return not self._settled().lines

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 import anybatch
-from anybatch._report.chart import Legend
+from anybatch._report.chart import WIDTH, Legend
 from anybatch._report.figure import blank, colour, house, inline, numbers, widest
 from anybatch._report.page import inert, visible
 from anybatch._report.points import seen
@@ -17,9 +17,9 @@ from anybatch._report.words import short_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _ROWS, _ROW = 380, 460, 15  # pixels: of the picture, of all rows where they are many, of one where they are few
+_ROWS, _ROW = 460, 15  # pixels: of all rows where they are many, of one where they are few
 _FOOT = 42  # pixels for the numbers below
-_LETTERS, _SIZE = 20, 10.0  # of a layer's name
+_LETTERS, _SIZE, _LINE = 22, 10.0, 13  # of a layer's name: how long, how large, and pixels from one to the next
 _MOST = 230  # layers; two pixels each
 _WINDOWS = 24  # of tau, the shortest that a cell may be
 _SURE = 2.0  # standard errors that the sqnorm of a cell is above 0: its noise scale is then known to a factor
@@ -121,19 +121,27 @@ class LayerChart:
     found: LayerMap
     limits: Sequence[float]
 
+    @property
+    def height(self) -> int:
+        """Of the picture, in pixels."""
+        return self._tall + _FOOT
+
+    @property
+    def _tall(self) -> int:
+        rows = len(self.found.layers)
+        return min(_ROW * rows, max(_ROWS, 2 * rows))
+
     def html(self) -> str:
         """The figure."""
         return f"<figure><figcaption>{inert(self.title)}</figcaption>{self.svg()}</figure>"
 
     def svg(self) -> str:
         """The picture alone."""
-        rows = len(self.found.layers)
-        tall = min(_ROW * rows, max(_ROWS, 2 * rows))
         with house():
-            figure, [axes] = blank(width=_WIDTH, height=tall + _FOOT)
-            figure.subplots_adjust(right=0.985, top=1.0, bottom=_FOOT / (tall + _FOOT))
-            _frame(axes, self.found, every=-(-13 * rows // tall))
-            figure.subplots_adjust(left=(widest(axes.yaxis) + 6) / _WIDTH)
+            figure, [axes] = blank(width=WIDTH, height=self.height)
+            figure.subplots_adjust(right=0.985, top=1.0, bottom=_FOOT / self.height)
+            _frame(axes, self.found, every=ceil(_LINE * len(self.found.layers) / self._tall))
+            figure.subplots_adjust(left=(widest(axes.yaxis) + 6) / WIDTH)
             many = len(self.limits) - 1
             for place in range(many):
                 _paint(axes, list(_cells(self.found, self.limits, place)), colour(place, many))

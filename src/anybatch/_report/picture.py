@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
+from typing import Protocol
 
-from anybatch._report.chart import HEIGHT, WIDTH, Chart, Legend
+from anybatch._report.chart import WIDTH, Legend
 from anybatch._report.figure import css
 from anybatch._report.page import colours, inert
 
@@ -15,7 +16,22 @@ _KEY, _LETTER = 46, 7.2  # pixels of an entry's line and gaps, and of a letter
 _SENTENCE = 54  # letters of the legend's last word in a row
 
 
-def picture(charts: Sequence[Chart], legend: Legend, path: Path) -> Path:
+class Drawing(Protocol):
+    """A chart, or what is drawn as wide as one."""
+
+    @property
+    def title(self) -> str:
+        """What is above it."""
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+
+    def svg(self) -> str:
+        """The picture alone; nothing where there is none."""
+
+
+def picture(charts: Sequence[Drawing], legend: Legend, path: Path) -> Path:
     """Write the charts below one another, after their legend, into an SVG file.
 
     One column of 380 pixels is read on a phone as it is; beside text on a wide page it is a figure of usual size. The
@@ -27,9 +43,9 @@ def picture(charts: Sequence[Chart], legend: Legend, path: Path) -> Path:
         if drawn:
             y += _TITLE
             body += f'<text x="{_EDGE}" y="{y - 8}" class="title">{inert(chart.title)}</text>'
-            place = f'<svg x="{_EDGE}" y="{y}" width="{WIDTH}" height="{HEIGHT}" '
+            place = f'<svg x="{_EDGE}" y="{y}" width="{WIDTH}" height="{chart.height}" '
             body += drawn.replace("<svg ", place, 1)
-            y += HEIGHT
+            y += chart.height
     light, dark = colours()
     width, height = WIDTH + 2 * _EDGE, y + _EDGE
     path.write_text(
