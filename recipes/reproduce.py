@@ -36,7 +36,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import anybatch
 from recipes.paper import figures, gains, plan
-from recipes.paper.jobs import Machine, machine_here, train_all
+from recipes.paper.jobs import train_all
+from recipes.paper.machine import Machine, machine_here
 from recipes.paper.runs import Run, Summary, mean_curve, task_of, with_lsw_plus
 from recipes.paper.tables import rows_of, show, value_of
 from recipes.paper.wanted import POINTS, TRAJECTORIES, WANTED, Question

@@ -1,8 +1,8 @@
-"""Which devices a training runs on, in which processes, and what becomes of them when who started them is killed.
+"""The processes that trainings run in, and what becomes of them when who started them is killed.
 
-Each job has a place: one device, or as many as a training has processes. A job is a process of its own that sees the
-devices of its place alone, and trains there, or starts torchrun there. A run is claimed while it is trained, so that
-several machines that see the same cache can be given the same command: each takes what no other is at.
+A job is a process of its own that sees the devices of its place alone, and trains there, or starts torchrun there. A
+run is claimed while it is trained, so that several machines that see the same cache can be given the same command: each
+takes what no other is at.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import ceil
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -23,67 +23,14 @@ from typing import Any
 
 import torch
 
-import anybatch
+from recipes.paper.machine import Machine
 from recipes.paper.runs import Run, Summary, cached, task_of
 from recipes.train import run
-from recipes.training.loading import workers_for
 from recipes.training.parallel import process_group
 from recipes.training.task import DataError
 
-Action = Callable[[Run, Path, "Machine"], None]
+Action = Callable[[Run, Path, Machine], None]
 LONG = 10_000  # base iterations: a run of more of them is saved a hundred times, a shorter one four times
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where trainings run, which does not decide what comes out.
-
-    Args:
-        devices: as CUDA_VISIBLE_DEVICES names them; none: the CPU.
-        jobs: trainings at a time.
-        processes: of a training, each with a device of its own.
-        workers: of each process, to load data.
-        compile: whether the model is compiled.
-    """
-
-    devices: tuple[str, ...] = ()
-    jobs: int = 1
-    processes: int = 1
-    workers: int = 0
-    compile: bool = False
-
-    def places(self) -> list[str]:
-        """The devices of each job, in turn; where there are more jobs than places they share devices."""
-        n, size = len(self.devices), self.processes
-        return [
-            ",".join(self.devices[(job * size + i) % n] for i in range(size) if n) for job in range(self.jobs)
-        ]  # fmt: skip
-
-
-def machine_here(*, jobs: int | None, processes: int, workers: int | None, compiled: bool) -> Machine:
-    """This machine with a job for every place; without devices, one for every core.
-
-    Raises:
-        anybatch.InvalidValueError: more processes than devices, or a number that is not positive.
-    """
-    if processes < 1 or (jobs is not None and jobs < 1):
-        raise anybatch.InvalidValueError(f"--jobs and --processes must be positive, got {jobs} and {processes}.")
-    devices = devices_in(os.environ.get("CUDA_VISIBLE_DEVICES"), count=torch.cuda.device_count())
-    if devices and processes > len(devices):
-        raise anybatch.InvalidValueError(
-            f"--processes {processes} is more than the {len(devices)} device(s) here, each of which takes one."
-        )
-    places = (len(devices) or os.cpu_count() or 1) // processes
-    jobs = jobs or max(1, places)
-    if workers is None:
-        workers = workers_for(jobs * processes, device=bool(devices))
-    return Machine(devices, jobs, processes, workers, compiled)
-
-
-def devices_in(named: str | None, *, count: int) -> tuple[str, ...]:
-    """The names of the `count` devices that are visible, by CUDA_VISIBLE_DEVICES or by their numbers."""
-    names = map(str, range(count)) if named is None else (name.strip() for name in named.split(","))
-    return tuple(names)[:count]
 
 
 def train_all(runs: Iterable[Run], *, cache: Path, machine: Machine) -> Iterator[tuple[Run, Summary]]:

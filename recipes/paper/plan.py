@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from recipes.paper.jobs import Machine, in_place, pool
+from recipes.paper.jobs import in_place, pool
+from recipes.paper.machine import Machine
 from recipes.paper.runs import Run, cached, task_of
 from recipes.train import Training
 from recipes.training.parallel import Place, here

@@ -12,6 +12,7 @@ import torch
 import anybatch
 from recipes import reproduce
 from recipes.paper import gains, jobs, plan, runs, wanted
+from recipes.paper.machine import Machine
 from recipes.training.options import TASKS
 
 
@@ -120,7 +121,7 @@ def test_a_run_that_fails_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "_train", train)
     asked = [runs.Run("digits", False, None, "adascale", s, seed, 1, 1) for seed in range(5) for s in ("1", "8")]
     with pytest.raises(anybatch.InvalidValueError, match="no"):
-        list(jobs.train_all(asked, cache=tmp_path, machine=jobs.Machine()))
+        list(jobs.train_all(asked, cache=tmp_path, machine=Machine()))
     assert len(trained) <= 1  # the one that had begun
 
 

@@ -18,6 +18,7 @@ import anybatch
 from recipes import reproduce
 from recipes.digits import Digits
 from recipes.paper import jobs, plan, runs
+from recipes.paper.machine import Machine, devices_in, machine_here
 from recipes.training.task import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_the_micro_batch_of_several_processes_is_another_one_only_where_it_has_t
     ],
 )
 def test_each_job_has_a_place_of_its_own(devices, job_count, processes, places):
-    assert jobs.Machine(tuple(devices), job_count, processes).places() == places
+    assert Machine(tuple(devices), job_count, processes).places() == places
 
 
 @pytest.mark.parametrize(
@@ -82,19 +83,19 @@ def test_each_job_has_a_place_of_its_own(devices, job_count, processes, places):
     ],
 )
 def test_the_devices_are_those_that_are_visible(named, count, devices):
-    assert jobs.devices_in(named, count=count) == devices
+    assert devices_in(named, count=count) == devices
 
 
 def test_there_is_a_job_for_every_place(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     here = {"jobs": None, "workers": 3, "compiled": True}
-    assert jobs.machine_here(processes=1, **here) == jobs.Machine(("4", "5", "6", "7", "8"), 5, 1, 3, True)
-    assert jobs.machine_here(processes=2, **here).places() == ["4,5", "6,7"]
+    assert machine_here(processes=1, **here) == Machine(("4", "5", "6", "7", "8"), 5, 1, 3, True)
+    assert machine_here(processes=2, **here).places() == ["4,5", "6,7"]
     with pytest.raises(anybatch.InvalidValueError, match=r"--processes 6 is more than the 5 device"):
-        jobs.machine_here(processes=6, **here)
+        machine_here(processes=6, **here)
     with pytest.raises(anybatch.InvalidValueError, match="--jobs and --processes"):
-        jobs.machine_here(processes=1, jobs=0, workers=None, compiled=False)
+        machine_here(processes=1, jobs=0, workers=None, compiled=False)
 
 
 def _seen(one, path, machine):
@@ -108,7 +109,7 @@ def _seen(one, path, machine):
 
 @pytest.mark.slow
 def test_jobs_at_a_time_see_devices_of_their_own(tmp_path):
-    machine = jobs.Machine(("7", "9"), 2)
+    machine = Machine(("7", "9"), 2)
     with jobs.pool(machine, most=2) as workers:
         for future in [workers.submit(jobs.in_place, _seen, RUN, tmp_path / "seen", machine) for _ in range(2)]:
             future.result()
@@ -119,10 +120,10 @@ def test_jobs_at_a_time_see_devices_of_their_own(tmp_path):
 def test_a_training_of_two_processes_is_that_of_one(tmp_path):
     """By torchrun, with gloo on the CPU; and it is the same entry in the cache."""
     one = replace(RUN, total=24)
-    (two,) = jobs.train_all([one], cache=tmp_path, machine=jobs.Machine(processes=2))
+    (two,) = jobs.train_all([one], cache=tmp_path, machine=Machine(processes=2))
     assert two[1]["ranks"] == 2
     alone = tmp_path / "alone"
-    jobs.train(one, alone, jobs.Machine())
+    jobs.train(one, alone, Machine())
     found = runs.cached(one, alone)
     assert found["ranks"] == 1
     assert two[1]["iterations"] == found["iterations"]
@@ -139,16 +140,16 @@ def test_a_run_that_another_machine_is_at_is_left_to_it(tmp_path):
     folder.mkdir()
     with jobs._claimed(folder / "claim", wait=False) as mine:
         assert mine
-        assert jobs._train(RUN, tmp_path, jobs.Machine(), wait=False) is None
-    assert jobs._train(RUN, tmp_path, jobs.Machine(), wait=True)["iterations"] > 15
+        assert jobs._train(RUN, tmp_path, Machine(), wait=False) is None
+    assert jobs._train(RUN, tmp_path, Machine(), wait=True)["iterations"] > 15
 
 
 @pytest.mark.slow
 def test_after_a_kill_nothing_runs_on_and_the_same_command_goes_on(tmp_path):
     one, cache = replace(RUN, scale="2", total=400, evaluations=4), tmp_path / "cache"
     program = (
-        "from pathlib import Path; from recipes.paper.jobs import Machine, train_all\n"
-        "from recipes.paper.runs import Run\n"
+        "from pathlib import Path; from recipes.paper.jobs import train_all\n"
+        "from recipes.paper.machine import Machine; from recipes.paper.runs import Run\n"
         f"list(train_all([{one}], cache=Path({str(cache)!r}), machine=Machine()))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -164,8 +165,8 @@ def test_after_a_kill_nothing_runs_on_and_the_same_command_goes_on(tmp_path):
         before = torch.load(folder / "checkpoint.pt", weights_only=True)["controller"]["steps"]
     assert runs.Run(**json.loads((folder / "run.json").read_text())) == one
     straight = tmp_path / "straight"
-    jobs.train(one, cache, jobs.Machine())
-    jobs.train(one, straight, jobs.Machine())
+    jobs.train(one, cache, Machine())
+    jobs.train(one, straight, Machine())
     mine, other = (runs.cached(one, place) for place in (cache, straight))
     steps = [len(anybatch.read_record(place / one.key / "record.jsonl").steps) for place in (cache, straight)]
     assert 0 < before < mine["iterations"]
@@ -183,8 +184,8 @@ def test_processes_that_end_badly_are_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs.subprocess, "Popen", Ended)
     with pytest.raises(DataError, match=r"digits-adascale-S4-.*: its 2 processes ended with code 3"):
-        jobs.in_place(jobs.train, RUN, tmp_path, jobs.Machine(processes=2))
-    with pytest.raises(DataError, match="the same command goes on"), jobs.pool(jobs.Machine(), most=1):
+        jobs.in_place(jobs.train, RUN, tmp_path, Machine(processes=2))
+    with pytest.raises(DataError, match="the same command goes on"), jobs.pool(Machine(), most=1):
         raise BrokenProcessPool
 
 
@@ -224,7 +225,7 @@ def test_the_plan_counts_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "costs", lambda *_: cost)
     wanted = [replace(RUN, scale=scale, rule=rule) for scale, rule in
               (("1", "adascale"), ("4", "adascale"), ("4", "lsw"), ("4", "lsw+"))]  # fmt: skip
-    asked = {"cache": tmp_path, "machine": jobs.Machine(("0", "1"), 2), "task": Digits()}
+    asked = {"cache": tmp_path, "machine": Machine(("0", "1"), 2), "task": Digits()}
     words = plan.told(wanted, **asked)
     least = 60 * 11 + 3 * (15 + 60 * 10) + 8 * 100
     most = 60 * 11 + 2 * (60 + 240 * 10) + (15 + 600) + 8 * 100
@@ -233,10 +234,10 @@ def test_the_plan_counts_what_is_missing(tmp_path, monkeypatch):
     assert "4 of 4 runs are to be trained, 2 at a time, each on 1 device." in words
     assert "Steps: 105 to 195." in words
     assert "Memory: 3 GB a device. Disk: up to 4 GB." in words
-    jobs.train(wanted[2], tmp_path, jobs.Machine())
+    jobs.train(wanted[2], tmp_path, Machine())
     assert "3 of 4 runs" in plan.told(wanted, **asked)
     for one in (wanted[0], wanted[1], replace(wanted[3], steps=20)):
-        jobs.train(one, tmp_path, jobs.Machine())
+        jobs.train(one, tmp_path, Machine())
     assert plan.told([*wanted[:3], replace(wanted[3], steps=20)], **asked) == ""
 
 
@@ -245,7 +246,7 @@ def test_a_measured_step_has_both_its_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SECONDS", 0.0)
     loss = Digits.loss
     monkeypatch.setattr(Digits, "loss", lambda *given: time.sleep(0.02) or loss(*given))
-    plan.measure(RUN, tmp_path / "cost.json", jobs.Machine())
+    plan.measure(RUN, tmp_path / "cost.json", Machine())
     cost = plan.Cost(**json.loads((tmp_path / "cost.json").read_text()))
     assert 0.02 <= cost.micro_batch < 0.06
     assert cost.step < 0.06
@@ -288,7 +289,7 @@ def test_options_that_do_not_fit_are_said_before_anything_runs(tmp_path, capsys)
 def test_the_options_reach_the_training(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(jobs, "run", lambda task, options: given.append(options))
-    jobs.train(replace(RUN, precision="bf16", micro_batch=4), tmp_path, jobs.Machine(workers=2, compile=True))
+    jobs.train(replace(RUN, precision="bf16", micro_batch=4), tmp_path, Machine(workers=2, compile=True))
     (options,) = given
     assert (options.precision, options.micro_batch, options.workers, options.compile) == ("bf16", 4, 2, True)
     assert asdict(options)["scale"] == "4"
