@@ -11,11 +11,15 @@ the mean over its images of these sums, so that it does not grow with the batch.
 the loss has a floor above 0.
 
 The AdaScale paper publishes B0, T_SI, the momentum and that the schedule is a step decay; learning rate, weight decay,
-the times of the steps and the augmentation are ours. The input has one size; YOLOv3's training changes it every ten
-batches.
+the times of the steps and the augmentation are ours. Two more are off unless asked for: `sizes="many"`, another size of
+the input every ten batches, which YOLOv3's authors have on and the AdaScale paper does not mention; and `mixup`, which
+is neither's.
 """
 
+import math
 import warnings
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,20 +43,38 @@ make = made.make
 
 
 class Yolo(Task):
-    """Whole YOLOv3 at 416 pixels; tiny: a quarter of the width, seven residual blocks instead of 23, 64 pixels."""
+    """Whole YOLOv3 at 416 pixels; tiny: a quarter of the width, seven residual blocks instead of 23, 64 pixels.
+
+    Args:
+        data: the folder that holds `VOCdevkit`.
+        tiny: as for every task.
+        sizes: `"one"`, or `"many"`: every ten base batches have another multiple of 32 from 3/4 to 3/2 of `pixels`
+            (320 to 608), drawn anew. Ten base batches at any scale, so that training sees the same on the clock.
+        mixup: as in `TrainSet`; a word, as the command line has it.
+    """
 
     name: ClassVar[str] = "yolo"
     metric: ClassVar[str] = "mAP"
     convolutions = True
     measured = "VOC2007 test, 11 points, overlap 0.5, difficult objects left out"
 
-    def __init__(self, data: Path | None, *, tiny: bool = False) -> None:
+    def __init__(
+        self, data: Path | None, *, tiny: bool = False, sizes: str = "one", mixup: str | float | None = None
+    ) -> None:
         super().__init__(data, tiny=tiny)
+        if sizes not in ("one", "many"):
+            raise anybatch.InvalidValueError(f"--sizes is one or many, got {sizes!r}.")
+        share = None if mixup is None else _positive(mixup)
+        self.variant = {"sizes": sizes, "mixup": share}
         self.base_batch, self.total = (8, 1000) if tiny else (16, 207_000)
         self.pixels = 64 if tiny else 416
         self.learning_rate = 3e-3 if tiny else 2.5e-4
-        self.grids: dict[torch.device, Grid] = {}
-        self.train_set = TrainSet(read_split(data, "trainval"), self.pixels, jitter=0.1 if tiny else JITTER)
+        self.grids: dict[tuple[torch.device, int], Grid] = {}
+        self.sides = [self.pixels]
+        if sizes == "many":
+            self.sides = [side for side in range(32, 2 * self.pixels, 32) if 3 <= 4 * side / self.pixels <= 6]
+        examples, jitter = read_split(data, "trainval"), 0.1 if tiny else JITTER
+        self.train_set = TrainSet(examples, max(self.sides), jitter=jitter, mixup=share)
         self.test_set = WholeSet(read_split(data, "test"), self.pixels)
 
     def model(self) -> nn.Module:
@@ -80,21 +102,41 @@ class Yolo(Task):
         steps = [self.total * 8 // 10, self.total * 9 // 10]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, gamma=0.1)
 
-    def grid(self, device: torch.device) -> Grid:
-        """The grid of the task's input, made once for a device."""
-        if device not in self.grids:
-            self.grids[device] = make_grid(self.pixels, anchors=anchors(self.pixels), strides=STRIDES, device=device)
-        return self.grids[device]
+    def grid(self, device: torch.device, side: int | None = None) -> Grid:
+        """The grid of an input, the task's by default, made once for a device; all have the same anchors in pixels."""
+        side = side or self.pixels
+        if (device, side) not in self.grids:
+            grid = make_grid(side, anchors=anchors(self.pixels), strides=STRIDES, device=device)
+            self.grids[device, side] = grid
+        return self.grids[device, side]
+
+    def batches(self, micro_batch: int, **place: Any) -> Iterator[Any]:
+        """As for every task; of many sizes each batch says its own, by the shape of a third tensor without elements."""
+        batches = super().batches(micro_batch, **place)
+        if len(self.sides) == 1:
+            return batches
+        step, start = place["ranks"] * micro_batch, place.get("start", 0) + place["rank"] * micro_batch
+        sides = (self.side_at(number, seed=place["seed"]) for number in count(start, step))
+        return ([*batch, torch.empty(side, 0)] for batch, side in zip(batches, sides, strict=False))
+
+    def side_at(self, number: int, *, seed: int) -> int:
+        """The size of a batch with so many examples before it, on all ranks."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number // (10 * self.base_batch))
+        return self.sides[int(torch.randint(len(self.sides), (), generator=generator))]
 
     def collate(self, examples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Images `[B, 3, H, W]`, and the targets of all of them `[n, 6]`: image, class, box."""
+        """Images `[B, 3, H, W]`, and the targets of all of them `[n, 6]`: image, class, box; 7 with mixup."""
         rows = [torch.cat([torch.full((len(t), 1), float(i)), t], 1) for i, (_, t) in enumerate(examples)]
         return [torch.stack([image for image, _ in examples]), torch.cat(rows)]
 
     def loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
-        """The mean over the images."""
-        images, targets = batch
-        return detection_loss(model(images), targets, self.grid(images.device))
+        """The mean over the images, at the batch's size."""
+        images, targets, *sized = batch
+        if sized:
+            side, before = len(sized[0]), images.shape[-1]
+            images = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+            targets = torch.cat([targets[:, :2], targets[:, 2:6] * (side / before), targets[:, 6:]], 1)
+        return detection_loss(model(images), targets, self.grid(images.device, images.shape[-1]))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: torch.device, share: Share = ALONE) -> dict[str, float]:
@@ -126,20 +168,23 @@ def detection_loss(raw: Tensor, targets: Tensor, grid: Grid) -> Tensor:
 
     Args:
         raw: `[B, P, 5 + classes]`, what the model says.
-        targets: `[n, 6]`: image, class, box; the rows of one image lie together.
+        targets: `[n, 6]`: image, class, box; the rows of one image lie together. A seventh column is how much an object
+            counts, 1 without it.
         grid: the grid of P predictions.
     """
     raw = raw.float()
-    batch, count, _ = raw.shape
-    image, kind, boxes = targets[:, 0].long(), targets[:, 1].long(), targets[:, 2:]
+    batch, predictions, _ = raw.shape
+    image, kind, boxes = targets[:, 0].long(), targets[:, 1].long(), targets[:, 2:6]
+    share = targets[:, 6] if targets.shape[1] > 6 else torch.ones_like(targets[:, 0])
     index = grid.assign(boxes)
     told = ~_seen(grid.decode(raw.detach()), image, boxes)
-    alone = _first(image * count + index, batch * count)
-    image, kind, boxes, index = image[alone], kind[alone], boxes[alone], index[alone]
+    alone = _first(image * predictions + index, batch * predictions)
+    image, kind, boxes, index, share = image[alone], kind[alone], boxes[alone], index[alone], share[alone]
 
     wanted = torch.zeros_like(raw[..., 4])
-    wanted[image, index], told[image, index] = 1.0, True
-    objectness = functional.binary_cross_entropy_with_logits(raw[..., 4], wanted, reduction="none")[told]
+    counts = torch.ones_like(wanted)
+    wanted[image, index], told[image, index], counts[image, index] = 1.0, True, share
+    objectness = functional.binary_cross_entropy_with_logits(raw[..., 4], wanted, weight=counts, reduction="none")[told]
 
     mine = raw[image, index]
     place, shape = grid.encode(boxes, index)
@@ -147,8 +192,18 @@ def detection_loss(raw: Tensor, targets: Tensor, grid: Grid) -> Tensor:
     centre = functional.binary_cross_entropy_with_logits(mine[:, :2], place, reduction="none").sum(1)
     size = (mine[:, 2:4] - shape).square().sum(1) / 2
     kinds = functional.one_hot(kind, raw.shape[2] - 5).to(raw.dtype)
-    classes = functional.binary_cross_entropy_with_logits(mine[:, 5:], kinds, reduction="sum")
-    return (objectness.sum() + (weight * (centre + size)).sum() + classes) / batch
+    classes = functional.binary_cross_entropy_with_logits(mine[:, 5:], kinds, reduction="none").sum(1)
+    return (objectness.sum() + (share * (weight * (centre + size) + classes)).sum()) / batch
+
+
+def _positive(word: str | float) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise anybatch.InvalidValueError(f"--mixup is the parameter of a Beta distribution, positive; got {word!r}.")
+    return number
 
 
 def _first(place: Tensor, places: int) -> Tensor:

@@ -34,6 +34,8 @@ OWN = {  # what some tasks let choose within them
     "optimizer": "language: adamw or muon; transformer: sgd or adamw",
     "schedule": "language: cosine or wsd",
     "vocabulary": "language: tokens to make of a text, or of the .bin files' tokenizer (default: 50257)",
+    "sizes": "yolo: one or many sizes of the images, another every ten base batches",
+    "mixup": "yolo: mix the images by shares from Beta(MIXUP, MIXUP)",
 }
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

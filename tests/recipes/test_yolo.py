@@ -298,10 +298,10 @@ def test_the_backbone_starts_from_darknet_s_weights_where_they_are(few, monkeypa
 
 
 def plain_loss(raw, targets, size):
-    """One image's loss in float64 loops."""
+    """One image's loss in float64 loops; a seventh column is an object's share of its terms."""
     log = torch.nn.functional.logsigmoid
     shapes = list(plain_predictions(size))
-    boxes = [t[2:].tolist() for t in targets]
+    boxes = [t[2:6].tolist() for t in targets]
     charge = {}
     for k, box in enumerate(boxes):
         x, y, w, h = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]
@@ -312,7 +312,7 @@ def plain_loss(raw, targets, size):
     for i, (column, row, stride, aw, ah) in enumerate(shapes):
         p = raw[i].double()
         if i in charge:
-            t = targets[charge[i]].double()
+            t, before, total = targets[charge[i]].double(), total, 0.0
             x, y, w, h = (t[2] + t[4]) / 2 / stride - column, (t[3] + t[5]) / 2 / stride - row, t[4] - t[2], t[5] - t[3]
             weight = 2 - w * h / size**2
             for value, want in ((p[0], x), (p[1], y)):
@@ -321,6 +321,7 @@ def plain_loss(raw, targets, size):
             total -= log(p[4])
             for kind in range(len(p) - 5):
                 total -= log(p[5 + kind]) if kind == int(t[1]) else log(-p[5 + kind])
+            total = before + (t[6] if len(t) > 6 else 1.0) * total
             continue
         x, y = (column + p[0].sigmoid()) * stride, (row + p[1].sigmoid()) * stride
         w, h = aw * p[2].exp(), ah * p[3].exp()
@@ -346,6 +347,15 @@ def test_the_loss_is_the_papers_in_plain_loops():
     grid, raw, rows = loss_case()
     expected = sum(plain_loss(raw[i], rows[i], 64) for i in range(4)) / 4
     assert float(detection_loss(raw, torch.cat(rows), grid)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_mixup_each_object_counts_by_its_share():
+    grid, raw, rows = loss_case()
+    generator = torch.Generator().manual_seed(4)
+    mixed = [torch.cat([some, numbers(generator, len(some), 1)], 1) for some in rows]
+    expected = sum(plain_loss(raw[i], mixed[i], 64) for i in range(4)) / 4
+    assert float(detection_loss(raw, torch.cat(mixed), grid)) == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(float(detection_loss(raw, torch.cat(rows), grid)), rel=0.01)
 
 
 def test_predictions_that_see_an_object_are_not_told_there_is_none():
@@ -563,7 +573,73 @@ def test_augmentation_is_random_and_follows_torch_s_seed(data):
     assert not torch.equal(first, second)
 
 
+def test_mixup_is_two_images_by_their_shares(data):
+    """As torch's generator gives them: a share, the image itself, another one's number, and that one."""
+    examples = read_split(data, "test")
+    plain, mixing = TrainSet(examples, 64), TrainSet(examples, 64, mixup=1.5)
+    torch.manual_seed(2)
+    pixels, targets = mixing[3]
+    torch.manual_seed(2)
+    share = float(torch.distributions.Beta(1.5, 1.5).sample())
+    first, mine = plain[3]
+    other = int(torch.randint(len(plain), ()))
+    second, theirs = plain[other]
+    assert 0 < share < 1
+    torch.testing.assert_close(pixels, share * first + (1 - share) * second)
+    assert torch.equal(targets[:, :5], torch.cat([mine, theirs]))
+    assert targets[:, 5].tolist() == pytest.approx([share] * len(mine) + [1 - share] * len(theirs))
+
+
+def test_many_sizes_change_every_ten_base_batches_and_are_the_same_on_any_ranks(data):
+    task = Yolo(data, tiny=True, sizes="many")  # 64 and 96 pixels
+    assert task.sides == [64, 96]
+    assert task.train_set.size == 96
+    sides = [task.side_at(number, seed=0) for number in range(0, 3200, 8)]  # base batches
+    assert all(len(set(sides[i : i + 10])) == 1 for i in range(0, 400, 10))
+    assert {64, 96} == set(sides)
+    alone = [len(batch[2]) for batch in islice(task.batches(8, seed=0, rank=0, ranks=1), 40)]
+    assert alone == sides[:40]
+    both = [islice(task.batches(8, seed=0, rank=rank, ranks=2, start=80), 15) for rank in range(2)]
+    assert [len(batch[2]) for pair in zip(*both, strict=True) for batch in pair] == sides[10:40]
+
+
+@torch.no_grad()
+def test_a_batch_of_another_size_is_that_size_to_the_model_and_the_boxes(data):
+    task, seen = Yolo(data, tiny=True, sizes="many"), []
+    images, targets = torch.rand(2, 3, 96, 96), torch.tensor([[0.0, 1, 6, 12, 48, 60], [1, 2, 30, 30, 90, 96]])
+
+    def model(x):
+        seen.append(x)
+        return torch.zeros(len(x), len(task.grid(x.device, x.shape[-1]).cell), 25)
+
+    said = task.loss(model, [images, targets, torch.empty(64, 0)])
+    small = nn.functional.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+    smaller = torch.cat([targets[:, :2], targets[:, 2:] * 2 / 3], 1)
+    assert torch.equal(seen[0], small)
+    assert said == detection_loss(model(small), smaller, make_grid(64, anchors=anchors(64), strides=STRIDES))
+    assert torch.equal(task.grid(images.device, 96).anchors, task.grid(images.device).anchors)
+
+
+def test_the_whole_model_has_yolov3_s_sizes(few):
+    assert Yolo(few).sides == [416]
+    assert Yolo(few, sizes="many").sides == list(range(320, 609, 32))
+
+
+@pytest.mark.parametrize(("choice", "complaint"), [({"sizes": "two"}, "one or many"), ({"mixup": "-1"}, "positive")])
+def test_a_choice_that_is_none_is_named(few, choice, complaint):
+    with pytest.raises(anybatch.InvalidValueError, match=complaint):
+        Yolo(few, tiny=True, **choice)
+
+
 # ---- training ----
+
+
+def test_it_trains_with_many_sizes_and_mixup(data, tmp_path):
+    task = Yolo(data, tiny=True, sizes="many", mixup="1.5")
+    task.test_set.examples = task.test_set.examples[:16]
+    summary = run(task, Options(scale="4", total=12, evaluations=1, out=tmp_path / "out"))
+    assert summary["iterations"] >= 3
+    assert 0 < summary["loss"] < 1000
 
 
 def test_three_steps_with_accumulation(data):
