@@ -103,6 +103,16 @@ def test_an_experiment_is_called_by_its_name(tmp_path, monkeypatch, capsys):
         ema.main(["adascale"])
 
 
+@pytest.mark.parametrize("name", ["lars", "dino"])
+def test_studies_of_one_kappa_run_by_their_names(name, tmp_path, capsys):
+    ema.main([name, "--seeds", "1", "--scales", "4", "--total", "4", "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / f"ema_{name}.json").read_text())["runs"]
+    arms = ["rule", "off", "adascale", *(["linear"] if name == "lars" else [])]
+    assert [(run["arm"], run["scale"]) for run in runs] == [("rule", 1), *((arm, 4) for arm in arms)]
+    assert (tmp_path / f"ema_{name}.png").stat().st_size > 10_000
+    assert "teacher accuracy" in capsys.readouterr().out
+
+
 # The digits, supervised
 
 
