@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import anybatch
+from anybatch.integrations import _sequences
 from anybatch.integrations import transformers as adapter_module
 from anybatch.integrations.transformers import AnyBatchArguments, attach
 from integrations import gpt, task
@@ -341,21 +342,21 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(made):
 
 
 def test_sequences_without_padding_are_counted_one_by_one():
-    from anybatch.integrations.transformers import _examples
+    examples = _sequences.examples
 
     ids = torch.arange(7)[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
-    assert _examples({"input_ids": ids, "position_ids": positions}) == 3
-    assert _examples({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 5, 7])}) == 3
-    assert _examples({"input_ids": torch.zeros(5, 7), "position_ids": torch.zeros(5, 7)}) == 5
+    assert examples({"input_ids": ids, "position_ids": positions}) == 3
+    assert examples({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 5, 7])}) == 3
+    assert examples({"input_ids": torch.zeros(5, 7), "position_ids": torch.zeros(5, 7)}) == 5
 
 
 @pytest.mark.parametrize("scaled", [None, True, False])
-def test_tokens_are_weights_unless_the_trainer_says_that_each_loss_is_a_mean(scaled, tmp_path):
+def test_tokens_are_weights_unless_the_trainer_says_that_each_loss_is_a_mean(scaled, tmp_path, monkeypatch):
     trainer = workers.gpt_trainer(f"{tmp_path}", gpt.model(size=16), gpt.sentences(160, seed=3), max_steps=4)
     trainer.loss_is_scaled_for_ga = scaled
     adapter, weighed = attach(trainer, base_batch=4), []
-    adapter._weigh = lambda *_: weighed.append(True)
+    monkeypatch.setattr(_sequences, "tokens", lambda *_, **__: weighed.append(True) or 1)
     trainer.train()
     assert len(weighed) == (0 if scaled is False else 4 * adapter.controller.steps)
 

@@ -1,10 +1,8 @@
 """Lightning: `Trainer(max_steps=T, callbacks=[AnyBatch(base_batch=256)])`, where T counts base iterations."""
 
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from math import ceil
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import anybatch
-from anybatch.integrations._logged import numbers
+from anybatch.integrations._common import check_whole, numbers
+from anybatch.integrations._limits import Limits
 
 
 class AnyBatch(Callback):
@@ -72,7 +71,7 @@ class AnyBatch(Callback):
         self._total = 0.0
         self._loaded: dict[str, Any] = {}
         self._seen = self._first = 0
-        self._applied, self._limits = ExitStack(), ExitStack()
+        self._applied, self._limits = ExitStack(), Limits(base_batch, examples)
 
     # ---- the run's limits, before the optimizers are made and after them ----
 
@@ -81,36 +80,7 @@ class AnyBatch(Callback):
         if stage != "fit":
             return
         self.controller, self.ema, self._loaded = None, None, {}
-        fit, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        short = trainer.fast_dev_run  # type: ignore[attr-defined]  # a step or few; its one epoch means nothing
-        self._total = self._base_iterations(fit.max_steps, -1 if short else fit.max_epochs)
-        for loop, name in ((fit, "max_epochs"), (fit, "min_epochs"), (steps, "max_steps"), (steps, "min_steps")):
-            self._limits.callback(setattr, loop, name, getattr(loop, name))
-        if fit.min_epochs or steps.min_steps:
-            warnings.warn(
-                f"The run ends at tau = {self._total:g}; min_epochs and min_steps of the Trainer are left out, for "
-                "they would train beyond the end of the schedule.",
-                anybatch.AnybatchWarning,
-                stacklevel=2,
-            )
-        fit.max_epochs, fit.min_epochs, steps.max_steps, steps.min_steps = -1, 0, ceil(self._total), None
-
-    def _base_iterations(self, max_steps: int, max_epochs: int | None) -> float:
-        limits = [] if max_steps == -1 else [float(max_steps)]
-        if max_epochs is not None and max_epochs != -1:
-            limits.append(max_epochs * self._epoch("Trainer(max_epochs=...)"))
-        if not limits:
-            raise anybatch.UsageError("The run has no end: give Trainer(max_steps=T), T in base iterations.")
-        return min(limits)
-
-    def _epoch(self, wanted: str) -> float:
-        if self.examples is None:
-            raise anybatch.UsageError(
-                f"{wanted} counts epochs, of unknown length: give AnyBatch(examples=len(data)). Or count in base "
-                'iterations: Trainer(max_steps=T), and {"scheduler": ..., "interval": "step"} for schedulers, whose '
-                "interval is an epoch by default."
-            )
-        return self.examples / self.base_batch
+        self._total = self._limits.take(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the end to tau: a skipped step, or two optimizers, count otherwise in Lightning."""
@@ -118,12 +88,14 @@ class AnyBatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; everything that Lightning wraps and loads is there."""
+        if self.ema_decay is not None:
+            check_whole(pl_module)
         moving = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
         units = {(config.interval, config.frequency) for config in moving} or {("step", 1)}
         if len(units) > 1:
             raise anybatch.UsageError(f"Schedulers of one run need one interval and frequency, got {sorted(units)}.")
         interval, frequency = units.pop()
-        every = frequency * (self._epoch("A scheduler's interval") if interval == "epoch" else 1.0)
+        every = frequency * (self._limits.epoch("A scheduler's interval") if interval == "epoch" else 1.0)
         self.controller = anybatch.attach(
             trainer.optimizers,
             model=pl_module if trainer.model is None else trainer.model,
@@ -140,7 +112,7 @@ class AnyBatch(Callback):
             record=self.record,
         )
         if self.ema_decay is not None:
-            self.ema = _average(pl_module, self.ema_decay, self.controller)
+            self.ema = anybatch.ModelEMA(pl_module, self.ema_decay, clock=self.controller.clock)
         if self._loaded:
             self.controller.load_state_dict(self._loaded["controller"])
             if self.ema is not None:
@@ -220,20 +192,11 @@ class AnyBatch(Callback):
 
     def _close(self) -> None:
         self._applied.close()
-        self._limits.close()
+        self._limits.release()
         if self.controller is not None:
             self.controller.detach()
         if self.ema is not None:
             self.ema.stop()
-
-
-def _average(module: LightningModule, decay: float, controller: anybatch.Controller) -> anybatch.ModelEMA:
-    if any(hasattr(p, "device_mesh") for p in module.parameters()):
-        raise anybatch.UnsupportedError(
-            "ema_decay does not go with sharded parameters: Lightning's sharded checkpoints keep what rank 0 has of a "
-            "callback's state. Make the ModelEMA in on_train_start, and save it by torch.distributed.checkpoint."
-        )
-    return anybatch.ModelEMA(module, decay, clock=controller.clock)
 
 
 def _divisor(trainer: Trainer) -> int | Literal["mean"]:

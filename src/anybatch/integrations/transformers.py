@@ -1,29 +1,16 @@
 """anybatch in the Trainer of Hugging Face's transformers, and in those of TRL that are made of it."""
 
-import json
-import math
-import sys
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
-from transformers import Trainer, TrainerCallback
-from transformers.optimization import GreedyLR
-from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers import Trainer
 
 import anybatch
-from anybatch.integrations._logged import numbers
+from anybatch.integrations._trainer import AnyBatchCallback
+
+__all__ = ["AnyBatchArguments", "AnyBatchCallback", "attach"]
 
 RuleName = Literal["AdaScale", "Linear", "SquareRoot", "Identity"]
-_STATE = "anybatch"  # in a checkpoint's trainer_state.json, among the states of callbacks
-_AVERAGE = "anybatch_ema.pt"  # in a checkpoint, beside the model
-_ON_METRICS = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)  # schedulers that no clock drives
 
 
 @dataclass
@@ -50,7 +37,7 @@ def attach(
     rule: anybatch.Rule | RuleName = "AdaScale",
     ema_decay: float | None = None,
     record: str | None = None,
-) -> "AnyBatchCallback":
+) -> AnyBatchCallback:
     """Train as at `base_batch`, whatever batch, accumulation and number of processes the trainer has.
 
     `max_steps`, epochs, warm-up and schedule are those of the base batch. So a run is `max_steps` base iterations long,
@@ -111,224 +98,3 @@ def attach(
     # Before the reporters, which are to get its numbers, and before the flow, which is told where the run ends.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
-
-
-class AnyBatchCallback(TrainerCallback):
-    """What `attach` adds to a trainer: the controller of its run.
-
-    Four methods of the trainer are wrapped, for what no callback is told: `set_initial_training_values` (the length of
-    the run), `training_step` (the size and weight of a micro-batch), `evaluation_loop` (the average), and `train`
-    (where it resumes, and that it has ended).
-
-    Args:
-        trainer: as for `attach`, and so the others.
-        base_batch: see there.
-        rule: see there.
-        ema_decay: see there.
-        record: see there.
-    """
-
-    def __init__(
-        self, trainer: Trainer, base_batch: int, *, rule: anybatch.Rule, ema_decay: float | None, record: str | None
-    ) -> None:
-        self.controller: anybatch.Controller | None = None
-        self.ema: anybatch.ModelEMA | None = None
-        self._trainer: Any = trainer  # its annotations are of what it has before train()
-        self._base_batch, self._rule = base_batch, rule
-        self._ema_decay, self._record = ema_decay, record
-        self._total = 0
-        self._examples: float | None = None
-        self._checkpoint: str | None = None
-        self._seen, self._before = False, 0  # whether a step of this run was; steps that were before it
-        for name in ("train", "set_initial_training_values", "training_step", "evaluation_loop"):
-            setattr(trainer, name, partial(getattr(self, f"_{name}"), getattr(trainer, name)))
-
-    # ---- around the trainer's own methods ----
-
-    def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        found = get_last_checkpoint(self._trainer.args.output_dir) if resume_from_checkpoint is True else None
-        self._checkpoint = found or resume_from_checkpoint or None
-        try:
-            return train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._release()
-
-    def _set_initial_training_values(self, values: Callable[..., Any], args: Any, loader: Any) -> Any:
-        self._release()  # the run before, if a batch did not fit into memory
-        _, updates, examples, _, batch, in_epoch, _ = values(args, loader)
-        epochs = args.num_train_epochs * examples / self._base_batch
-        self._total = args.max_steps if args.max_steps > 0 else math.ceil(epochs)
-        self._examples = examples if has_length(loader) and examples > self._base_batch else None
-        epochs_to_come = 0 if self._is_over() else sys.maxsize  # as many as tau asks for
-        return epochs_to_come, updates, examples, self._total * batch, batch, in_epoch, self._total
-
-    def _training_step(
-        self, step: Callable[..., Any], model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
-        if self.controller is not None:
-            self.controller.micro_batch = _examples(inputs)
-            if num_items_in_batch is not None and self._trainer.loss_is_scaled_for_ga is not False:
-                self._weigh(inputs, num_items_in_batch)
-        return step(model, inputs, num_items_in_batch, **kwargs)
-
-    def _evaluation_loop(self, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self.ema is None else self.ema.applied():
-            return loop(*args, **kwargs)
-
-    # ---- what the trainer calls ----
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Attach a controller to what the trainer has made; go on from the checkpoint's, if there is one."""
-        trainer, scheduler = self._trainer, self._trainer.lr_scheduler
-        if args.n_gpu > 1:
-            raise anybatch.UnsupportedError(
-                f"nn.DataParallel over {args.n_gpu} devices averages their gradients unseen: start a process for each, "
-                "by torchrun or accelerate launch."
-            )
-        if self._ema_decay is not None and any(hasattr(p, "device_mesh") for p in trainer.model.parameters()):
-            raise anybatch.UnsupportedError(
-                "ema_decay does not go with sharded parameters, whose average no one process can save: leave it out, "
-                "and make the ModelEMA in a callback of your own."
-            )
-        driven = not isinstance(scheduler, _ON_METRICS)
-        self.controller = anybatch.attach(
-            trainer.optimizer,
-            model=trainer.model_wrapped,  # what a callback is given is the module inside of DDP
-            rule=self._rule,
-            scheduler=scheduler if driven else None,
-            total=self._total,
-            base_batch=self._base_batch,
-            micro_batch=args.per_device_train_batch_size,
-            examples=self._examples,
-            grad_scaler=trainer.accelerator.scaler,
-            record=self._record,
-        )
-        if driven:
-            trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = anybatch.HeldScheduler(scheduler)
-        if self._ema_decay is not None:
-            self.ema = anybatch.ModelEMA(trainer.model, self._ema_decay, clock=self.controller.clock)
-        if state.global_step:
-            self._resume(state.stateful_callbacks)
-        self._seen, self._before = False, self.controller.steps + self.controller.skipped
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """At the first step, look whether there is a gradient."""
-        groups = self._trainer.optimizer.param_groups
-        if not self._seen and all(p.grad is None for group in groups for p in group["params"]):
-            raise anybatch.UsageError(
-                "At the first step no trained parameter has a gradient, so there is nothing to measure and nothing to "
-                "train: does the loss depend on them? Under gradient checkpointing a model with frozen embeddings "
-                "needs model.enable_input_require_grads()."
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the state for the next checkpoint, and tell the trainer whether this step is the last."""
-        controller = self._running
-        if not self._seen and controller.steps + controller.skipped == self._before:
-            if self._trainer.accelerator.optimizer_step_was_skipped:  # a GradScaler's first steps
-                return
-            raise anybatch.UsageError(
-                "The trainer has stepped, and no hook on its optimizer saw it: trainer.optimizer is not what steps the "
-                "model. Train under DDP or FSDP2, with an optimizer that is a torch.optim.Optimizer."
-            )
-        self._seen = True
-        state.stateful_callbacks[_STATE] = controller.state_dict()
-        # The flow, which comes after this callback, ends the run at max_steps; tau tells when that is.
-        state.max_steps = state.global_step if controller.done else max(self._total, state.global_step + 1)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Clear what no step took, and leave the length of the run as samples per second are counted by it."""
-        # Of data without a length the trainer leaves the last, incomplete window for the next epoch to add to.
-        self._trainer.model_wrapped.zero_grad()
-        state.max_steps = self._total
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the last step's numbers, those that are finite, to what the reporters get."""
-        if self.controller is None:
-            return
-        for log in (kwargs["logs"], *state.log_history[-1:]):
-            log.update(numbers(self.controller))
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the average beside the model."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if self.ema is not None and state.is_world_process_zero:
-            torch.save(self.ema.state_dict(), folder / _AVERAGE)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say so, if the run is not over."""
-        if not self._running.done:
-            warnings.warn(
-                f"The training stopped at tau = {self._running.tau:g} of {self._total}: another callback stopped it, "
-                "or the data ended.",
-                anybatch.AnybatchWarning,
-                stacklevel=2,
-            )
-
-    # ---- parts ----
-
-    @property
-    def _running(self) -> anybatch.Controller:
-        if self.controller is None:
-            raise anybatch.UsageError("There is no run: the trainer has not called on_train_begin.")
-        return self.controller
-
-    def _is_over(self) -> bool:
-        """Whether the checkpoint is that of a run's end."""
-        if self._checkpoint is None:
-            return False
-        file = Path(self._checkpoint) / "trainer_state.json"
-        clock = anybatch.Clock()
-        clock.tau = json.loads(file.read_text())["stateful_callbacks"].get(_STATE, {}).get("tau", 0.0)
-        return clock.reached(self._total)
-
-    def _weigh(self, inputs: Any, items: Any) -> None:
-        """The share of this micro-batch's tokens in the step's loss, as the trainer counts them."""
-        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"]
-        if "shift_labels" not in inputs and self._trainer._loss_shifts_labels:
-            labels = labels[..., 1:]
-        self._running.weight = float((labels != -100).sum() / items)
-
-    def _resume(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            StateError: it is of a run without this callback, or without its average.
-        """
-        average = Path(self._checkpoint or "") / _AVERAGE
-        if _STATE not in saved or (self.ema is not None and not average.is_file()):
-            lacking = "no average" if _STATE in saved else "no state"
-            raise anybatch.StateError(
-                f"The checkpoint has {lacking} of anybatch: it is of a run without it, whose schedule counted steps. "
-                "Load its weights into the model, and train() without resume_from_checkpoint."
-            )
-        self._running.load_state_dict(saved[_STATE])
-        if self.ema is not None:
-            self.ema.load_state_dict(torch.load(average, map_location="cpu", weights_only=True))
-
-    def _release(self) -> None:
-        """Leave the optimizer and the scheduler as they were; what the run came to can still be read."""
-        if self.controller is not None:
-            self.controller.detach()
-        scheduler = self._trainer.lr_scheduler
-        if isinstance(scheduler, anybatch.HeldScheduler):
-            self._trainer.lr_scheduler = self._trainer.callback_handler.lr_scheduler = scheduler.scheduler
-
-
-def _examples(inputs: Any) -> int:
-    """How many examples a micro-batch has.
-
-    Raises:
-        UsageError: that cannot be told.
-    """
-    if "cu_seq_lens_q" in inputs:  # sequences without padding, one after the other
-        return len(inputs["cu_seq_lens_q"]) - 1
-    rows: int | None = find_batch_size(inputs)
-    if rows == 1 and "position_ids" in inputs:
-        return int((inputs["position_ids"] == 0).sum())
-    if rows is None:
-        raise anybatch.UsageError(
-            f"A micro-batch of type {type(inputs).__name__} holds no tensor, so the number of its examples is not "
-            "known: this trainer makes its batches inside of training_step, and needs anybatch.attach by hand."
-        )
-    return rows
