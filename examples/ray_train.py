@@ -1,7 +1,6 @@
 """Ray Train: plain `attach` inside of the function that each worker runs, and a checkpoint that Ray keeps.
 
-    python examples/ray_train.py --workers 1 --stop-at 300      # one worker, stopped half-way
-    python examples/ray_train.py --workers 2                    # goes on, on two
+    python examples/ray_train.py --workers 1 2 --stop-at 300    # one worker, stopped half-way; goes on, on two
 
 Each worker takes one micro-batch of 8 images a step, so the scale is the number of workers. The checkpoint holds model,
 optimizer and scheduler; the controller's numbers travel in the optimizer's.
@@ -72,25 +71,31 @@ def worker(config: dict[str, Any]) -> None:
 def main() -> None:
     """Start Ray on this machine, run the workers, and print what came of it."""
     parser = argparse.ArgumentParser(description="Ray Train with plain attach, stopped and resumed on other workers.")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="of each start, one after the other")
     parser.add_argument("--total", type=int, default=600, help="base iterations of the run")
-    parser.add_argument("--stop-at", type=float, help="save and leave at this tau")
+    parser.add_argument("--stop-at", type=float, help="save and leave at this tau; of several starts all but the last")
     parser.add_argument("--folder", type=Path, default=Path("ray"), help="where the checkpoint is kept")
     options = parser.parse_args()
-    folder = options.folder.resolve()
+    ray.init(num_cpus=max(options.workers), include_dashboard=False, log_to_driver=False)
+    for i, workers in enumerate(options.workers, 1):
+        stop_at = None if 1 < i == len(options.workers) else options.stop_at
+        print(json.dumps(start(workers, folder=options.folder.resolve(), total=options.total, stop_at=stop_at)))
+    ray.shutdown()
+
+
+def start(workers: int, *, folder: Path, total: int, stop_at: float | None) -> dict[str, Any]:
+    """Train from the newest checkpoint on, or from the beginning, and keep another; what the first worker reports."""
     newest = folder / "newest"
     resume = newest.read_text() if newest.exists() else ""
-    ray.init(num_cpus=options.workers, include_dashboard=False, log_to_driver=False)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"total": options.total, "stop_at": options.stop_at, "resume": resume},
-        scaling_config=train.ScalingConfig(num_workers=options.workers),
+        train_loop_config={"total": total, "stop_at": stop_at, "resume": resume},
+        scaling_config=train.ScalingConfig(num_workers=workers),
         run_config=train.RunConfig(storage_path=str(folder)),
     )
     result = trainer.fit()
     newest.write_text(str(result.checkpoint.path))
-    print(json.dumps(result.metrics))
-    ray.shutdown()
+    return dict(result.metrics)
 
 
 if __name__ == "__main__":

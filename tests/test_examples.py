@@ -76,9 +76,9 @@ def test_a_run_goes_on_with_other_ranks(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray_train_share_a_run(tmp_path):
-    found = run("ray_train", "--workers", 2, "--total", 200, folder=tmp_path)
-    assert (found["scale"], 200 <= found["tau"] < 202, found["steps"] < 200) == (2, True, True)
+def test_one_worker_of_ray_train_is_stopped_and_two_go_on(tmp_path):
+    found = run("ray_train", "--workers", 1, 2, "--stop-at", 100, "--total", 200, folder=tmp_path)
+    assert (found["resumed"], found["scale"], 200 <= found["tau"] < 202, found["steps"] < 200) == (100, 2, True, True)
     assert found["accuracy"] > 60
     assert Path(tmp_path / "ray" / "newest").read_text().strip()
 
