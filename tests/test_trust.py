@@ -280,6 +280,27 @@ def test_gradients_cleared_before_the_step_do_not_count(clear):
     assert (controller.tau, controller.steps) == (2, 2)
 
 
+@pytest.mark.parametrize("dropped", [0, 1, 2, 3])
+@pytest.mark.parametrize("early", [False, True], ids=["before the step", "after each micro-batch"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_one_gradient_that_is_dropped_is_no_clearing(dropped, early, to_none):
+    """DINO drops that of its last layer for an epoch, whose parameter is the first to get one in a backward."""
+    model, optimizer, controller = attached()
+    parameter = list(model.parameters())[dropped]
+    drop = lambda: setattr(parameter, "grad", None if to_none else torch.zeros_like(parameter))  # noqa: E731
+    before = parameter.detach().clone()
+    for t in range(4):
+        for i in range(3):
+            backward(model, 10 * t + i, share=1 / 3)
+            if early or i == 2:
+                drop()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert controller.count == 3
+    assert (controller.steps, controller.skipped) == (4, 0)
+    assert torch.equal(parameter, before)
+
+
 def test_gradients_from_before_attach_are_an_error():
     model = oracle.make_model()
     backward(model)

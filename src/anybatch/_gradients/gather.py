@@ -276,7 +276,7 @@ class Gather:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
         if not (self.pending and self._here):
             return False
-        return all(p.grad is None for p in self._parameters) or self._witness.emptied()
+        return all(p.grad is None for p in self._parameters) or (self._witness.emptied() and self._cleared())
 
     def average(self, divisor: float) -> None:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
@@ -399,7 +399,7 @@ class Gather:
                 )
             self._newest = task
             self._tasks.clear()
-        if not self._tasks and self._witness.cleared(self.pending):
+        if not self._tasks and self._witness.cleared(self.pending) and (self.pending == 0 or self._cleared()):
             self._open()
         self._witness.begin(parameter)
         if self.pending == 0:
@@ -453,6 +453,12 @@ class Gather:
     def _alone(self) -> bool:
         """Whether the window has one micro-batch on one rank, whose gradient is `.grad`."""
         return self._reduced is None and self.pending == 1
+
+    def _cleared(self) -> bool:
+        """Whether no gradient is left; to be asked where the witness's is gone, for it may be the only one: DINO drops
+        that of its last layer for an epoch.
+        """
+        return all(p.grad is None or is_zero(p.grad) for p in self._parameters)
 
     def _grads(self) -> list[Tensor]:
         """This rank's part of every `.grad`."""
