@@ -1,23 +1,29 @@
 """What a micro-batch of the Trainer's holds: examples, and tokens that its loss is a mean over."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.trainer_pt_utils import find_batch_size
 
 import anybatch
 
 
-def tokens(inputs: Any, *, shifted: bool) -> int:
-    """How many labels a micro-batch has that count, which waits for the device.
+def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
+    """How many labels that count each micro-batch of a step has; it waits for the device once for all of them.
 
     Args:
-        inputs: the micro-batch, with labels.
+        batches: the micro-batches, with labels.
         shifted: whether the loss leaves out the first label of each sequence.
     """
-    labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"]
-    if shifted and "shift_labels" not in inputs:
-        labels = labels[..., 1:]
-    return int((labels != -100).sum())
+    found = []
+    for each in batches:
+        labels = each["shift_labels"] if "shift_labels" in each else each["labels"]
+        if shifted and "shift_labels" not in each:
+            labels = labels[..., 1:]
+        found.append((labels != -100).sum())
+    counts: list[int] = torch.stack(found).tolist()
+    return counts
 
 
 def examples(inputs: Any) -> int:

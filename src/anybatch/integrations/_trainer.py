@@ -27,9 +27,9 @@ _ON_METRICS = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)  # schedule
 class AnyBatchCallback(TrainerCallback):
     """What `attach` adds to a trainer: the controller of its run.
 
-    Four methods of the trainer are wrapped, for what no callback is told: `set_initial_training_values` (the length of
-    the run), `training_step` (the size and weight of a micro-batch), `evaluation_loop` (the average), and `train`
-    (where it resumes, and that it has ended).
+    Five methods of the trainer are wrapped, for what no callback is told: `set_initial_training_values` (the length of
+    the run), `get_batch_samples` (the tokens of a step's micro-batches), `training_step` (the size of one),
+    `evaluation_loop` (the average), and `train` (where it resumes, and that it has ended).
 
     Args:
         trainer: as for `attach`, and so the others.
@@ -51,7 +51,9 @@ class AnyBatchCallback(TrainerCallback):
         self._examples: float | None = None
         self._checkpoint: str | None = None
         self._seen, self._before = False, 0  # whether a step of this run was; steps that were before it
-        for name in ("train", "set_initial_training_values", "training_step", "evaluation_loop"):
+        self._weights: list[int] = []  # of the micro-batches to come in this step
+        wrapped = ("train", "set_initial_training_values", "get_batch_samples", "training_step", "evaluation_loop")
+        for name in wrapped:
             setattr(trainer, name, partial(getattr(self, f"_{name}"), getattr(trainer, name)))
 
     # ---- around the trainer's own methods ----
@@ -73,14 +75,18 @@ class AnyBatchCallback(TrainerCallback):
         epochs_to_come = 0 if self._is_over() else sys.maxsize  # as many as tau asks for
         return epochs_to_come, updates, examples, self._total * batch, batch, in_epoch, self._total
 
-    def _training_step(
-        self, step: Callable[..., Any], model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
+    def _get_batch_samples(self, samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batches, items = samples(*args, **kwargs)
+        over_tokens = items is not None and self._trainer.loss_is_scaled_for_ga is not False
+        self._weights = _sequences.tokens(batches, shifted=self._trainer._loss_shifts_labels) if over_tokens else []
+        return batches, items
+
+    def _training_step(self, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.controller is not None:
             self.controller.micro_batch = _sequences.examples(inputs)
-            if num_items_in_batch is not None and self._trainer.loss_is_scaled_for_ga is not False:
-                self.controller.weight = _sequences.tokens(inputs, shifted=self._trainer._loss_shifts_labels)
-        return step(model, inputs, num_items_in_batch, **kwargs)
+            if self._weights:
+                self.controller.weight = self._weights.pop(0)
+        return step(model, inputs, *args, **kwargs)
 
     def _evaluation_loop(self, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.ema is None else self.ema.applied():
