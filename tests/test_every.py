@@ -208,5 +208,10 @@ def test_a_trace_tells_what_was_written_to():
     grads[1].data.mul_(2)
     assert not trace.left(grads)
     assert not Trace(grads).left(grads[:1])
+    for silent in (torch.zeros(1), torch.ones(0)):  # the smallest, which shows no factor
+        grads = [silent, torch.ones(5)]
+        trace = Trace(grads)
+        grads[1].data.mul_(2)
+        assert not trace.left(grads)
     unknown = [torch.full((2,), math.nan)]
     assert Trace(unknown).left(unknown)
