@@ -41,6 +41,8 @@ def expected(s):
 
         raw = None
         since = tau - at if samples else FIRST_SINCE
+        if waiting is not None and waiting[0] is not None:
+            since = tau - waiting[2]
         if s.rule == "AdaScale" and n > 1 and due(s, step_number, since) and not lost(s, step_number):
             spread = sum(square([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             raw = with_replacement(s, sample * spread, square(mean) - spread / n)

@@ -124,6 +124,20 @@ def test_a_resumed_run_measures_the_steps_that_an_undisturbed_one_does(total):
     assert [second.step(4) for _ in range(4)] == gains[4:]
 
 
+def test_a_state_that_is_asked_for_changes_nothing_of_which_steps_are_measured():
+    """Lagged, it folds in what is under way, which is a sample."""
+    gains = []
+    for asked in (False, True):
+        run = Run(total=2000, rule=anybatch.AdaScale(every=1000), lagged=True)
+        gains.append([])
+        for _ in range(12):
+            gains[-1].append(run.step(4))
+            if asked:
+                run.controller.state_dict()
+    assert gains[0] == gains[1]
+    assert 3 <= sum(not math.isnan(raw) for raw in run.raw) <= 6
+
+
 def test_a_skipped_step_is_made_up_for():
     run = Run(total=10_000, rule=anybatch.AdaScale(every=2))
     for factor in (1.0, 1.0, math.nan, 1.0, 1.0):

@@ -37,6 +37,12 @@ def test_lagged_steps_take_the_sizes_of_all_ranks():
     assert scales[1][1] > 1
 
 
+def test_a_state_that_one_rank_asks_for_changes_nothing_of_which_steps_are_measured():
+    state, other = launch.run(trust_workers.lagged_every, world=2)
+    assert state == other
+    assert 3 <= state["samples"] <= 6
+
+
 def test_a_lagged_error_comes_once():
     for outcomes, steps in launch.run(trust_workers.lagged_once, world=2):
         assert [str(outcome).split(":")[0] for outcome in outcomes] == ["None"] * 3 + ["UsageError"] + ["None"] * 2

@@ -113,6 +113,20 @@ def lagged_sizes(rank):
     return scales, [p.tolist() for p in model.parameters()]
 
 
+def lagged_every(rank):
+    """Of steps that are measured when the averages want a sample, and a state that one rank alone asks for."""
+    model = make("ddp")
+    rule = anybatch.AdaScale(every=1000)
+    optimizer, controller = attached(model, lagged=True, total=1000, rule=rule)
+    for t in range(8):
+        window(model, rank, t, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            controller.state_dict()
+    return controller.state_dict()
+
+
 def lagged_once(rank):
     """One step with more backwards on one rank: the error comes a step later, and is over with a state that is one."""
     model = make("ddp")

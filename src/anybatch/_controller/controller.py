@@ -131,7 +131,7 @@ class Controller(Readings, Loops, Backwards, Companion):
             self._gather = Gather(
                 trained,
                 measure=adascale is not None,
-                due=lambda: judge.due(tally.known, steps=tally.steps),
+                due=lambda: self._stepper.due(),  # noqa: PLW0108 - there is none yet
                 leaves=engine.leaves,
                 reduced=engine.reduced,
                 arrived=engine.arrived,

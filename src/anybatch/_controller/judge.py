@@ -103,10 +103,14 @@ class Judge:
         self.noise_factor = noise_factor
         self._warned = False
 
-    def due(self, known: Known, *, steps: int) -> bool:
-        """Whether the step after `steps` is to be measured."""
-        if self._adascale is None or steps % self._adascale.every == 0:
-            return True
+    def in_turn(self, steps: int) -> bool:
+        """Whether the step after `steps` is measured in any case."""
+        return self._adascale is None or steps % self._adascale.every == 0
+
+    def overdue(self, known: Known) -> bool:
+        """Whether the averages' memory wants a sample now."""
+        if self._adascale is None:
+            return False
         horizon = horizon_of(self._adascale.smoothing, total=self._clock.total)
         return _IN_A_HORIZON * known.averages.iterations >= horizon
 

@@ -149,6 +149,16 @@ class Stepper:
         if restore is not None:
             restore()
 
+    def due(self) -> bool:
+        """Whether the coming step is to be measured."""
+        if self._judge.in_turn(self._tally.steps):
+            return True
+        # What is under way may be a sample, and a state_dict() since then, on one rank say, has folded it in already:
+        # neither may change which steps are measured.
+        if self._flight is not None and self._flight[0].window.samples_square is not None:
+            self.land()
+        return self._judge.overdue(self._tally.known)
+
     def land(self) -> None:
         """Fold what is still under way from the last step, lagged, into the averages, and keep it for the record."""
         if self._flight is None:
