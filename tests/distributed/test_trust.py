@@ -57,6 +57,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all():
         "another rule": "UsageError: attach was given another rule",
         "another size": "None",  # of a micro-batch may differ
         "a state on one rank": "UsageError: The ranks have come to different clocks",
+        "a state on one rank, another look": "UsageError: The ranks have come to different clocks",
         ("ddp", "never synchronised"): "UsageError: The gradients of this step are not averaged",
         ("fsdp", "never synchronised"): "UsageError: The gradients of this step are not averaged",
         ("ddp", "not synchronised at last"): "UsageError: The gradients of this step are not averaged",

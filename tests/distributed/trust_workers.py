@@ -154,7 +154,7 @@ def errors(rank):
     found["another rule"] = told(other_setting, rule=anybatch.AdaScale(smoothing=0.5) if rank else None)
     found["another size"] = told(other_setting, base_batch=8, micro_batch=8 * (1 + rank))
 
-    def state_on_one_rank():
+    def state_on_one_rank(**options):
         model = make("ddp")
         optimizer, controller = attached(model, total=50)
         for t in range(2):
@@ -163,13 +163,14 @@ def errors(rank):
             optimizer.zero_grad()
         state = controller.state_dict()
         model = make("ddp")
-        optimizer, controller = attached(model, total=50)
+        optimizer, controller = attached(model, total=50, **options)
         if rank == 0:
             controller.load_state_dict(state)
         window(model, rank, 0, 1)
         optimizer.step()
 
     found["a state on one rank"] = told(state_on_one_rank)
+    found["a state on one rank, another look"] = told(state_on_one_rank, per_layer=5, record=lambda _: None)
 
     def never(engine):
         model = make(engine)

@@ -255,7 +255,8 @@ class Gather:
                 measured = not bool(self._samples_square().isfinite())
         weighed = None if self._weighing is None else Weighed()
         layers = None
-        if self._layers is not None and self._layers.due():  # asked of the clock, so that all ranks say the same
+        # Over several ranks at each step: one that was given another clock is told so by an all-reduce of one size.
+        if self._layers is not None and (self._reduced is not None or self._layers.due()):
             layers = self._layers.squares(self._fires, known=measured and self._looking is not None)
         if not measured:
             return Window(backwards, self.sizes.shares, None, None, None, weighed, layers)

@@ -103,7 +103,7 @@ class Flight:
         ranks: the ranks it is summed over.
         reduction: what the user's `.grad` is.
         numbers: float64 tensor `[2]`, `[4]` with a pair, or `[12]` over several ranks, in Adam's metric two more, and
-            at a step that is looked at two more for each layer; empty where one rank has only counted.
+            two more for each layer where the layers are looked at; empty where one rank has only counted.
         share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
             `"all"` ranks or those still `"active"`; else `None`.
         work: the reduction under way, or `None`.
@@ -144,10 +144,10 @@ def launch(
     """Begin to sum the windows of the ranks.
 
     With several ranks that is one all-reduce of twelve float64 numbers, 14 with Adam's metric, and two more for each
-    layer where the layers are looked at. `||.grad||^2` is summed with the rest, over the shards or divided by the
-    number of replicas, so that every rank computes with the same bits; the sums of squares beside the sums tell whether
-    all ranks counted, know and hold the same. Landing costs the one device-to-host copy of a step; with `ahead=True`
-    the copy runs beside the computation, and landing a step later waits for nothing.
+    layer where layers are looked at, nan at the steps between. `||.grad||^2` is summed with the rest, over the shards
+    or divided by the number of replicas, so that every rank computes with the same bits; the sums of squares beside the
+    sums tell whether all ranks counted, know and hold the same. Landing costs the one device-to-host copy of a step;
+    with `ahead=True` the copy runs beside the computation, and landing a step later waits for nothing.
 
     Args:
         window: this rank's window.

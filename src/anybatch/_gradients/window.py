@@ -88,7 +88,7 @@ class Window:
         grad_square: squared norm of `.grad`.
         pair: with one backward in a window, this gradient and the one before.
         weighed: the norms in Adam's metric; `None` where nobody asks for them.
-        layers: the norms by layer; `None` at a step that nobody looks at.
+        layers: the norms by layer; `None` at a step that nobody looks at, on one rank, and where nobody ever does.
     """
 
     backwards: int
