@@ -43,6 +43,14 @@ def test_a_state_that_one_rank_asks_for_changes_nothing_of_which_steps_are_measu
     assert 3 <= state["samples"] <= 6
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_one_rank_did_not_measure_none_did(broken):
+    (samples, skipped, gain, weights), other = launch.run(trust_workers.hooks_on_one_rank, world=2, args=(broken,))
+    assert (samples, skipped, gain, weights) == other
+    assert (samples, skipped) == ([1, 2, 2, 3], broken)
+    assert gain > 1
+
+
 def test_a_lagged_error_comes_once():
     for outcomes, steps in launch.run(trust_workers.lagged_once, world=2):
         assert [str(outcome).split(":")[0] for outcome in outcomes] == ["None"] * 3 + ["UsageError"] + ["None"] * 2

@@ -127,6 +127,26 @@ def lagged_every(rank):
     return controller.state_dict()
 
 
+def hooks_on_one_rank(rank, broken):
+    """A hook of the user's from the third step on, on one rank alone, as a tracker's `watch` makes them; with it comes
+    perhaps a gradient that is not finite.
+    """
+    model = make("ddp")
+    optimizer, controller = attached(model, total=50)
+    samples = []
+    for t in range(4):
+        if t == 2 and rank == 0:
+            for p in model.parameters():
+                p.register_hook(lambda grad: None)
+        for a in range(2):
+            share = torch.inf if broken and (t, a, rank) == (2, 0, 1) else 0.5
+            backward(model, rank, t, a, share=share, sync=a == 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        samples.append(controller.state_dict()["samples"])
+    return samples, controller.skipped, controller.gain, [p.tolist() for p in model.parameters()]
+
+
 def lagged_once(rank):
     """One step with more backwards on one rank: the error comes a step later, and is over with a state that is one."""
     model = make("ddp")

@@ -13,7 +13,7 @@ them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -188,6 +188,8 @@ def launch(
         told = [shares.inverse_sizes, shares.sizes, shares.weights, shares.squares, shares.weighted]
         known = [backwards, backwards**2, *told, checksum, checksum**2]
         counts = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
+        if not measured:  # on no rank then, whatever the others saw: one alone may have come by hooks of the user's
+            norms[0] = torch.full_like(zero, nan)
         packed = torch.cat([torch.stack(norms), counts, norms[1].square()[None], *(n[None] for n in tail)])
         packed[1] /= ranks.replicas
         if tail:
@@ -236,6 +238,7 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
     numbers, by_layer = numbers[: len(numbers) - 2 * len(names)], numbers[len(numbers) - 2 * len(names) :]
     backwards, count = window.backwards, window.backwards
     share, active = 1.0, ranks.size
+    measured = window.samples_square is not None
     if ranks.group is not None:
         sums = Sums(*numbers[: len(Sums._fields)])
         count = round(sums.backwards)
@@ -255,10 +258,12 @@ def _observation(numbers: list[float], flight: Flight) -> Observation:
                 "The ranks have come to different clocks or averages, so their steps and then their weights differ: "
                 "load the same state of the controller on every rank, and train every rank with the same steps."
             )
-        if window.samples_square is not None and ranks.replicas == ranks.size:
+        # Of a gradient that is not finite the sum is not either, and the step is skipped on every rank.
+        measured = not (isnan(sums.samples) and isfinite(sums.grad))
+        if measured and ranks.replicas == ranks.size:
             _check_same_gradients(sums.grad * ranks.size / active, sums.grad_squared / active)
     _check_weights(shares, flight.reduction)
-    if window.samples_square is None:
+    if not measured:
         return Observation(shares, None, None)
     if count == 1:
         two = None if window.pair is None else SquaredNorms(numbers[2], numbers[3], 2)
