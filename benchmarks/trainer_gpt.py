@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer_gpt --json docs/frameworks/gpt.json
 
-trains what is not there yet, in about six minutes of one core, and prints the table of docs/frameworks.md.
+trains what is not there yet, in about twelve minutes of a shared core, and prints the table of docs/frameworks.md.
 
 The text is Python's help on its own topics, in bytes. An example is a paragraph, cut at 128; the lengths scatter by
 half of their mean. As the Trainer has it, a step's loss is the mean over all tokens of its micro-batches, padding left
