@@ -72,6 +72,16 @@ def test_the_reproduced_table_is_that_of_the_results(name):
         assert f"| {' | '.join(line)} |" in text
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/reproduction/*-tiny-table2.json")), ids=lambda path: path.stem)
+def test_the_tiny_tables_are_those_of_the_results(path):
+    text = (ROOT / "docs/reproduction.md").read_text()
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        assert f"{row['metric']:.1f} ± {row['spread']:.1f}{' *' if row['worse'] else ''} |" in text
+        assert f"{row['iterations']:.0f}" in text
+        assert f"{row['train_loss']:.3f}" in text
+
+
 def test_the_elastic_table_is_that_of_the_results():
     text = (ROOT / "docs/reproduction.md").read_text()
     for name in ("fig4", "fig4-paper"):
