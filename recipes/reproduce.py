@@ -44,7 +44,8 @@ from recipes.paper.wanted import POINTS, TRAJECTORIES, WANTED, Question
 from recipes.training.options import PRECISIONS, TASKS, number_or_word
 from recipes.training.task import DataError
 
-UNTOLD = ("what", "cache", "out", "jobs", "processes", "workers", "compile", "plan")  # they do not decide the numbers
+# They do not decide the numbers; the processes do, where they cut the micro-batches.
+UNTOLD = ("what", "cache", "out", "jobs", "workers", "compile", "plan")
 
 
 class Lab:

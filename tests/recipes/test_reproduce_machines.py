@@ -53,6 +53,11 @@ def test_the_micro_batch_of_several_processes_is_another_one_only_where_it_has_t
     assert replace(RUN, scale=scale, micro_batch=given).on(processes, Digits()).micro_batch == micro_batch
 
 
+def test_the_command_beside_the_numbers_says_what_decides_them():
+    given = reproduce.parser().parse_args(["table2", "--processes", "8", "--jobs", "3", "--workers", "2", "--compile"])
+    assert reproduce._command(given, reproduce.parser()) == "python -m recipes.reproduce table2 --processes 8"
+
+
 # ---- places ----
 
 
