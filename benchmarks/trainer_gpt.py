@@ -122,7 +122,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
+        self.rows: list[Row] = []
+        if path.is_file():
+            saved = json.loads(path.read_text())
+            if (saved["base_batch"], saved["total"]) != (BASE, TOTAL):
+                raise SystemExit(f"{path} holds runs of another batch or length: name another --json, or delete it.")
+            self.rows = saved["rows"]
 
     def of(self, scale: int, *, rate: float, seed: int) -> Row:
         """That run, trained now where it was not yet."""

@@ -29,6 +29,13 @@ def test_a_run_of_a_few_steps_ends_at_its_total():
     assert 2 < row["loss"] < 5  # log(128) = 4.85 at the first weights
 
 
+def test_runs_of_another_length_are_refused(tmp_path):
+    other = tmp_path / "gpt.json"
+    other.write_text(json.dumps({**json.loads(KEPT.read_text()), "total": trainer_gpt.TOTAL + 1}))
+    with pytest.raises(SystemExit, match="another batch or length"):
+        trainer_gpt.Results(other)
+
+
 def test_the_pages_table_is_that_of_the_runs_and_no_scale_differs_from_scale_1():
     results = trainer_gpt.Results(KEPT)
     kept = len(results.rows)
