@@ -96,7 +96,10 @@ def test_one_gradient_a_step_shows_none_and_says_so():
     assert math.isnan(controller.noise_scale)
 
 
-@pytest.mark.parametrize("options", [{"scale": 2}, {"scale": "count"}, {"scale": 1, "micro_batch": 8}, {"scale": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": 2}, {"scale": "count"}, {"scale": 1, "micro_batch": 8}, {"scale": True}, {"scale": torch.ones(2)}],
+)
 def test_beside_another_scale_a_base_batch_is_an_error(options):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

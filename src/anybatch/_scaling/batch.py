@@ -42,7 +42,7 @@ class BatchSize:
     examples: float | None = None
 
     def __post_init__(self) -> None:
-        beside = self.base_batch is not None and not isinstance(self.scale, bool) and self.scale == 1
+        beside = self.base_batch is not None and positive(self.scale) == 1
         pair = (self.base_batch is not None and not beside, self.micro_batch is not None)
         if any(pair) == (self.scale is not None) or (any(pair) and not all(pair)):
             given = ", ".join(f"{n}={shown(v)}" for n, v in vars(self).items() if v is not None and n != "examples")
