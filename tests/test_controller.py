@@ -190,6 +190,18 @@ def test_trap_a_closure_runs_before_its_gain_is_known():
     assert all(used == pytest.approx(0.1 * gain) for gain, _, used in gains)
 
 
+def test_an_empty_first_group_changes_nothing():
+    gains = []
+    for empty in ([], [{"params": []}]):
+        model = oracle.make_model()
+        optimizer = torch.optim.SGD([*empty, {"params": list(model.parameters())}], lr=0.1)
+        controller = anybatch.attach(optimizer, model=model, scale="count")
+        backwards(model)
+        optimizer.step()
+        gains.append(controller.gain)
+    assert gains[0] == gains[1] > 1
+
+
 def test_groups_added_later_are_scaled():
     model = oracle.make_model()
     optimizer = spy(model[0].parameters())

@@ -191,7 +191,8 @@ class Stepper:
     def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.restore()
         self._pending = None
-        check_not_captured(self._values[index].optimizer.param_groups[0]["params"][0])
+        for p in trainable(self._values[index].optimizer)[:1]:  # a group may be empty
+            check_not_captured(p)
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         if closure is None:
             self._prepare(index)
