@@ -151,6 +151,12 @@ def test_the_page_draws_each_run_that_was_looked_at(tmp_path):
     part = text.partition("Noise by layer</h2>")[2].partition("<h2>")[0]
     assert part.count('<svg class="chart"') == 4
     assert "2 more runs are left out" in part
-    assert "in examples" in part
+    assert "in examples, as colour" in part
     assert "body.&lt;i&gt;\n64 for tau 0 to" in part
     assert "body.<i>" not in text
+    record = anybatch.RunRecord(tmp_path / "unsaid.jsonl", config={**plain.config, "base_batch": None})
+    for step in plain.steps[:40]:
+        record.write(anybatch.StepRecord(**{**vars(step), "per_layer": {"head": anybatch.Moments(2.0, 1.0)}}))
+    record.close()
+    assert "in base batches, as colour" in report([tmp_path / "unsaid.jsonl"])
+    assert "in examples (in base batches for runs whose record" in report(sorted(tmp_path.glob("*.jsonl")))

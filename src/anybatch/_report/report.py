@@ -148,9 +148,12 @@ def _layers(runs: Sequence[Summary]) -> Iterator[Block]:
     yield Heading("Noise by layer")
     yield layer_legend(limits)
     yield Grid([LayerChart(shorten(run.name), layers, limits) for run, layers in found[:_LAYERS]])
-    examples = all(isfinite(run.base_batch) for run, _ in found)
+    known = {isfinite(run.base_batch) for run, _ in found}
+    unit = "examples" if True in known else "base batches"
+    if len(known) > 1:
+        unit += " (in base batches for runs whose record does not say how large one is)"
     yield Text(
-        f"The noise scale of each layer in {'examples' if examples else 'base batches'}, as colour, the layers in the "
+        f"The noise scale of each layer in {unit}, as colour, the layers in the "
         "model's order. Each cell is as long as it takes for the mean sqnorm of the steps that were looked at in it to "
         "be two standard errors above 0; where there is none, the noise is more than these steps can measure. The "
         "noise scale of the whole is not the mean of the layers' but their mean with sqnorm as weights.",
