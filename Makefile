@@ -60,6 +60,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overhead_profile
+	$(BIN)/python -m benchmarks.every
+	$(BIN)/python -m benchmarks.per_layer
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.rare_rows
 	$(BIN)/python -m benchmarks.smoothing
 	$(BIN)/python -m benchmarks.decays
 	$(BIN)/python -m benchmarks.ema
