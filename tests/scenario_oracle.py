@@ -24,7 +24,8 @@ def expected(s):
     parameters = [p for group in groups for p in group]
     states = {id(p): {} for p in parameters}
     present, tau, lines = set(), 0.0, []
-    samples, at = [], -FIRST_SINCE  # (variance, sqnorm, theta) of each measured step, and tau at the last of them
+    samples = []  # (variance, sqnorm, theta) of each measured step
+    at, taken = -FIRST_SINCE, 0  # tau at the last of them, and its number
     waiting = previous = sizes = None  # lagged: the last step's sample and sizes; consecutive: its gradient
     for step_number, window in enumerate(s.windows):
         grads, used = [], set()
@@ -51,13 +52,14 @@ def expected(s):
             raw = (sample * half, square([(a + b) / 2 for a, b in zip(mean, previous)]) - half / 2)
         previous = mean if n == 1 else None
 
-        now = (raw, scale, tau)
-        shown, of_scale, of_tau = (waiting or (None, 0, 0)) if s.lagged else now
+        now = (raw, scale, tau, step_number)
+        shown, of_scale, of_tau, of_step = (waiting or (None, 0, 0, 0)) if s.lagged else now
         waiting, before = now, list(samples)
         if shown is not None:
             since = of_tau - at if samples else FIRST_SINCE
-            samples.append(sample_of(s, shown, scale=of_scale, since=since, n=len(samples)))
-            at = of_tau
+            steps = min(of_step - taken, s.options["every"]) if samples else 1
+            samples.append(sample_of(s, shown, scale=of_scale, since=since, steps=steps, n=len(samples)))
+            at, taken = of_tau, of_step
         if s.lagged and s.world > 1:  # other ranks' sizes are known a step late
             scale, _ = size_of(s, window, sizes or window)
             sizes = window
@@ -127,13 +129,13 @@ def with_replacement(s, variance, sqnorm):
     return right, sqnorm + variance - right
 
 
-def sample_of(s, raw, *, scale, since, n):
+def sample_of(s, raw, *, scale, since, steps, n):
     """What is averaged, and the factor by which the averages before it fade; n samples came before."""
     smoothing = s.options["smoothing"]
     if isinstance(smoothing, float):
-        theta = smoothing ** s.options["every"]
+        theta = smoothing**steps
     else:
-        theta = max(1 - scale / 1000, 0.0) ** s.options["every"]
+        theta = max(1 - scale / 1000, 0.0) ** steps
         if smoothing is None and s.total is not None:
             theta = min(theta, math.exp(-since / (SHARE * s.total)))
     if s.options["estimator"] == "paper":

@@ -88,7 +88,7 @@ def test_the_measured_gains_are_those_of_a_plain_loop():
             spread = sum(oracle.norm2([a - b for a, b in zip(g, mean)]) for g in grads) / 3
             seen.append((spread, oracle.norm2(mean) - spread / 4, tau))
         thetas = [math.exp(-1 / 100), *(math.exp((a[2] - b[2]) / 100) for a, b in itertools.pairwise(seen))]
-        thetas = [min(theta, (1 - 4 / 1000) ** 2) for theta in thetas]
+        thetas = [min(theta, (1 - 4 / 1000) ** (2 if k else 1)) for k, theta in enumerate(thetas)]
         weights = [(1 - theta) * math.prod(thetas[k + 1 :]) for k, theta in enumerate(thetas)]
         v, q = (sum(w * x[k] for w, x in zip(weights, seen)) / sum(weights) for k in (0, 1))
         v, q = max(v, 0.0), max(q, 0.0)

@@ -7,12 +7,13 @@ from anybatch._errors import StateError
 from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
-STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: how many backwards the last window had
+STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: how many backwards the last window had, and the samples' age
 _NEW_IN_2 = {f"metric_{name}": float(value) for name, value in vars(Averages()).items()}
-_NEW: dict[float, dict[str, float]] = {1: {**_NEW_IN_2, "backwards": 0.0}, 2: {"backwards": 0.0}}
+_NEW_IN_3 = {"backwards": 0.0, "age": 1.0, "metric_age": 1.0}
+_NEW: dict[float, dict[str, float]] = {1: {**_NEW_IN_2, **_NEW_IN_3}, 2: _NEW_IN_3}
 
 # The least and the most that a number may be; of those without a line any finite one may come up.
-_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version", "backwards")
+_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version", "backwards", "age", "metric_age")
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*_COUNTS, "base_batch", "tau", "iterations", "metric_iterations"), (0, MOST)),
     **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # a long sum of them ends beside 1

@@ -192,7 +192,7 @@ class Readings:
 
 def _averages_of(values: Mapping[str, float], prefix: str) -> Averages:
     found = {each.name: values[prefix + each.name] for each in fields(Averages)}
-    return Averages(**{**found, "samples": int(found["samples"])})  # type: ignore[arg-type]
+    return Averages(**{**found, "samples": int(found["samples"]), "age": int(found["age"])})  # type: ignore[arg-type]
 
 
 def _clipped(value: float) -> float:

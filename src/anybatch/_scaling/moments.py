@@ -175,6 +175,7 @@ class Averages:
         weight: sum of the weights, in [0, 1].
         samples: steps that were averaged.
         iterations: how far the clock moved since the last of them, base iterations; 1 before the first.
+        age: steps since the last of them; 1 before the first.
     """
 
     variance: float = 0.0
@@ -182,6 +183,7 @@ class Averages:
     weight: float = 0.0
     samples: int = 0
     iterations: float = 1.0
+    age: int = 1
 
     @property
     def moments(self) -> Moments:
@@ -200,8 +202,9 @@ class Averages:
         total: float | None,
         every: int = 1,
     ) -> "Averages":
-        """The averages with one more sample, taken at `scale`, `every` so many steps."""
-        theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total, every=every)
+        """The averages with one more sample, taken at `scale`; `every` so many steps at most are between two."""
+        steps = max(1, min(self.age, every))  # one that could not be measured in its turn is no step between
+        theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total, steps=steps)
         if estimator == "paper":
             raw = Moments(max(raw.variance, EPSILON), max(raw.sqnorm, 0.0))
             if self.samples * (1 - theta) < 1:  # a plain mean while t < 1 / (1 - theta)
@@ -212,11 +215,15 @@ class Averages:
             weight=theta * self.weight + (1 - theta),
             samples=self.samples + 1,
             iterations=0.0,
+            age=0,
         )
 
     def moved(self, iterations: float) -> "Averages":
-        """The averages after the clock has moved by `iterations`."""
-        return self if self.samples == 0 else replace(self, iterations=self.iterations + iterations)
+        """The averages after a step that moved the clock by `iterations`, or before it, with less than 0."""
+        if self.samples == 0:
+            return self
+        step = (iterations > 0) - (iterations < 0)
+        return replace(self, iterations=self.iterations + iterations, age=self.age + step)
 
     def gain(self, scale: float, *, estimator: Estimator, noise_factor: float = 1.0) -> float:
         """The gain at `scale` with `noise_factor` times the variance; `min(1, S)`, the careful end, where nothing is
@@ -234,7 +241,7 @@ class Averages:
 
 
 def smoothing_factor(
-    smoothing: Smoothing, *, scale: float, iterations: float, total: float | None, every: int = 1
+    smoothing: Smoothing, *, scale: float, iterations: float, total: float | None, steps: int = 1
 ) -> float:
     """The factor `theta` with which the averages forget at this step.
 
@@ -242,7 +249,7 @@ def smoothing_factor(
         theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total, where that is smaller
         theta = smoothing                              a number
 
-    The first and the last to the power of `every`, for one sample in so many steps.
+    The first and the last to the power of `steps`, as many as there were since the last sample.
 
     Args:
         smoothing: `None`, `"paper"` or a number in [0, 1).
@@ -255,7 +262,7 @@ def smoothing_factor(
         iterations are too long a memory, it saves iterations. At the paper's own lengths 1000/S is the shorter one.
     """
     of_step, of_iteration = thetas(smoothing, scale=scale, total=total)
-    return min(of_step**every, float(of_iteration**iterations))
+    return min(of_step**steps, float(of_iteration**iterations))
 
 
 def thetas(smoothing: Smoothing, *, scale: float, total: float | None) -> tuple[float, float]:
