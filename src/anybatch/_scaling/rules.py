@@ -207,10 +207,10 @@ class AdaScale(Rule):
             Where many rows seldom get a gradient, as embeddings of rare words, their v is next to nothing, so they
             weigh most and take the gain towards S: keep to `"euclidean"` there.
         every: k: the gradients of each k-th step are measured, by default all. A step between costs next to nothing and
-            has the gain of the averages. Their memory stays as long as it is, so they hold fewer samples, each of which
-            counts for k steps: about 1000 / (S k), where the clock does not make them forget faster; so that it leaves
-            them four, a step is measured too where it has moved by a quarter of 1 % of the `total`. For long runs of
-            small micro-batches (docs/overhead.md). A gradient that is not finite is skipped only where it is measured.
+            has the gain of the averages. Their memory stays as long as it is, so they hold fewer samples: by the steps
+            about 1000 / (S k). So that the clock leaves them four, a step is measured too where it has moved by a
+            quarter of 1 % of the `total`. For long runs of small micro-batches (docs/overhead.md). A gradient that is
+            not finite is skipped only where it is measured.
         decays: as for every `Rule`.
 
     Raises:
