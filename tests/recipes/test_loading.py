@@ -1,6 +1,7 @@
 """How data comes to the device, and how the ranks share an evaluation."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_what_is_gathered_has_its_order():
 )
 def test_kernels_are_tried_out_where_shapes_stay(precision, products, monkeypatch):
     told = {}
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    # torch's own test helpers, which other tests import, forbid to set the real flags.
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(benchmark=None))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: told.update(products=value))
 
     class Net(nn.Module):
