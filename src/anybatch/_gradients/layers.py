@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from anybatch._gradients.norms import norm_into
-from anybatch._gradients.slots import Slots, zero_unused
+from anybatch._gradients.slots import Rows, Slots
 from anybatch._gradients.window import ByLayer
 from anybatch._gradients.witness import local_of
 
@@ -36,7 +36,7 @@ class Layers:
         self._leaves: list[Tensor] = []
         self._names: tuple[str, ...] = ()
         self._places: list[int] = []  # for each parameter, that of its layer among the names
-        self._rows: list[Slots] = []  # [micro-batches of the longest window so far]
+        self._rows = Rows(self._leaves)
         self._grads: Slots | None = None
         self.clear()
 
@@ -52,7 +52,7 @@ class Layers:
         self._names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in mine))
         places = {name: place for place, name in enumerate(self._names)}
         self._places = [places[self._layer_of[id(p)]] for p in self._parameters]
-        self._rows.clear()
+        self._rows = Rows(self._leaves)
         self._grads = None
         self.clear()
 
@@ -63,15 +63,14 @@ class Layers:
 
     def sample(self, row: int, index: int, grad: Tensor) -> None:
         """The gradient that parameter `index` got from micro-batch `row`."""
-        while row >= len(self._rows):
-            self._rows.append(Slots(self._leaves))
-        norm_into(self._rows[row].views[index], grad)
+        norm_into(self._rows.view(row, index), grad)
 
     def samples(self, samples: Sequence[Tensor]) -> None:
         """All gradients of a step at once, one tensor `[n, *shape]` a parameter."""
         for index, given in enumerate(samples):
             self.sample(0, index, given)
-        self._observed = self._rows[0].squares() / samples[0].shape[0] ** 2
+        first = self._rows.written([1] * len(samples))[0]
+        self._observed = first.squares() / samples[0].shape[0] ** 2
 
     def grads(self) -> None:
         """`.grad` as it is now, this rank's part of it."""
@@ -90,9 +89,7 @@ class Layers:
             return ByLayer(self._names)
         samples = self._observed
         if samples is None:
-            rows = self._rows[: max(fires)]
-            zero_unused(rows, fires)
-            samples = torch.stack([row.squares() for row in rows]).sum(0)
+            samples = torch.stack([slots.squares() for slots in self._rows.written(fires)]).sum(0)
         return ByLayer(self._names, self._summed(samples), self._summed(self._grad_squares))
 
     def _summed(self, squares: Tensor) -> Tensor:

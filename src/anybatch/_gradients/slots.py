@@ -33,14 +33,27 @@ class Slots:
         return torch.stack([moved[device][i] for device, i in self._places])
 
 
-def total_of(rows: Sequence[Slots], fires: Sequence[int]) -> Tensor:
-    """Sum of the squares in all `rows`, of parameters that got `fires` gradients each; what they did not get is 0."""
-    zero_unused(rows, fires)
-    return torch.stack([slots.total() for slots in rows]).sum()
+class Rows:
+    """Slots for each micro-batch of a window, as many as the longest window so far has had.
 
+    Args:
+        leaves: the tensors on which the parameters' gradients arrive.
+    """
 
-def zero_unused(rows: Sequence[Slots], fires: Sequence[int]) -> None:
-    """Make 0 of what the parameters, which got `fires` gradients each, did not get."""
-    for index, written in enumerate(fires):
-        for slots in rows[written:]:  # unused in a micro-batch: its gradient there is zero
-            slots.views[index].zero_()
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self._rows: list[Slots] = []
+
+    def view(self, row: int, index: int) -> Tensor:
+        """Where the norm of what parameter `index` got from micro-batch `row` is written."""
+        while row >= len(self._rows):
+            self._rows.append(Slots(self._leaves))
+        return self._rows[row].views[index]
+
+    def written(self, fires: Sequence[int]) -> list[Slots]:
+        """The window's, of parameters that got `fires` gradients each; what they did not get is 0."""
+        rows = self._rows[: max(fires)]
+        for index, count in enumerate(fires):
+            for slots in rows[count:]:  # unused in a micro-batch: its gradient there is zero
+                slots.views[index].zero_()
+        return rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anybatch._gradients.metric import Metric
-from anybatch._gradients.slots import Slots, total_of
+from anybatch._gradients.slots import Rows, Slots
 from anybatch._gradients.window import Weighed
 
 
@@ -21,7 +21,7 @@ class Weighing:
         self._metric = metric
         self._parameters: list[Tensor] = []
         self._leaves: list[Tensor] = []
-        self._rows: list[Slots] = []  # [micro-batches of the longest window so far]
+        self._rows = Rows(self._leaves)
         self._grads: Slots | None = None
         self.clear()
 
@@ -30,7 +30,7 @@ class Weighing:
         self._metric.follow(parameters)
         self._parameters.extend(parameters)
         self._leaves.extend(leaves)
-        self._rows.clear()
+        self._rows = Rows(self._leaves)
         self._grads = None
         self.clear()
 
@@ -48,9 +48,7 @@ class Weighing:
         """The gradient that parameter `index` got from micro-batch `row`."""
         if not self._known:
             return
-        while row >= len(self._rows):
-            self._rows.append(Slots(self._leaves))
-        self._known = self._metric.sample_into(self._rows[row].views[index], self._parameters[index], grad)
+        self._known = self._metric.sample_into(self._rows.view(row, index), self._parameters[index], grad)
 
     def samples(self, samples: Sequence[Tensor]) -> None:
         """All gradients of a step at once, one tensor `[n, *shape]` a parameter."""
@@ -77,5 +75,5 @@ class Weighing:
             return Weighed()
         samples = self._observed
         if samples is None:
-            samples = total_of(self._rows[: max(fires)], fires)
+            samples = torch.stack([slots.total() for slots in self._rows.written(fires)]).sum()
         return Weighed(samples, samples if self._grad_square is None else self._grad_square)
