@@ -13,7 +13,16 @@ from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._numbers import shown
 from anybatch._record import Destination
-from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
+from anybatch._scaling import (
+    AdaScale,
+    BatchSize,
+    Clock,
+    Rule,
+    bare_optimizer,
+    check_positive,
+    check_steps,
+    refuse_deepspeed,
+)
 
 
 def attach(
@@ -132,10 +141,9 @@ def attach(
     divisor = not isinstance(reduction, bool) and isinstance(reduction, int) and reduction >= 1
     if reduction not in ("mean", "sum") and not divisor:
         raise InvalidValueError(f'reduction must be "mean", "sum", or the number divided by; got {shown(reduction)}.')
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise InvalidValueError(f"patience is a number of steps, at least 1; got {patience!r}.")
-    if per_layer is not None and (isinstance(per_layer, bool) or not isinstance(per_layer, int) or per_layer < 1):
-        raise InvalidValueError(f"per_layer is a number of steps, at least 1; got {per_layer!r}.")
+    check_steps("patience", patience)
+    if per_layer is not None:
+        check_steps("per_layer", per_layer)
     batch = BatchSize(base_batch, micro_batch, scale, examples)
     if schedule_every == "epoch":
         schedule_every = _epoch_of(batch, "schedule_every='epoch'")

@@ -1,6 +1,6 @@
 """How far a step may go: moments, gain and rules; the clock; and what an optimizer makes of a `Scaling`."""
 
-from anybatch._scaling.batch import BatchSize, check_positive, split
+from anybatch._scaling.batch import BatchSize, check_positive, check_steps, split
 from anybatch._scaling.clock import Clock
 from anybatch._scaling.families import Family, attached, family_of, local_of, row_of, second_moment_of
 from anybatch._scaling.hyperparameters import Hyperparameters
@@ -44,6 +44,7 @@ __all__ = [
     "bare_optimizer",
     "careful",
     "check_positive",
+    "check_steps",
     "family_of",
     "gain",
     "held_by",

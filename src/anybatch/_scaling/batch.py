@@ -94,6 +94,12 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_steps(name: str, value: object) -> None:
+    """Raise if `value` is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidValueError(f"{name} is a number of steps, at least 1; got {shown(value)}.")
+
+
 def split(batch: Any, n: int) -> Iterator[Any]:
     """Split a batch into `n` equal micro-batches, so that one device sees the noise of its gradient.
 

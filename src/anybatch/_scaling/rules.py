@@ -8,7 +8,7 @@ from typing import Literal
 from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError
-from anybatch._scaling.batch import check_positive
+from anybatch._scaling.batch import check_positive, check_steps
 from anybatch._scaling.clock import Clock
 from anybatch._scaling.moments import Estimator, Smoothing
 from anybatch._scaling.momentum import Decays
@@ -258,8 +258,7 @@ class AdaScale(Rule):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
         if self.metric not in ("euclidean", "adam"):
             raise InvalidValueError(f'metric must be "euclidean" or "adam", got {self.metric!r}.')
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise InvalidValueError(f"every is a number of steps, a whole one from 1, got {self.every!r}.")
+        check_steps("every", self.every)
         if self.consecutive and self.every > 1:
             raise InvalidValueError(
                 f"consecutive=True measures each step's gradient against the last one's: every={self.every} would "
