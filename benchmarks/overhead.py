@@ -37,7 +37,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.overhead_counts import Counts, Ops
-from benchmarks.overhead_loops import LOOPS, RIVALS, MissingError, Step
+from benchmarks.overhead_loops import LOOPS, RIVALS, Loop, MissingError, Step
 from benchmarks.overhead_models import MODELS, OPTIMIZERS
 
 ACCUMULATION = 4
@@ -102,9 +102,9 @@ def synchronised(model: nn.Module, last: bool) -> Any:
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
-def step_of(name: str, model: nn.Module, x: Tensor, optimizer: str) -> Step:
-    """A step of the loop `name`."""
-    loop = LOOPS[name](model, OPTIMIZERS[optimizer](model.parameters()), ACCUMULATION)
+def step_of(make: Callable[..., Loop], model: nn.Module, x: Tensor, optimizer: str) -> Step:
+    """A step of the loop that `make` makes."""
+    loop = make(model, OPTIMIZERS[optimizer](model.parameters()), ACCUMULATION)
 
     def step() -> None:
         for i in range(ACCUMULATION):
@@ -129,7 +129,7 @@ def measure(route: str, names: list[str], optimizers: list[str], seconds: float)
                 torch.manual_seed(0)
                 x = MODELS[name].example()
                 try:
-                    steps[loop] = step_of(loop, wrap(MODELS[name].make()), x, optimizer)
+                    steps[loop] = step_of(LOOPS[loop], wrap(MODELS[name].make()), x, optimizer)
                 except MissingError:
                     continue
             yield from _rows(route, name, optimizer, steps, seconds)

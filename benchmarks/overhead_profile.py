@@ -24,6 +24,7 @@ from anybatch._controller.step import Stepper
 from anybatch._gradients.gather import Gather
 from anybatch._gradients.samples import Samples
 from benchmarks.overhead import step_of
+from benchmarks.overhead_loops import LOOPS
 from benchmarks.overhead_models import MODELS, OPTIMIZERS
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
@@ -87,7 +88,7 @@ def profile(name: str, optimizer: str, seconds: float) -> dict[str, float]:
     def made(loop: str) -> Callable[[], None]:
         torch.manual_seed(0)
         x = MODELS[name].example()
-        step = step_of(loop, MODELS[name].make(), x, optimizer)
+        step = step_of(LOOPS[loop], MODELS[name].make(), x, optimizer)
         for _ in range(3):
             step()
         return step

@@ -7,41 +7,23 @@ Operations and entries read are counted, so they are the same on any machine; th
 
 import argparse
 import time
+from copy import deepcopy
 from statistics import median
 
 import torch
 from torch import nn
 
-import anybatch
-from benchmarks.overhead_counts import Counts, Ops
-from benchmarks.overhead_models import MODELS, OPTIMIZERS, Model
+from benchmarks.overhead import step_of
+from benchmarks.overhead_counts import Ops
+from benchmarks.overhead_loops import Step, ours
+from benchmarks.overhead_models import MODELS
 
-ACCUMULATION = 4
 
-
-class Run:
-    """A model that is trained, at `step()` by one step; `every` is `per_layer`."""
-
-    def __init__(self, model: Model, every: int | None) -> None:
-        torch.manual_seed(0)
-        self.net, self.x = model.make(), model.example()
-        self.optimizer = OPTIMIZERS["SGD"](self.net.parameters())
-        anybatch.attach(
-            self.optimizer, model=self.net, scale="count", total=1e6, record=lambda _: None, per_layer=every
-        )
-
-    def step(self) -> None:
-        """One of `ACCUMULATION` micro-batches."""
-        for _ in range(ACCUMULATION):
-            (self.net(self.x).square().mean() / ACCUMULATION).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def seconds(self) -> float:
-        """Of one step, of the process."""
-        start = time.process_time()
-        self.step()
-        return time.process_time() - start
+def seconds(step: Step) -> float:
+    """Of one step, of the process."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
 
 
 def layers_of(net: nn.Module) -> int:
@@ -52,15 +34,18 @@ def layers_of(net: nn.Module) -> int:
 def row(name: str, turns: int) -> str:
     """A line of the table."""
     model = MODELS[name]
-    plain, always, never = (Run(model, every) for every in (None, 1, 10**9))
-    for run in (plain, always, never):
-        run.step()  # the first is looked at everywhere, and makes what stays
-        run.step()
-    counts: list[Counts] = [Ops.of(run.step) for run in (plain, always, never)]
+    torch.manual_seed(0)
+    net, x = model.make(), model.example()
+    loops = [ours(record=lambda _: None, per_layer=every) for every in (None, 1, 10**9)]
+    plain, always, never = (step_of(loop, deepcopy(net), x, "SGD") for loop in loops)
+    for step in (plain, always, never):
+        step()  # the first is looked at everywhere, and makes what stays
+        step()
+    counts = [Ops.of(step) for step in (plain, always, never)]
     look, between = (each.beyond(counts[0], unit=model.parameters()) for each in counts[1:])
-    times = [[run.seconds() for run in (plain, always)] for _ in range(turns)]
+    times = [[seconds(step) for step in (plain, always)] for _ in range(turns)]
     ratio = median(at_look / usual for usual, at_look in times)
-    sizes = f"{len(list(plain.net.parameters()))} | {layers_of(plain.net)}"
+    sizes = f"{len(list(net.parameters()))} | {layers_of(net)}"
     counted = f"{counts[0].operations} | {look.operations} | {look.reads:.2f} | {between.operations}"
     return f"| {name} | {sizes} | {counted} | {ratio:.2f} | {(ratio - 1) / 100:.2%} |"
 

@@ -19,6 +19,15 @@ def attach_task(model, *, sample=1.0, **options):
     return optimizer, controller
 
 
+def step(optimizer, scaler=None):
+    """A step, by the scaler where there is one."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def run_task(optimizer, controller, backward, *, steps, accumulation):
     """Gains and clock after each step; `backward(t, a)` does micro-batch `a` of step `t` on this rank."""
     gains, taus = [], []

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import common
 import oracle
 import pytest
 import torch
@@ -23,11 +24,7 @@ def train(device, *, optimizer, attach, forward=lambda model: model, scaler=None
             x, y = (each.to(device) for each in oracle.micro_batch(t, i, dtype=torch.float32))
             loss = oracle.loss_fn(net(x), y) / 3
             (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is None:
-            made.step()
-        else:
-            scaler.step(made)
-            scaler.update()
+        common.step(made, scaler)
         made.zero_grad()
         gains.append(controller.gain)
     return gains, [p.detach().cpu() for p in model.parameters()]

@@ -3,6 +3,7 @@
 import json
 import math
 
+import common
 import pytest
 import torch
 from torch import nn
@@ -212,11 +213,7 @@ def test_weights_and_the_loss_scale_are_undone_by_layer_too(tmp_path):
                 controller.weight = weight
                 loss = loss_of(model, micro_batch) * weight / 8
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+            common.step(optimizer, scaler)
             optimizer.zero_grad()
         controller.detach()
         found[factor] = looks(path)

@@ -3,6 +3,7 @@
 import io
 import math
 
+import common
 import oracle
 import pytest
 import torch
@@ -265,11 +266,7 @@ def test_loss_scales_and_sums_do_not_show():
                 x, y = oracle.micro_batch(t, i)
                 loss = oracle.loss_fn(model(x), y) / 4 * factor
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+            common.step(optimizer, scaler)
             optimizer.zero_grad()
         found.append([line[name] for line in lines[READY:] for name in ("anybatch/gain", "anybatch/metric_variance")])
     for other in found[1:]:

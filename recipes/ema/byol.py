@@ -13,7 +13,6 @@ Full sizes go from a batch of 4,096 to 24,576, at once and progressively.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from recipes.ema import runs
 from recipes.ema.config import Config
 from recipes.ema.distillation import GROUP, Byol, Distillation, probe
 from recipes.ema.images import Folder
-from recipes.ema.plots import accuracy
-from recipes.ema.runs import Results, Study
+from recipes.ema.plots import teacher_probe
+from recipes.ema.runs import Study
 from recipes.ema.train import Batch
 
 EPOCH = 1_281_167 / 4096  # base iterations of ImageNet's
@@ -90,11 +89,6 @@ def make(config: Config, options: argparse.Namespace) -> Distillation:
     return Folder(config, data=options.data, network=NETWORKS[options.config], device=options.device)
 
 
-def draw(results: Results, path: Path) -> None:
-    """The teacher's probe."""
-    accuracy(results, path, what="linear probe of the teacher")
-
-
 STUDY = Study(
     name="byol",
     description=__doc__,
@@ -102,7 +96,7 @@ STUDY = Study(
     configs=CONFIGS,
     scales={"rule": None, "off": None, "adascale": None},
     metric="teacher_accuracy",
-    draw=draw,
+    draw=teacher_probe,
     progressive=PROGRESSIVE,
 )
 

@@ -10,7 +10,6 @@ features of a transformer's first weights are as good as any; on images from its
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from recipes.ema.crops import CropFolder
 from recipes.ema.distillation import GROUP, probe
 from recipes.ema.multicrop import Dino, MultiCrop
 from recipes.ema.nets import VisionTransformer
-from recipes.ema.plots import accuracy
-from recipes.ema.runs import Results, Study
+from recipes.ema.plots import teacher_probe
+from recipes.ema.runs import Study
 from recipes.ema.train import Batch
 
 EPOCH = 1_281_167 / 1024  # base iterations of ImageNet's
@@ -99,11 +98,6 @@ def make(config: Config, options: argparse.Namespace) -> MultiCrop:
     return CropFolder(config, data=options.data, device=options.device)
 
 
-def draw(results: Results, path: Path) -> None:
-    """The teacher's probe."""
-    accuracy(results, path, what="linear probe of the teacher")
-
-
 STUDY = Study(
     name="dino",
     description=__doc__,
@@ -111,7 +105,7 @@ STUDY = Study(
     configs=CONFIGS,
     scales={"rule": None, "off": None, "adascale": None},
     metric="teacher_accuracy",
-    draw=draw,
+    draw=teacher_probe,
     compared=tuple((arm, kappa) for arm in ("rule", "off", "adascale") for kappa in (4, 8)),
 )
 

@@ -93,3 +93,8 @@ def accuracy(results: Results, path: Path, *, what: str) -> None:
         right.set_xlabel("τ, base iterations")
         right.set_title(f"Along the run, κ = {shown:g}")
         right.legend(fontsize=8, loc="lower right")
+
+
+def teacher_probe(results: Results, path: Path) -> None:
+    """The accuracy that a linear probe reads off a self-supervised teacher."""
+    accuracy(results, path, what="linear probe of the teacher")
