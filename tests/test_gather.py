@@ -258,15 +258,15 @@ def test_memory_no_parameter_sized_buffer():
     optimizer, controller = attached(model)
     gather, waiting = controller._gather, []
     model.weight.register_post_accumulate_grad_hook(
-        lambda _: waiting.append(sum(t.numel() for t in gather._samples.waiting + gather._samples._rows))
+        lambda _: waiting.append(sum(t.numel() for t in gather._norms.samples.waiting + gather._norms.samples._rows))
     )
     for _ in range(3):
         (model(torch.randn(2, 1000)).square().mean() / 3).backward()
-        assert gather._samples.waiting == []
+        assert gather._norms.samples.waiting == []
     assert all(0 < entries <= 1000 + 1_000_000 // 512 + 1 for entries in waiting)
-    assert [t.numel() for t in gather._samples.squares] == [1, 1, 1]
+    assert [t.numel() for t in gather._norms.samples.squares] == [1, 1, 1]
     optimizer.step()
-    assert gather._samples.squares == []
+    assert gather._norms.samples.squares == []
 
 
 def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():

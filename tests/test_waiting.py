@@ -112,7 +112,7 @@ def test_many_small_gradients_are_measured_in_float64():
         x = x + 1
     samples = [expected[0], [b - a for a, b in zip(*expected, strict=True)]]
     first = math.fsum(float(g.square().sum()) for g in samples[0])
-    assert float(controller._gather._samples.squares[0]) == pytest.approx(first, rel=1e-13)
+    assert float(controller._gather._norms.samples.squares[0]) == pytest.approx(first, rel=1e-13)
     total = math.fsum(float(g.square().sum()) for g in expected[1])
     assert float(controller._gather.window().grad_square) == pytest.approx(total, rel=1e-13)
 
@@ -140,7 +140,7 @@ def test_a_gradient_that_a_hook_takes_away_is_measured():
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     accumulate(model, [0])
-    assert float(controller._gather._samples.squares[0]) == pytest.approx(expected, rel=1e-8)
+    assert float(controller._gather._norms.samples.squares[0]) == pytest.approx(expected, rel=1e-8)
 
 
 def test_gradients_asked_for_in_the_middle_of_a_backward():
@@ -207,12 +207,12 @@ def test_a_failed_backward_leaves_nothing_waiting_for_the_next():
     optimizer, controller = attached(model)
     with pytest.raises(ZeroDivisionError):
         model[1](Fails.apply(model[0](inputs(0).double()))).sum().backward()
-    assert len(controller._gather._samples.waiting) == 2
+    assert len(controller._gather._norms.samples.waiting) == 2
     optimizer.zero_grad()
     model(inputs(1).double()).sum().backward()
     expected = math.fsum(float(p.grad.square().sum()) for p in model.parameters())
     assert float(controller._gather.window().samples_square) == pytest.approx(expected, rel=1e-13)
-    assert controller._gather._samples.waiting == []
+    assert controller._gather._norms.samples.waiting == []
 
 
 def test_a_sparse_gradient_of_a_small_table_does_not_wait():
@@ -220,7 +220,9 @@ def test_a_sparse_gradient_of_a_small_table_does_not_wait():
     table = nn.Embedding(3, 2, sparse=True)
     _, controller = attached(table)
     waiting = []
-    table.weight.register_post_accumulate_grad_hook(lambda _: waiting.append(len(controller._gather._samples.waiting)))
+    table.weight.register_post_accumulate_grad_hook(
+        lambda _: waiting.append(len(controller._gather._norms.samples.waiting))
+    )
     words = torch.randint(3, (50_000,))
     table(words).sum().backward()
     counts = torch.bincount(words).double()

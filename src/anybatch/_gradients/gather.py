@@ -1,15 +1,10 @@
 """Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
 
 [Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
-on one device, under DDP (before its reduction) and under `no_sync` alike; `samples` has their norms. The squared norm
-of their sum is taken from `.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP
-has averaged and written back, before the user unscales or clips. So both norms are of the same gradients in the same
-units, and any communication hook of the user's runs as it is.
-
-[Note: one read] Which backward is a window's last is known only at the step, when the user may have clipped; so the
-norm of the sum is taken at the end of each that may be: on one process, from as many on as the window before had. Where
-a window ends before that, the sum is read at the step, if it still is what the last backward left; else the window is
-not measured.
+on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
+`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
+back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
+communication hook of the user's runs as it is. `measurement` takes them and has them.
 
 Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
 the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
@@ -18,7 +13,7 @@ the leaves, have the hooks; `.grad` is read from the shards, after FSDP has redu
 not the largest number of gradients that a parameter got, for experts and heads may each see only some micro-batches.
 Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the backward around them.
 
-Nothing here knows what the observed gradients are a part of: `_reduce` turns a window into the norms of samples.
+Nothing here knows what the observed gradients are a part of: `reduce` turns a window into the norms of samples.
 """
 
 import weakref
@@ -31,17 +26,13 @@ from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
-from anybatch._gradients.consecutive import Consecutive
 from anybatch._gradients.layers import Layers
+from anybatch._gradients.measurement import Measurement
 from anybatch._gradients.metric import Metric
-from anybatch._gradients.norms import total_squared_norm
-from anybatch._gradients.samples import Samples
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.together import Together
-from anybatch._gradients.trace import Trace
-from anybatch._gradients.weighing import Weighing
-from anybatch._gradients.window import Pair, Weighed, Window
-from anybatch._gradients.witness import Witness, is_zero, local_of
+from anybatch._gradients.window import Window
+from anybatch._gradients.witness import Witness, is_zero
 
 
 class Gather:
@@ -78,40 +69,34 @@ class Gather:
         layers: Layers | None = None,
     ) -> None:
         self.sizes = Sizes() if sizes is None else sizes
-        self._measures = measure
-        self._due = due
-        self._measuring = measure  # this window
+        self._norms = Measurement(
+            measure=measure,
+            due=due,
+            ranks=reduced is not None,
+            loss_scale=loss_scale,
+            consecutive=consecutive,
+            metric=metric,
+            layers=layers,
+        )
         self._leaves_of = leaves
         self._reduced = reduced
         self._arrived = arrived
-        self._loss_scale = loss_scale
-        self._consecutive = Consecutive() if consecutive else None
-        self._weighing = None if metric is None else Weighing(metric)
-        self._layers = layers if measure else None
-        self._looking: Layers | None = None  # the same in a window that is looked at
         self._paused = False
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
         self._together: Together | None = None
-        self.usual = 0  # backwards of the last window, where that saves reads
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
         self.stamp = 0  # changes with all that alters what `window()` would say
-        self._parameters: list[Tensor] = []
+        self._parameters = self._norms.parameters
         self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
         self._leaves: list[Tensor] = []
         self._hooks: list[Callable[[Tensor], None]] = []
         self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []
-        self._waits: list[bool] = []  # for each parameter, whether its gradient may
-        self._samples = Samples()
-        self._plain = reduced is None  # whether `.grad` is the parameters' own, which nothing but the user writes to
         self._witness = Witness()
-        self._observed_square: Tensor | None = None
-        self._grad_square: Tensor | None = None
-        self._unmeasured = False
         self._open()
         self.follow(parameters)
-        self._unmeasured = False
+        self._norms.spoilt = False
         for p in self._parameters:
             if p.grad is not None and not is_zero(p.grad):
                 self._witness.foreign(p, origin="before attach")
@@ -125,24 +110,14 @@ class Gather:
         """
         if RemovableHandle.next_id != self._newest_hook:
             self._come_last()
-        new = [p for p in parameters if p.requires_grad and id(p) not in self._known]
-        leaves = self._leaves_of(new) if new else ()
-        if new and self._weighing is not None:
-            self._weighing.follow(new, leaves)
-        if new and self._layers is not None:
-            self._layers.follow(new, leaves)
-        for p, leaf in zip(new, leaves, strict=True):
-            index = len(self._parameters)
-            self._parameters.append(p)
-            self._known.add(id(p))
-            self._leaves.append(leaf)
-            self._plain = self._plain and leaf is p
-            self._fires.append(0)
-            waits = self._measures and self._samples.admits(leaf)
-            self._waits.append(waits)
-            self._hooks.append(self._hook(index, waits=waits))
-            self._handles.append(leaf.register_hook(self._hooks[index]))
-            self._unmeasured = True
+        if new := [p for p in parameters if p.requires_grad and id(p) not in self._known]:
+            leaves, first = self._leaves_of(new), len(self._parameters)
+            waits = self._norms.follow(new, leaves)
+            self._known.update(map(id, new))
+            self._leaves.extend(leaves)
+            self._fires.extend([0] * len(new))
+            self._hooks.extend(self._hook(first + i, waits=each) for i, each in enumerate(waits))
+            self._handles.extend(map(Tensor.register_hook, leaves, self._hooks[first:]))
         self._newest_hook = RemovableHandle.next_id
 
     def _come_last(self) -> None:
@@ -150,7 +125,16 @@ class Gather:
             if next(reversed(leaf._backward_hooks)) != handle.id:  # type: ignore[arg-type]
                 handle.remove()
                 self._handles[index] = leaf.register_hook(self._hooks[index])
-                self._unmeasured = True
+                self._norms.spoilt = True
+
+    @property
+    def usual(self) -> int:
+        """Backwards of the last window, where knowing them saves reads; a state has them."""
+        return self._norms.usual
+
+    @usual.setter
+    def usual(self, value: int) -> None:
+        self._norms.usual = value
 
     @property
     def pending(self) -> int:
@@ -184,12 +168,12 @@ class Gather:
         self._task = self._told = -1
         try:
             yield
-            for index, total in together.sums.items() if self._measuring else ():
-                self._measure_sample(self._fires[index] - 1, index, total)
-            if self._measuring and together.sums:
-                self._remember(single=self._alone)
+            for index, total in together.sums.items() if self._norms.taken else ():
+                self._norms.sample(self._fires[index] - 1, index, total)
+            if self._norms.taken and together.sums:
+                self._norms.remember(alone=self._alone)
         except BaseException:
-            self._unmeasured = True
+            self._norms.spoilt = True
             raise
         finally:
             self._together = None
@@ -217,21 +201,12 @@ class Gather:
         self._witness.renewed()
         self.stamp += 1
         self._backwards = n
-        self._begin_window()
         self.sizes.forget()
         self.sizes.count(n)
         with torch.no_grad():
             for p, sample in zip(self._parameters, samples, strict=True):
                 p.grad = sample.mean(0)
-            if self._measuring:
-                self._observed_square = total_squared_norm(samples) / n**2
-                if self._weighing is not None:
-                    self._weighing.open()
-                    self._weighing.samples(samples)
-                if self._looking is not None:
-                    self._looking.samples(samples)
-                self._read_sum()
-            self._remember(single=n == 1)
+            self._norms.observe(samples)
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step.
@@ -245,33 +220,7 @@ class Gather:
                 "The gradients of this step are not averaged: FSDP2 holds back those of a backward without "
                 "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
             )
-        backwards = self.pending
-        self._samples.measure()
-        measured = self._measuring and not self._unmeasured and self._samples.valid and backwards > 0
-        if measured and self._trace is not None and self._grad_square is None:
-            if self._trace.left(self._grads()):
-                self._read_sum()
-            else:  # what is not finite must be known for the step to be skipped
-                measured = not bool(self._samples_square().isfinite())
-        weighed = None if self._weighing is None else Weighed()
-        layers = None
-        # Over several ranks at each step: one that was given another clock is told so by an all-reduce of one size.
-        if self._layers is not None and (self._reduced is not None or self._layers.due()):
-            layers = self._layers.squares(self._fires, known=measured and self._looking is not None)
-        if not measured:
-            return Window(backwards, self.sizes.shares, None, None, None, weighed, layers)
-        samples, grad, pair = self._samples_square(), self._grad_square, self._pair
-        if grad is None and self._reduced is None:  # one backward on one rank: the sample is the sum
-            grad = samples
-        if self._weighing is not None:
-            weighed = self._weighing.squares(self._fires)
-        if self._scale is not None:
-            unit = self._scale.to(samples.device, torch.float64).square()
-            samples, grad = samples / unit, None if grad is None else grad / unit
-            pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
-            weighed = None if weighed is None else weighed.over(unit)
-            layers = None if layers is None else layers.over(unit)
-        return Window(backwards, self.sizes.shares, samples, grad, pair, weighed, layers)
+        return self._norms.window(self.pending, self._fires, shares=self.sizes.shares)
 
     def emptied(self) -> bool:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
@@ -283,17 +232,12 @@ class Gather:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
         if self.pending not in (0, divisor):
             with torch.no_grad():
-                torch._foreach_div_(self._grads(), self.pending / divisor)
+                torch._foreach_div_(self._norms.grads(), self.pending / divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._witness.stepped()
-        if forget:
-            if self._consecutive is not None:
-                self._consecutive.forget()
-        elif self._plain:
-            self.usual = self.pending
-        self._unmeasured = False
+        self._norms.close(self.pending, forget=forget)
         self._open()
 
     def detach(self) -> None:
@@ -312,28 +256,19 @@ class Gather:
         self._backwards = 0
         self._nested_only = False
         self._here = True  # whether `.grad` has the last backward
-        self._samples.clear()
-        self._observed_square = None
-        self._grad_square = None
-        self._trace: Trace | None = None  # of the sum, where its norm is taken later, if at all
-        if self._weighing is not None:
-            self._weighing.clear()
-        if self._looking is not None:
-            self._looking.clear()
-        self._looking = None
-        self._pair: Pair | None = None
+        self._norms.open()
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._task = -1  # the one whose gradients are measured in the plain way now
         self._told = -1  # the one that is only counted, and is
         self._witness.open()
-        self._scale: Tensor | None = None
 
     def _hook(self, index: int, *, waits: bool) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
         # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
         # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
-        samples, wait, note = self._samples, self._samples.waiting.append, self._samples.versions.append
+        samples = self._norms.samples
+        wait, note = samples.waiting.append, samples.versions.append
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
             gather = reference()
@@ -364,28 +299,17 @@ class Gather:
         if self._together is not None:
             self._fires[index] += self._together.add(index, grad)
             return False
-        if not self._measuring:
+        if not self._norms.taken:
             self._fires[index] += 1
             if task == self._newest:  # not nested: one gradient tells all there is to count
                 self._told = task
             return False
-        if self._weighing or self._looking or not self._samples.patient:
+        if not self._norms.simple:
             self._fires[index] += 1
-            self._measure_sample(self._fires[index] - 1, index, grad)
+            self._norms.sample(self._fires[index] - 1, index, grad)
             return False
         self._task = task
         return True
-
-    def _measure_sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Take the norms of what parameter `index` got from micro-batch `row`."""
-        if self._waits[index] and self._samples.patient and not grad.is_sparse:
-            self._samples.wait(grad)
-        else:
-            self._samples.take(grad)
-        if self._weighing is not None:
-            self._weighing.sample(row, index, grad)
-        if self._looking is not None:
-            self._looking.sample(row, index, grad)
 
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -404,12 +328,10 @@ class Gather:
             self._open()
         self._witness.begin(parameter)
         if self.pending == 0:
-            self._begin_window()
-            if self._weighing is not None and self._measuring:
-                self._weighing.open()
+            self._norms.begin()
         self._tasks.add(task)
-        if self._measuring:
-            at_end(self._samples.measure)  # while DDP's last reduction is under way
+        if self._norms.taken:
+            at_end(self._norms.samples.measure)  # while DDP's last reduction is under way
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
@@ -424,31 +346,12 @@ class Gather:
         self._here = self._arrived()
         self._witness.confirm(arrived=self._here)
         self.sizes.count(self.pending)
-        if not self._measuring:
-            return
-        scale = self._loss_scale()
-        self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
-        self._grad_square = self._trace = None
-        if not self._alone and (self._reduced is None or self._reduced()):
-            if self._plain and self.pending < self.usual and (grads := self._grads()):
-                self._trace = Trace(grads)
-            else:
-                self._read_sum()
-        if self._together is None:
-            self._remember(single=self._alone)
-
-    def _begin_window(self) -> None:
-        """Whether its norms are taken, and which."""
-        look = self._measures and self._layers is not None and self._layers.due()
-        self._looking = self._layers if look else None
-        self._measuring = self._measures and (look or self._due())
-
-    def _read_sum(self) -> None:
-        self._grad_square = total_squared_norm(self._grads())
-        if self._weighing is not None:
-            self._weighing.grads()
-        if self._looking is not None:
-            self._looking.grads()
+        if self._norms.taken:
+            alone = self._alone
+            summed = not alone and (self._reduced is None or self._reduced())
+            self._norms.ended(self.pending, summed=summed)
+            if self._together is None:
+                self._norms.remember(alone=alone)
 
     @property
     def _alone(self) -> bool:
@@ -460,27 +363,3 @@ class Gather:
         that of its last layer for an epoch.
         """
         return all(p.grad is None or is_zero(p.grad) for p in self._parameters)
-
-    def _grads(self) -> list[Tensor]:
-        """This rank's part of every `.grad`."""
-        return [local_of(p.grad) for p in self._parameters if p.grad is not None]
-
-    def _samples_square(self) -> Tensor:
-        if self._observed_square is not None:
-            return self._observed_square
-        most = max(self._fires)
-        if most > self.pending:
-            raise UsageError(
-                "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
-                "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        return self._samples.total()
-
-    def _remember(self, *, single: bool) -> None:
-        if self._consecutive is None:
-            return
-        if single:
-            grads = {index: local_of(p.grad) for index, p in enumerate(self._parameters) if p.grad is not None}
-            self._pair = self._consecutive.pair(grads)
-        else:
-            self._consecutive.forget()
