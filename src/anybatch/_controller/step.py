@@ -6,7 +6,6 @@ the averages are kept, the clock moves, and with it the schedule and every subsc
 has happened, so a step that raises leaves no trace. docs/architecture.md draws it.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from anybatch._controller.complaints import Complaints
 from anybatch._controller.judge import Judge, Step
 from anybatch._controller.tally import Tally
-from anybatch._errors import AnybatchWarning, DivergedError, UsageError
+from anybatch._errors import UsageError
 from anybatch._gradients import (
     Engine,
     Flight,
@@ -41,8 +41,6 @@ from anybatch._gradients import (
 from anybatch._maps import check_base
 from anybatch._record import Logbook
 from anybatch._scaling import Hyperparameters, Moments, ScheduleDriver
-
-_PATIENT = 10  # steps in a row that do not count before a warning: a GradScaler may take some to find its factor
 
 
 @dataclass
@@ -108,7 +106,6 @@ class Stepper:
         self._logbook = logbook
         self._reduction: Reduction = reduction
         self._lagged = lagged
-        self._patience = patience
         self._share = share
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
@@ -117,15 +114,15 @@ class Stepper:
         self._inverse_size: float | None = None
         self._judged: _Judged | None = None
         driven = {id(driver.optimizer) for driver in drivers}
-        self._not_driven = [
+        undriven = [
             each
             for wrapper, value in zip(given, values, strict=True)
             for each in (wrapper, value.optimizer)
             if id(value.optimizer) not in driven
         ]
+        self._complaints = Complaints(tally=tally, patience=patience, parameters=self._trainable, undriven=undriven)
         self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
         self._lr = nan  # as the first of them had it in this window
-        self._warned: set[str] = set()
         self._restore_values: Callable[[], None] | None = None
         self._handles: list[RemovableHandle] = []
         for index, each in enumerate(values):
@@ -257,7 +254,7 @@ class Stepper:
             return None
         for each in self._values:
             check_base(each.optimizer)
-        self._check_run()
+        self._complaints.before()
         for driver in self._drivers:
             driver.check()
         share = self._share()
@@ -291,63 +288,11 @@ class Stepper:
         if not gather.emptied():
             return False
         gather.close()
-        self._warn(
+        self._complaints.once(
             "The gradients were cleared between the last backward and optimizer.step(): such a step does not count, "
             "and the clock stands. Call optimizer.zero_grad() after the step, not before it."
         )
         return True
-
-    def _warn(self, text: str) -> None:
-        """Once each."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, AnybatchWarning, stacklevel=2)
-
-    def _check_run(self) -> None:
-        """Look whether the run still goes somewhere, and whether it should.
-
-        Raises:
-            DivergedError: the weights are not finite.
-        """
-        if self._tally.in_a_row and not all(bool(p.isfinite().all()) for p in self._trainable()):
-            raise DivergedError(
-                f"The weights are not finite after step {self._tally.steps}, at tau = {self._tally.clock.tau:g}: no "
-                "step will count now. The learning rate is too high, or a loss not finite: go back to a checkpoint."
-            )
-        if self._tally.clock.total is not None and self._tally.clock.done:
-            self._warn(
-                "A step after the end: the clock has reached total, and the schedule with it. Train `while not "
-                "controller.done`, or give attach the total, in base iterations, that is meant."
-            )
-        # At a scale fixed at 1, where the training is only measured, a scheduler comes to its end by itself.
-        left = () if self._tally.batch.scale == 1 else self._not_driven
-        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in left):  # by torch's schedulers
-            self._warn(
-                "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "
-                "by the loop it does not come to its end. Give attach(scheduler=...), and do not step it."
-            )
-
-    def _complain(self, step: Step) -> None:
-        """Say that a step did not count.
-
-        Raises:
-            DivergedError: too many in a row.
-        """
-        n = self._tally.in_a_row
-        why = "there was no gradient" if step.count == 0 else "the gradient was not finite"
-        if n == _PATIENT:
-            warnings.warn(
-                f"{n} steps in a row did not count, because {why}: the clock stands at {self._tally.clock.tau:g}. "
-                f"After {self._patience} of them there is a DivergedError.",
-                AnybatchWarning,
-                stacklevel=2,
-            )
-        if n >= self._patience:
-            raise DivergedError(
-                f"{n} steps in a row did not count, because {why}: the clock stands at {self._tally.clock.tau:g}, and "
-                "the run would never end. Lower the learning rate, or look at the loss; attach(patience=...) is the "
-                "number of them that may be."
-            )
 
     def _observe(self, share: Share | None) -> tuple[Step, Flight | None]:
         """Everything that is known of the coming step: from its own gradients, or, lagged, from those of the last, with
@@ -359,7 +304,7 @@ class Stepper:
         if window.backwards == 0 and ranks.group is None:
             return self._judge.nothing(self._tally.known), None
         if window.layers is not None and window.backwards * ranks.size == 1:
-            self._warn(
+            self._complaints.once(
                 "One gradient a step shows no noise, so there is none by layer either: accumulate over two or more "
                 "backwards, or cut the batch with anybatch.split(batch, 2)."
             )
@@ -409,4 +354,4 @@ class Stepper:
             if self._logbook.writes:
                 self._logbook.step(self._tally.line(step, lr=self._lr, skipped=skipped))
         if skipped:
-            self._complain(step)
+            self._complaints.skipped(step)
