@@ -6,6 +6,9 @@ import common
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import anybatch
 from anybatch._gradients import check_not_captured
@@ -13,9 +16,9 @@ from anybatch._gradients import check_not_captured
 gpu = pytest.mark.gpu
 
 
-def train(device, *, optimizer, attach, forward=lambda model: model, scaler=None, steps=12):
+def train(device, *, optimizer, attach, place=lambda model: model, forward=lambda model: model, scaler=None, steps=12):
     """Gains and final weights of steps of three micro-batches."""
-    model = oracle.make_model(dtype=torch.float32).to(device)
+    model = place(oracle.make_model(dtype=torch.float32).to(device))
     made = optimizer(model.parameters())
     controller = anybatch.attach(made, model=model, scale="count", total=100, grad_scaler=scaler, **attach)
     net, gains = forward(model), []
@@ -27,7 +30,7 @@ def train(device, *, optimizer, attach, forward=lambda model: model, scaler=None
         common.step(made, scaler)
         made.zero_grad()
         gains.append(controller.gain)
-    return gains, [p.detach().cpu() for p in model.parameters()]
+    return gains, [getattr(p, "_local_tensor", p).detach().cpu() for p in model.parameters()]
 
 
 def sgd(parameters):
@@ -79,6 +82,18 @@ def test_a_compiled_model_trains_alike(mode):
 def test_a_loss_scale_leaves_no_trace():
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     close(train("cuda", optimizer=sgd, attach={}, scaler=scaler), train("cuda", optimizer=sgd, attach={}))
+
+
+@gpu
+@pytest.mark.parametrize("name", ROUTES)
+def test_shards_that_lie_on_the_host_are_measured_alike(name, tmp_path):
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cuda", (1,))
+        offloaded = lambda model: fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy())  # noqa: E731
+        close(train("cuda", place=offloaded, **ROUTES[name]), train("cuda", **ROUTES[name]))
+    finally:
+        dist.destroy_process_group()
 
 
 @gpu

@@ -173,12 +173,13 @@ def launch(
     else:  # counted on one rank: nothing to sum and nothing to read
         return Flight(window, ranks, reduction, torch.empty(0))
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    norms = [zero if n is None else n for n in (window.samples_square, window.grad_square)]
+    # Where FSDP2 keeps shards on the host, `.grad` is there and what the micro-batches gave is on the device.
+    norms = [zero if n is None else n.to(device) for n in (window.samples_square, window.grad_square)]
     weighed = [] if window.weighed is None else [window.weighed.samples_square, window.weighed.grad_square]
     # Not known on one rank is not known in the sum, on every rank alike: nan.
     tail = [torch.full_like(zero, nan) if n is None else n.to(device) for n in weighed]
     if ranks.group is None:
-        pair = () if window.pair is None else (window.pair.mean_square, window.pair.square_mean)
+        pair = [] if window.pair is None else [n.to(device) for n in (window.pair.mean_square, window.pair.square_mean)]
         packed = torch.stack([*norms, *pair, *tail])
         if window.layers is not None:
             packed = torch.cat([packed, *_by_layer(window.layers, like=packed)])

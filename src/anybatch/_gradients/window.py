@@ -43,7 +43,8 @@ class ByLayer:
         """Both divided by `unit`."""
         if self.samples_squares is None or self.grad_squares is None:
             return self
-        return ByLayer(self.names, self.samples_squares / unit, self.grad_squares / unit)
+        samples, grads = (squares / unit.to(squares.device) for squares in (self.samples_squares, self.grad_squares))
+        return ByLayer(self.names, samples, grads)
 
 
 @dataclass(frozen=True)
