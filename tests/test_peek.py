@@ -51,6 +51,29 @@ def test_between_steps_it_is_the_last_gain():
     assert controller.peek() == controller.gain
 
 
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_micro_batch_of_several_backwards_is_looked_at_after_its_end(backwards):
+    model, twin = oracle.make_model(), oracle.make_model()
+    optimizer, controller = attach_task(model)
+    plain, other = attach_task(twin)
+    for i in range(3):
+        with controller.together():
+            for j in range(backwards):
+                x, y = oracle.micro_batch(0, backwards * i + j)
+                (oracle.loss_fn(model(x), y) / 3).backward()
+            with pytest.raises(anybatch.UsageError, match="after it, not in it"):
+                controller.peek()
+            with pytest.raises(anybatch.UsageError, match="after it, not in it"):
+                optimizer.step()
+        sum(oracle.loss_fn(twin(x), y) / 3 for x, y in (oracle.micro_batch(0, backwards * i + j)
+                                                         for j in range(backwards))).backward()  # fmt: skip
+        assert controller.peek() == pytest.approx(other.peek(), rel=1e-12, nan_ok=True)
+    optimizer.step()
+    plain.step()
+    assert controller.gain == pytest.approx(other.gain, rel=1e-12)
+    assert controller.gain > 1
+
+
 def test_a_rule_that_measures_nothing_has_none():
     model = oracle.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

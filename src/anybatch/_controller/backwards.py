@@ -109,6 +109,9 @@ class Backwards:
 
         Their sum is measured, so each parameter's gradient is copied in it.
 
+        Raises:
+            UsageError: at `optimizer.step()` or `peek()` inside of it.
+
         Example:
             >>> model = torch.nn.Linear(4, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

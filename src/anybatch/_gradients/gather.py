@@ -177,6 +177,7 @@ class Gather:
             raise
         finally:
             self._together = None
+            self.stamp += 1
 
     def observe(self, samples: Sequence[Tensor]) -> None:
         """Take n gradients, one tensor `[n, *shape]` a parameter, as n micro-batches; `.grad` becomes their mean."""
@@ -212,8 +213,13 @@ class Gather:
         """What the open window holds; `close()` it after the step.
 
         Raises:
-            UsageError: `.grad` holds something else as well.
+            UsageError: `.grad` holds something else as well, or the micro-batch of `together()` is not at its end.
         """
+        if self._together is not None:
+            raise UsageError(
+                "What the backwards in controller.together() come to is known at the end of the block: call "
+                "optimizer.step() and controller.peek() after it, not in it."
+            )
         self._witness.end()
         if self.pending and not self._here:
             raise UsageError(
