@@ -423,6 +423,9 @@ def test_rule_record_and_lag_are_handed_on(tmp_path):
     adapter, *_ = fit(adapter=AnyBatch(task.SIZE, rule=anybatch.Linear(), record=str(tmp_path / "run.jsonl")))
     assert adapter.controller.steps == task.TOTAL / task.MICRO_BATCHES
     assert len(anybatch.read_record(tmp_path / "run.jsonl").steps) == adapter.controller.steps
+    adapter, *_ = fit(adapter=AnyBatch(task.SIZE, per_layer=2, record=str(tmp_path / "layers.jsonl")), max_steps=12)
+    looked = [bool(step.per_layer) for step in anybatch.read_record(tmp_path / "layers.jsonl").steps]
+    assert looked == [i % 2 == 0 for i in range(adapter.controller.steps)]
     first = []
     for lagged in (False, True):
         adapter = AnyBatch(task.SIZE, lagged=lagged)

@@ -26,9 +26,11 @@ def _one_process():
 def made(tmp_path):
     """A trainer of 4 micro-batches a step and a base batch of one, and its callback."""
 
-    def made(model=None, *, base_batch=task.SIZE, ema_decay=None, rule="AdaScale", record=None, **options):
+    def made(
+        model=None, *, base_batch=task.SIZE, ema_decay=None, rule="AdaScale", record=None, per_layer=None, **options
+    ):
         trainer = workers.trainer_of(f"{tmp_path}", model, **{"max_steps": 20, **options})
-        return trainer, attach(trainer, base_batch, ema_decay=ema_decay, rule=rule, record=record)
+        return trainer, attach(trainer, base_batch, ema_decay=ema_decay, rule=rule, record=record, per_layer=per_layer)
 
     return made
 
@@ -381,6 +383,12 @@ def test_arguments_are_parsed_and_given_on(made, tmp_path):
     assert [step.scale for step in anybatch.read_record(path).steps] == [4.0] * 5
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses([])
+    (parsed,) = parser.parse_args_into_dataclasses(["--base_batch", "4", "--record", path, "--per_layer", "2"])
+    trainer, adapter = made(**vars(parsed))
+    trainer.train()
+    looked = [bool(step.per_layer) for step in anybatch.read_record(path).steps]
+    assert looked == [i % 2 == 0 for i in range(adapter.controller.steps)]
+    assert len(looked) > 2
 
 
 def test_the_example_runs(tmp_path):

@@ -37,16 +37,24 @@ class AnyBatchCallback(TrainerCallback):
         rule: see there.
         ema_decay: see there.
         record: see there.
+        per_layer: see there.
     """
 
     def __init__(
-        self, trainer: Trainer, base_batch: int, *, rule: anybatch.Rule, ema_decay: float | None, record: str | None
+        self,
+        trainer: Trainer,
+        base_batch: int,
+        *,
+        rule: anybatch.Rule,
+        ema_decay: float | None,
+        record: str | None,
+        per_layer: int | None,
     ) -> None:
         self.controller: anybatch.Controller | None = None
         self.ema: anybatch.ModelEMA | None = None
         self._trainer: Any = trainer  # its annotations are of what it has before train()
         self._base_batch, self._rule = base_batch, rule
-        self._ema_decay, self._record = ema_decay, record
+        self._ema_decay, self._record, self._per_layer = ema_decay, record, per_layer
         self._total = 0
         self._examples: float | None = None
         self._checkpoint: str | None = None
@@ -116,6 +124,7 @@ class AnyBatchCallback(TrainerCallback):
             examples=self._examples,
             grad_scaler=trainer.accelerator.scaler,
             record=self._record,
+            per_layer=self._per_layer,
         )
         if driven:
             trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = anybatch.HeldScheduler(scheduler)

@@ -37,6 +37,7 @@ class AnyBatch(Callback):
             and `callback.ema` is it. By default there is none.
         lagged: as for `attach`.
         record: as for `attach`, a path.
+        per_layer: as for `attach`.
 
     Raises:
         UsageError: at `fit`: no limit, or an epoch of unknown length; a batch of unknown size; a step that nothing saw.
@@ -58,6 +59,7 @@ class AnyBatch(Callback):
         ema_decay: float | None = None,
         lagged: bool = False,
         record: str | None = None,
+        per_layer: int | None = None,
     ) -> None:
         self.base_batch: float = base_batch
         self.rule: anybatch.Rule | None = rule
@@ -66,6 +68,7 @@ class AnyBatch(Callback):
         self.ema_decay: float | None = ema_decay
         self.lagged: bool = lagged
         self.record: str | None = record
+        self.per_layer: int | None = per_layer
         self.controller: anybatch.Controller | None = None
         self.ema: anybatch.ModelEMA | None = None
         self._total = 0.0
@@ -110,6 +113,7 @@ class AnyBatch(Callback):
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             lagged=self.lagged,
             record=self.record,
+            per_layer=self.per_layer,
         )
         if self.ema_decay is not None:
             self.ema = anybatch.ModelEMA(pl_module, self.ema_decay, clock=self.controller.clock)

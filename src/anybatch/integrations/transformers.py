@@ -22,12 +22,14 @@ class AnyBatchArguments:
         rule: how steps scale.
         ema_decay: of a model average, per base iteration, in [0, 1); evaluations are then of the average.
         record: file that gets a line for each step.
+        per_layer: every so many steps it has each layer's noise too, for `anybatch report`; positive.
     """
 
     base_batch: int = field(metadata={"help": "Batch size that the hyperparameters were tuned for, in examples."})
     rule: RuleName = field(default="AdaScale", metadata={"help": "How steps scale with the batch."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of a model average, per base iteration."})
     record: str | None = field(default=None, metadata={"help": "File that gets a line of JSON for each step."})
+    per_layer: int | None = field(default=None, metadata={"help": "Record each layer's noise every so many steps."})
 
 
 def attach(
@@ -37,6 +39,7 @@ def attach(
     rule: anybatch.Rule | RuleName = "AdaScale",
     ema_decay: float | None = None,
     record: str | None = None,
+    per_layer: int | None = None,
 ) -> AnyBatchCallback:
     """Train as at `base_batch`, whatever batch, accumulation and number of processes the trainer has.
 
@@ -46,10 +49,11 @@ def attach(
 
     Args:
         trainer: a `transformers.Trainer`, or one of TRL's, before `train()`.
-        base_batch: see `AnyBatchArguments`, and so the next three.
+        base_batch: see `AnyBatchArguments`, and so the next four.
         rule: its name, or an `anybatch.Rule`.
         ema_decay: see there.
         record: see there.
+        per_layer: see there.
 
     Returns:
         The callback that it adds; its `controller` and `ema` are those of the run at hand or the last.
@@ -94,7 +98,7 @@ def attach(
             "With ema_decay the evaluations are of the average, and load_best_model_at_end would load the weights "
             "beside it: leave one of them out."
         )
-    callback = AnyBatchCallback(trainer, base_batch, rule=made, ema_decay=ema_decay, record=record)
+    callback = AnyBatchCallback(trainer, base_batch, rule=made, ema_decay=ema_decay, record=record, per_layer=per_layer)
     # Before the reporters, which are to get its numbers, and before the flow, which is told where the run ends.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
