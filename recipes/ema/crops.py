@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipes.ema.config import Config
 from recipes.ema.distillation import probe
-from recipes.ema.images import SIDE, coloured, features
+from recipes.ema.images import SIDE, coloured, colours, features
 from recipes.ema.multicrop import Dino, MultiCrop
 from recipes.ema.nets import vit
+from recipes.ema.stream import Stream
 from recipes.ema.train import Batch
 from recipes.images.imagenet import Images, classes, random_box
 from recipes.training.task import DataError, Shuffled
@@ -88,15 +89,21 @@ class CropFolder(MultiCrop):
         return Dino(*vit(), hidden=2048, bottleneck=256, outputs=65_536)
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
-        """The crops of the next images, with other colours each."""
-        chunk = max(1, self.config.base_batch // 4)
+        """The crops of the next images in bytes, a quarter of what their numbers take, and the colours of each."""
         if self._order is not generator:  # another run
             self._order = generator
+            chunk = max(1, self.config.base_batch // 4)
             order = Shuffled(self.crops, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=0)
-            self._chunks = iter(DataLoader(self.crops, batch_sampler=order, num_workers=self.workers))
-        parts = [next(self._chunks) for _ in range(examples // chunk)]
-        kinds = [torch.cat(tensors).to(self.device) for tensors in zip(*parts, strict=True)]
-        return tuple(coloured(x.flatten(0, 1), generator).unflatten(0, x.shape[:2]) for x in kinds)
+            self._stream = Stream(iter(DataLoader(self.crops, batch_sampler=order, num_workers=self.workers)))
+        kinds = [crops.to(self.device) for crops in self._stream.take(examples)]
+        drawn = [colours(x.shape[0] * x.shape[1], generator).unflatten(0, x.shape[:2]) for x in kinds]
+        return (*kinds, *(values.to(self.device) for values in drawn))
+
+    def targets(self, model: Dino, batch: Batch) -> Batch:
+        """As ever, in colour."""
+        pairs = zip(batch[:2], batch[2:], strict=True)
+        kinds = (coloured(x.flatten(0, 1), drawn.flatten(0, 1)).unflatten(0, x.shape[:2]) for x, drawn in pairs)
+        return super().targets(model, tuple(kinds))
 
     def evaluate(self, model: Dino) -> dict[str, float]:
         """The probe's accuracy."""

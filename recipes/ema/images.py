@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from recipes.ema.config import Config
 from recipes.ema.distillation import Byol, Distillation, probe
 from recipes.ema.nets import resnet18, unmoved_statistics, vit
+from recipes.ema.stream import Stream
 from recipes.ema.train import Batch
 from recipes.images.imagenet import MEAN, STD, Images, classes
 from recipes.images.resnet import standardised
@@ -71,20 +72,20 @@ class Folder(Distillation):
         return Byol(encoder, count, hidden=32 if self.tiny else 4096, outputs=16 if self.tiny else 256)
 
     def targets(self, model: Byol, batch: Batch) -> Batch:
-        """As ever; a teacher's forward leaves the student's running statistics."""
+        """As ever, in colour; a teacher's forward leaves the student's running statistics."""
+        first, second, *colours = batch
         with unmoved_statistics(model):
-            return super().targets(model, batch)
+            return super().targets(model, (coloured(first, colours[0]), coloured(second, colours[1])))
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
-        """Two views of the next images, with other colours each."""
-        chunk = max(1, self.config.base_batch // 4)
+        """Two views of the next images in bytes, a quarter of what their numbers take, and the colours of each."""
         if self._order is not generator:  # another run
             self._order = generator
+            chunk = max(1, self.config.base_batch // 4)
             order = Shuffled(self.views, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=0)
-            self._chunks = iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers))
-        parts = [next(self._chunks) for _ in range(examples // chunk)]
-        first, second = (torch.cat(views).to(self.device) for views in zip(*parts, strict=True))
-        return coloured(first, generator), coloured(second, generator)
+            self._stream = Stream(iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers)))
+        views = [pixels.to(self.device) for pixels in self._stream.take(examples)]
+        return (*views, *(colours(examples, generator).to(self.device) for _ in views))
 
     def evaluate(self, model: Byol) -> dict[str, float]:
         """The probe's accuracy, from at most `PROBED` images of each part."""
@@ -109,12 +110,18 @@ def features(
     return torch.cat(found), torch.cat(labels)
 
 
-def coloured(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness and saturation up to 40 % up or down, grey one time in five; standardised."""
-    brightness, saturation = 0.6 + 0.8 * torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
-    saturation[torch.rand(len(pixels), generator=generator) < 0.2] = 0.0
+def colours(images: int, generator: torch.Generator) -> Tensor:
+    """Brightness and saturation `[images, 2]`, up to 40 % up or down; grey one time in five."""
+    drawn = 0.6 + 0.8 * torch.rand(2, images, generator=generator)
+    drawn[1, torch.rand(images, generator=generator) < 0.2] = 0.0
+    return drawn.T
+
+
+def coloured(pixels: Tensor, drawn: Tensor) -> Tensor:
+    """Images `[n, 3, H, W]` in bytes with these `colours`, standardised."""
+    brightness, saturation = drawn.T.view(2, -1, 1, 1, 1)
     x = pixels.float() / 255
     grey = x.mean(1, keepdim=True)
-    x = ((grey + saturation.to(x.device) * (x - grey)) * brightness.to(x.device)).clamp(0, 1)
+    x = ((grey + saturation * (x - grey)) * brightness).clamp(0, 1)
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x - mean) / std

@@ -78,10 +78,11 @@ class MultiCrop(Experiment[Dino]):
     def begin(self, model: Dino, clock: anybatch.Clock) -> None:
         """The centre moves with the clock in every arm: only the teacher's weights are what an arm is about."""
         self._clock = clock
+        self._said: list[Tensor] = []  # of each part of the batch, the teacher's mean
         model.frozen = self.frozen > 0
 
         def move(iterations: float) -> None:
-            model.centre.lerp_(self._said, 1 - CENTRE**iterations)
+            model.centre.lerp_(self._mean, 1 - CENTRE**iterations)
             model.frozen = not clock.reached(self.frozen)
 
         clock.subscribe(move)
@@ -90,7 +91,7 @@ class MultiCrop(Experiment[Dino]):
         """The crops, and the teacher's distributions of the large ones, `[n, 2, K]`."""
         large, small = batch
         said = model(large)
-        self._said = said.mean((0, 1))
+        self._said.append(said.mean((0, 1)))
         return large, small, ((said - model.centre) / self.temperature(self._clock.tau)).softmax(-1)
 
     def temperature(self, tau: float) -> float:
@@ -108,7 +109,8 @@ class MultiCrop(Experiment[Dino]):
         return pairs[:, ~same].mean()
 
     def before_step(self, model: Dino) -> None:
-        """Clip."""
+        """The batch is seen: the teacher's mean over it, and the gradients clipped."""
+        self._mean, self._said = torch.stack(self._said).mean(0), []
         for parameter in model.parameters():
             if parameter.grad is not None:
                 nn.utils.clip_grad_norm_([parameter], CLIP)

@@ -25,6 +25,7 @@ from recipes.ema.config import ARMS, Config, Scale
 from recipes.ema.plots import COLOURS, MARKERS, figure, kappas, label
 from recipes.ema.resnet_v2 import imagenet_resnet_v2
 from recipes.ema.runs import Results, Study
+from recipes.ema.stream import Stream
 from recipes.ema.train import Batch, Experiment
 from recipes.images import cifar10, imagenet
 from recipes.training.task import Task
@@ -86,13 +87,15 @@ class Photographs(Experiment[nn.Module]):
         task: the recipe.
         network: makes the model; the recipe's by default.
         device: where the model and every batch lie.
+        workers: processes that load images.
     """
 
     def __init__(
-        self, config: Config, task: Task, *, network: Callable[[], nn.Module] | None = None, device: str = "cpu"
-    ) -> None:
+        self, config: Config, task: Task, *, network: Callable[[], nn.Module] | None = None, device: str = "cpu",
+        workers: int = 8,
+    ) -> None:  # fmt: skip
         super().__init__(config, device=device)
-        self.task, self.network = task, network or task.model
+        self.task, self.network, task.workers = task, network or task.model, workers
         self._order: torch.Generator | None = None
 
     def model(self) -> nn.Module:
@@ -100,13 +103,12 @@ class Photographs(Experiment[nn.Module]):
         return self.network()
 
     def batch(self, examples: int, generator: torch.Generator) -> Batch:
-        """Augmented images and their labels, from the recipe's endless epochs, a few at a time."""
-        chunk = max(1, self.config.base_batch // 4)
+        """Augmented images and their labels, from the recipe's endless epochs."""
         if self._order is not generator:  # another run
             self._order = generator
-            self._chunks = self.task.batches(chunk, seed=generator.initial_seed(), rank=0, ranks=1)
-        parts = [next(self._chunks) for _ in range(examples // chunk)]
-        return tuple(torch.cat(tensors).to(self.device) for tensors in zip(*parts, strict=True))
+            chunk, place = max(1, self.config.base_batch // 4), {"rank": 0, "ranks": 1, "workers": self.task.workers}
+            self._stream = Stream(self.task.batches(chunk, seed=generator.initial_seed(), **place))
+        return tuple(tensor.to(self.device) for tensor in self._stream.take(examples))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""

@@ -49,7 +49,7 @@ class Experiment(ABC, Generic[Model]):
         """The gradients are there, the step is not done."""
 
     def targets(self, model: Model, batch: Batch) -> Batch:  # noqa: ARG002
-        """The batch with what the teacher says of it; `model` holds the EMA's weights here."""
+        """What one backward gets of a batch, with what the teacher says of it; `model` holds the EMA's weights here."""
         return batch
 
     @abstractmethod
@@ -89,12 +89,12 @@ def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -
         kappa = scale_at(scale, controller.tau / config.total)
         examples = round(kappa * config.base_batch)
         batch = experiment.batch(examples, order)
-        if experiment.teaches:
-            with torch.no_grad(), ema.applied():
-                batch = experiment.targets(model, batch)
         parts = backwards(how, kappa, examples, config)
         controller.micro_batch = examples / parts
         for part in anybatch.split(batch, parts):
+            if experiment.teaches:  # as little at a time as of the student, for memory and for what BatchNorm sees
+                with torch.no_grad(), ema.applied():
+                    part = experiment.targets(model, part)  # noqa: PLW2901
             (experiment.loss(model, part) / parts).backward()
         experiment.before_step(model)
         try:

@@ -52,7 +52,9 @@ def test_the_loss_is_that_of_the_plain_loop():
 def test_the_centre_moves_by_its_decay_to_the_power_of_the_iterations():
     experiment = dino.Digits(SMALL)
     model, batch, clock = begun(experiment)
-    experiment.targets(model, batch)
+    for part in anybatch.split(batch, 2):
+        experiment.targets(model, part)
+    experiment.before_step(model)
     mean = model(batch[0]).double().mean((0, 1))
     assert model.centre.abs().max() == 0  # not before the step has happened
     clock.advance(3.0)
@@ -108,7 +110,8 @@ def test_the_weight_decay_and_the_rate_follow_their_schedules(monkeypatch):
 
 def test_each_gradient_is_clipped():
     experiment = dino.Digits(SMALL)
-    model, *_ = begun(experiment)
+    model, batch, _ = begun(experiment)
+    experiment.targets(model, batch)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 10.0)
     model.encoder.norm.bias.grad = torch.full((32,), 0.1)
@@ -122,7 +125,9 @@ def test_the_last_layer_waits(monkeypatch):
     experiment = dino.Digits(SMALL)
     experiment.frozen = 4.0
     weights = []
-    monkeypatch.setattr(experiment, "before_step", lambda model: weights.append(model.last.detach().clone()))
+    before_step = experiment.before_step
+    noting = lambda model: weights.append(model.last.detach().clone()) or before_step(model)  # noqa: E731
+    monkeypatch.setattr(experiment, "before_step", noting)
     train(experiment, "rule", scale=2, seed=0)
     assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [True, True, False]  # tau 0, 2 | 4, 6
 
@@ -169,8 +174,9 @@ def test_dino_from_an_image_folder(tmp_path, monkeypatch):
     values = {"base_batch": 8, "total": 4, "decay": 0.9, "final_decay": 1.0, "rate": 1e-3, "optimizer": "adamw"}
     config = Config(**values, largest=8, evaluations=1, points=1)
     experiment = CropFolder(config, data=tmp_path, tiny=True, workers=0)
-    large, small = experiment.batch(8, torch.Generator().manual_seed(0))
+    large, small, *colours = experiment.batch(8, torch.Generator().manual_seed(0))
     assert (large.shape, small.shape) == ((8, 2, 3, 112, 112), (8, 2, 3, 48, 48))
+    assert [values.shape for values in colours] == [(8, 2, 2)] * 2
     found = train(experiment, "adascale", scale=2, seed=0)
     assert 2 <= found["steps"] <= 4
     assert math.isfinite(found["teacher_accuracy"][-1])

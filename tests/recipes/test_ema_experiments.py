@@ -18,6 +18,7 @@ from recipes.ema.encoder import SpeechTransformer
 from recipes.ema.images import Folder
 from recipes.ema.resnet_v2 import PreActivationBottleneck, imagenet_resnet_v2
 from recipes.ema.speech import Speech
+from recipes.ema.stream import Stream
 from recipes.ema.train import Config
 from recipes.images import made as made_images
 from recipes.images.cifar10 import Cifar10
@@ -193,6 +194,17 @@ def test_the_teacher_moves_by_the_power_of_its_decay(module, arm, scale, expecte
         torch.testing.assert_close(after, kept * before + (1 - kept) * stepped, rtol=1e-5, atol=1e-6)
 
 
+def test_the_teacher_sees_no_more_at_a_time_than_the_student(monkeypatch):
+    """With BatchNorm it would be another teacher at every batch, and at full size it would not fit."""
+    config = replace(byol.CONFIGS["small"], total=8, largest=16, evaluations=1, points=1)
+    sizes, targets, loss = {"teacher": [], "student": []}, byol.Digits.targets, byol.Digits.loss
+    seen = lambda who, batch: sizes[who].append(len(batch[0]))  # noqa: E731
+    monkeypatch.setattr(byol.Digits, "targets", lambda *given: seen("teacher", given[2]) or targets(*given))
+    monkeypatch.setattr(byol.Digits, "loss", lambda *given: seen("student", given[2]) or loss(*given))
+    ema_train.train(byol.Digits(config), "rule", scale=2, seed=0)
+    assert sizes == {"teacher": [16] * 32, "student": [16] * 32}  # four steps of 128
+
+
 def mean_loss(experiment, arm, scale, monkeypatch):
     """Losses of a run, in the order of its backwards."""
     losses = []
@@ -354,9 +366,33 @@ def made_by(module, name, data):
     return module.make(module.CONFIGS[name], Namespace(config=name, data=data, device="cpu"))
 
 
+def test_no_example_is_left_out_whatever_is_taken_at_a_time():
+    numbers = torch.arange(40)
+    stream = Stream(iter(zip(numbers.split(4), (10 * numbers).split(4))))
+    taken = [stream.take(n) for n in (3, 4, 1, 12, 5, 2)]
+    assert [len(x) for x, _ in taken] == [3, 4, 1, 12, 5, 2]
+    assert torch.cat([x for x, _ in taken]).tolist() == list(range(27))
+    assert all(torch.equal(10 * x, y) for x, y in taken)
+
+
+def test_a_batch_may_have_any_number_of_photographs(cifar):
+    """Taken three at a time, they are those that come eight at a time: each once in an epoch of 40."""
+    photographs = supervised.Photographs(SMALL, Cifar10(cifar, tiny=True), workers=0)
+    for size in (3, 8):
+        generator = torch.Generator().manual_seed(0)
+        batches = [photographs.batch(size, generator) for _ in range(-(-40 // size))]
+        images, labels = (torch.cat(parts)[:40] for parts in zip(*batches))
+        if size == 3:
+            first = images, labels
+    assert torch.equal(first[0], images)
+    assert torch.equal(first[1], labels)
+
+
 def test_cifar10_from_its_binary_files(cifar):
     assert isinstance(made_by(supervised, "full", cifar).task, Cifar10)
-    found = ema_train.train(supervised.Photographs(SMALL, Cifar10(cifar, tiny=True)), "adascale", scale=2, seed=0)
+    found = ema_train.train(
+        supervised.Photographs(SMALL, Cifar10(cifar, tiny=True), workers=0), "adascale", scale=2, seed=0
+    )
     assert 2 <= found["steps"] <= 4
     assert finite(found)
 
@@ -406,7 +442,8 @@ def test_supervised_imagenet_has_resnet_50_v2(tmp_path, monkeypatch):
     assert counts[0] == counts[1] == 25_557_032 - 2_049_000 - 53_120  # torchvision's ResNet-50, its head, its norms
     assert whole(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
     task = ImageNet(tmp_path, tiny=True)
-    small = supervised.Photographs(SMALL, task, network=lambda: imagenet_resnet_v2(10, width=8, depths=(1, 1, 1, 1)))
+    network = lambda: imagenet_resnet_v2(10, width=8, depths=(1, 1, 1, 1))  # noqa: E731
+    small = supervised.Photographs(SMALL, task, network=network, workers=0)
     assert finite(ema_train.train(small, "rule", scale=2, seed=0))
 
 
