@@ -228,19 +228,27 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     torch.set_num_threads(1)
     config = CONFIGS[options.config]
     name = "ema_parabola" + ("" if options.config == "small" else f"_{options.config}")
-    file = options.json or options.out / f"{name}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    setup = json.loads(json.dumps(asdict(config)))
-    saved = json.loads(file.read_text()) if file.exists() else {}
-    # What a configuration has got since then is at its default in results from before.
-    same = "config" in saved and json.loads(json.dumps(asdict(Config()))) | saved["config"] == setup
-    rows = saved["rows"] if same else errors(config)
-    file.write_text(
-        json.dumps({"study": "parabola", "torch": torch.__version__, "config": setup, "rows": rows}, indent=1)
-    )
+    rows = _rows(config, options.json or options.out / f"{name}.json")
     print(table(rows))
     if config.optimizer == "sgd":  # the right panel is the error term of its steps
         draw(config, rows, options.out / f"{name}.png")
+    return rows
+
+
+def _rows(config: Config, file: Path) -> list[Row]:
+    """Those of the results file; where there is none, they are computed and kept."""
+    setup = json.loads(json.dumps(asdict(config)))
+    if file.exists():
+        saved = json.loads(file.read_text())
+        # What a configuration has got since then is at its default in results from before.
+        if json.loads(json.dumps(asdict(Config()))) | saved["config"] != setup:
+            raise SystemExit(f"{file} holds the rows of another configuration: name another --json, or delete it.")
+        return saved["rows"]
+    rows = errors(config)
+    content = {"study": "parabola", "torch": torch.__version__, "config": setup, "rows": rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))
     return rows
 
 

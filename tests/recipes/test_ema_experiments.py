@@ -90,7 +90,14 @@ def test_the_parabolas_results_are_kept(tmp_path, monkeypatch):
     rows = parabola.main(["--out", str(tmp_path)])
     assert (tmp_path / "ema_parabola.png").stat().st_size > 10_000
     monkeypatch.setattr(parabola, "errors", lambda config: pytest.fail("computed again"))
+    before = (tmp_path / "ema_parabola.json").read_bytes()
     assert parabola.main(["--out", str(tmp_path)]) == rows
+    monkeypatch.setitem(parabola.CONFIGS, "small", parabola.Config(total=32, runs=10, scales=(1, 2, 4)))
+    with pytest.raises(SystemExit, match="another configuration: name another --json"):
+        parabola.main(["--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="another configuration"):
+        parabola.main(["--config", "adam", "--json", str(tmp_path / "ema_parabola.json"), "--out", str(tmp_path)])
+    assert (tmp_path / "ema_parabola.json").read_bytes() == before
 
 
 def test_an_experiment_is_called_by_its_name(tmp_path, monkeypatch, capsys):
