@@ -2,7 +2,8 @@
 
 The crops are DINO's (2 of 224 pixels from 40 to 100 % of the area, 8 of 96 from 5 to 40 %), flipped half of the time;
 their colours change as BYOL's here do, without its authors' blur and solarisation. The transformer averages its patches
-in place of a class token and has no stochastic depth; the learning rate's cosine ends at 0 in place of 1e-6.
+in place of a class token and has no stochastic depth; the learning rate's cosine ends at 0 in place of 1e-6; biases and
+norms decay like the rest.
 """
 
 from pathlib import Path
