@@ -113,6 +113,143 @@ def test_the_examples_table_is_that_of_the_results():
         assert times == f"{row['seen'] / next(r['seen'] for r in rows if r['example'] == row['example']):.2f}"
 
 
+# docs/ema.md: every number of its tables, from docs/figures/ema_*.json
+
+LABELS = {
+    "rule": "fixed scaling, ρ^κ (the rule)",
+    "off": "fixed scaling, ρ (rule off)",
+    "adascale": "AdaScale, ρ^r (ours)",
+    "adascale-off": "AdaScale, ρ (rule off)",
+    "adascale-scale": "AdaScale, ρ^κ",
+}
+
+
+def ema_tables(heading):
+    """The tables under a heading, as lists of rows of cells without the head."""
+    text = (ROOT / "docs/ema.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in t.splitlines()[2:]] for t in tables]
+
+
+def ema_results(name):
+    return json.loads((ROOT / f"docs/figures/ema_{name}.json").read_text())
+
+
+class Ends:
+    """Where the runs of a study ended, by arm and scale; kappa 1 is the first arm's."""
+
+    def __init__(self, name, metric):
+        self.runs, self.metric = ema_results(name)["runs"], metric
+
+    def of(self, arm, scale, metric=None):
+        wanted = ("rule" if scale == 1 else arm, scale)
+        return [run[metric or self.metric][-1] for run in self.runs if (run["arm"], run["scale"]) == wanted]
+
+    def steps(self, arm, scale):
+        return fmean(run["steps"] for run in self.runs if (run["arm"], run["scale"]) == (arm, scale))
+
+    def p(self, arm, scale, than=None):
+        from scipy.stats import ttest_ind
+
+        ends, others = self.of(arm, scale), self.of(*(than or ("rule", 1)))
+        return ttest_ind(ends, others, equal_var=False, alternative="less").pvalue
+
+
+def shown(values, digits=1):
+    """Mean and deviation as the tables beside the programs' own have them: .2 below one, else .1."""
+    return f"{fmean(values):.2f} ± {stdev(values):.{2 if stdev(values) < 1 else digits}f}"
+
+
+def kappa_of(cell):
+    return [float(part) for part in cell.split("→")] if "→" in cell else float(cell)
+
+
+def test_the_parabolas_table_is_that_of_the_results():
+    rows = ema_results("parabola")["rows"]
+    (table,) = ema_tables("The noisy parabola")
+    assert len(table) == len(rows) == 10
+    for cells, row in zip(table, rows, strict=True):
+        on, off, target = row["rule"], row["off"], row["target"]
+        numbers = [*(f"{x:.4f}" for x in (target, on, off)), f"{on / target:.2f}", f"{off / on:.1f}"]
+        assert cells == [f"{row['order']} the step", str(row["kappa"]), *numbers]
+
+
+def eight_points(runs, arm, scale):
+    """Means over the seeds at eight equal points, and the largest distance from kappa 1's over the same seeds."""
+    curves = {run["seed"]: run["teacher_loss"][1::2] for run in runs if (run["arm"], run["scale"]) == (arm, scale)}
+    base = [run["teacher_loss"][1::2] for run in runs if (run["arm"], run["scale"]) == ("rule", 1)]
+    base = [curve for seed, curve in enumerate(base) if seed in curves]
+    means, bases = ([fmean(column) for column in zip(*some)] for some in (curves.values(), base))
+    return means, 100 * max(abs(a / b - 1) for a, b in zip(means, bases, strict=True))
+
+
+def test_the_supervised_tables_are_those_of_the_results():
+    for name, table, points in (
+        ("supervised", ema_tables("Supervised, the average only looked at")[0], range(8)),
+        ("supervised_adamw", ema_tables("Under Adam and AdamW")[1], (0, 1, 3, 5, 7)),
+    ):
+        runs, many = ema_results(name)["runs"], {label: arm for arm, label in LABELS.items()}
+        assert len(table) == {"supervised": 11, "supervised_adamw": 9}[name]
+        for label, kappa, *cells in table:
+            arm = many.get(label, "rule")
+            means, deviation = eight_points(runs, arm, float(kappa))
+            wanted = [f"{means[i]:.3f}" if means[i] < 10 else "diverged" for i in points]
+            largest = f"{deviation:.1f} %" if deviation < 3000 else "over 3000 %"
+            if name == "supervised_adamw":
+                steps = Ends(name, "teacher_loss").steps(arm, float(kappa))
+                wanted, largest = [f"{steps:.0f}", *wanted], largest if kappa != "1" else ""
+            assert cells == [*wanted, largest], (label, kappa)
+
+
+@pytest.mark.parametrize(("heading", "name"), [("Pseudo-labelling", "pseudo"), ("BYOL", "byol")])
+def test_the_tables_of_all_kappas_are_those_of_the_results(heading, name):
+    ends, arms = Ends(name, {"pseudo": "student_accuracy", "byol": "teacher_accuracy"}[name]), LABELS.items()
+    (table,) = ema_tables(heading)
+    assert len(table) == {"pseudo": 22, "byol": 24}[name] == len({str((r["arm"], r["scale"])) for r in ends.runs})
+    for label, kappa, seeds, steps, quality, p in table:
+        scale, arm = kappa_of(kappa), next((arm for arm, words in arms if words == label), "rule")
+        values = ends.of(arm, scale)
+        assert [seeds, steps] == [str(len(values)), f"{ends.steps(arm, scale):.0f}"]
+        assert quality == f"{fmean(values):.4g} ± {stdev(values):.2g}", (label, kappa)
+        assert p == ("" if scale == 1 else f"{ends.p(arm, scale):.4f}"), (label, kappa)
+
+
+def test_the_pseudo_labels_under_adam_are_those_of_the_results():
+    both = [Ends(f"pseudo_{name}", "student_accuracy") for name in ("adamw", "adam")]
+    table = ema_tables("Under Adam and AdamW")[0]
+    assert [row[0] for row in table] == ["any", *(LABELS[arm] for arm in ("rule", "off", "adascale"))]
+    for arm, (_, kappa, steps, *cells) in zip(("rule", "rule", "off", "adascale"), table):
+        scale = float(kappa)
+        assert steps == ", ".join(dict.fromkeys(f"{ends.steps(arm, scale):.0f}" for ends in both))
+        found = [(shown(e.of(arm, scale)), "" if scale == 1 else f"{e.p(arm, scale):.4f}") for e in both]
+        assert cells == [cell for pair in found for cell in pair], (arm, kappa)
+
+
+def test_the_parabola_under_adam_is_that_of_the_results():
+    table = ema_tables("Under Adam and AdamW")[2]
+    assert [cells[:2] for cells in table] == [[name, k] for name in ("adam", "adam-quiet") for k in ("2", "8", "32")]
+    for name, kappa, *cells in table:
+        before, after = (row for row in ema_results(f"parabola_{name}")["rows"] if row["kappa"] == int(kappa))
+        wanted = [f"{before['target']:.4f}", f"{after['rule']:.4f}", f"{after['off']:.4f}"]
+        wanted += [f"{after['off'] / after['rule']:.1f}", f"{before['rule']:.4f}"]
+        assert cells == [*wanted, f"{before['off'] / before['rule']:.1f}"], (name, kappa)
+
+
+def test_the_tables_of_dino_and_lars_are_those_of_the_results():
+    words = {label: arm for arm, label in LABELS.items()} | {"any": "rule", "linear, ρ^κ (the rule)": "linear"}
+    words |= {"square root, ρ^κ (the rule)": "rule", "square root, ρ (rule off)": "off"}
+    for heading, name, size in (("DINO", "dino", 7), ("LARS", "lars", 5)):
+        ends, (table,) = Ends(name, "teacher_accuracy"), ema_tables(heading)
+        assert len(table) == size
+        for label, kappa, steps, quality, p, other, *student in table:
+            arm, scale = words[label], float(kappa)
+            assert [steps, quality] == [f"{ends.steps(arm, scale):.0f}", shown(ends.of(arm, scale))], (label, kappa)
+            assert p == ("" if scale == 1 else f"{ends.p(arm, scale):.4f}")
+            assert other == (f"{ends.p(arm, scale, ('rule', scale)):.4f}" if arm in ("off", "linear") else "")
+            values = ends.of(arm, scale, "student_accuracy")
+            assert student == ([f"{fmean(values):.1f} ± {stdev(values):.1f}"] if name == "lars" else []), (label, kappa)
+
+
 @pytest.mark.slow
 def test_the_pictures_are_made_from_runs(tmp_path):
     for name in ("matplotlib", "sklearn"):
