@@ -313,8 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
             if place.first:
                 print(json.dumps(summary, indent=2, default=str))
     except (DataError, anybatch.AnybatchError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # a file may be missing, or wrong, where one rank reads it
+        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
         return 2
     return 0
 
