@@ -185,7 +185,7 @@ def load(folder: Path, *, same: dict[str, Any]) -> dict[str, Any] | None:
     try:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         options = saved["options"]
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"{path} is not a checkpoint of train.py: {error}") from None
     for name, value in same.items():
         if options.get(name) != value:

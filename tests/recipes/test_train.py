@@ -10,6 +10,7 @@ import torch
 from distributed import launch
 from distributed import train_workers as workers
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 import anybatch
 from recipes.digits import Digits
@@ -300,9 +301,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(Digits(), Options(total=20, out=tmp_path))
     with pytest.raises(DataError, match=r"rule='adascale', not 'linear'.*--out"):
         run(Digits(), Options(total=20, rule="linear", out=tmp_path))
-    (tmp_path / "checkpoint.pt").write_bytes(b"no")
-    with pytest.raises(DataError, match="is not a checkpoint"):
-        load(tmp_path, same={})
+    more = Digits()
+    more.train_set = ConcatDataset([more.train_set, more.train_set])
+    with pytest.raises(DataError, match="train_set=1347, not 2694"):
+        run(more, Options(total=20, out=tmp_path))
+    for content in (b"no", b""):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(DataError, match="is not a checkpoint"):
+            load(tmp_path, same={})
 
 
 # ---- several ranks ----
@@ -428,6 +434,13 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, message, tmp_path,
     assert captured.err.count("\n") == 1
     assert not captured.out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_one_rank_finds_wrong_is_said_too(tmp_path, monkeypatch, capsys):
+    """Another rank's disk may lack the file; what rank 0 alone would say is nothing."""
+    monkeypatch.setenv("RANK", "3")
+    assert main(["digits", "--scale", "x", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("rank 3: --scale is like")
 
 
 def test_make_data_writes_once_and_trains(tmp_path, capsys):
