@@ -55,7 +55,7 @@ class Work:
 
 def work(one: Run, task: Task, *, processes: int) -> tuple[Work, Work]:
     """The least and the most that a run takes."""
-    options, total = replace(one, rule="adascale", steps=None).options(), one.total or task.total
+    options, total = _unruled(one).options(), one.total or task.total
     ends = [share for _, share in options.scales[1:]] + [1.0]
 
     def at(gain: Callable[[float], float]) -> Work:
@@ -90,7 +90,7 @@ def measure(one: Run, path: Path, machine: Machine) -> None:
 
 def _measured(one: Run, accumulation: int, machine: Machine, place: Place) -> tuple[float, float, int]:
     """Seconds of a step and of an evaluation, and the bytes of weights and optimizer."""
-    task, unscaled = task_of(one), replace(one, rule="adascale", steps=None, total=ENDLESS)
+    task, unscaled = task_of(one), replace(_unruled(one), total=ENDLESS)
     size = unscaled.options().micro_batch_for(task, ranks=place.ranks)
     scale = accumulation * place.ranks * size / task.base_batch
     options = replace(unscaled, scale=repr(scale), micro_batch=size).options(
@@ -118,22 +118,32 @@ def told(wanted: Sequence[Run], *, cache: Path | None, machine: Machine, task: T
     if not missing:
         return ""
     bounds = list(zip(*(work(one, task, processes=machine.processes) for one in missing), strict=True))
-    cost = costs(missing[0], machine)
+    # Several processes cut the base batch of scale 1 into smaller micro-batches than a large batch has.
+    sizes = [one.options().micro_batch_for(task, ranks=machine.processes) for one in map(_unruled, missing)]
+    found = {size: costs(missing[sizes.index(size)], machine) for size in dict.fromkeys(sizes)}
+    cost = [found[size] for size in sizes]
     jobs, device = min(machine.jobs, len(missing)), "device" if machine.devices else "core"
-    rest = sum(one.evaluations for one in missing) * cost.evaluation + more * cost.micro_batch
-    hours = [(sum(one.seconds(cost) for one in some) + rest) * machine.processes / 3600 for some in bounds]
+    rest = sum(run.evaluations * its.evaluation for run, its in zip(missing, cost, strict=True))
+    rest += more * cost[0].micro_batch
+    seconds = [sum(one.seconds(its) for one, its in zip(some, cost, strict=True)) + rest for some in bounds]
+    hours = [some * machine.processes / 3600 for some in seconds]
     steps = [sum(one.steps for one in some) for some in bounds]
     clock = [hour / (jobs * machine.processes) for hour in hours]
-    disk = steps[1] * LINE + 2 * jobs * cost.checkpoint
+    disk = steps[1] * LINE + 2 * jobs * max(its.checkpoint for its in cost)
     return "\n".join([
         f"{len(missing)} of {len(runs)} runs are to be trained, {jobs} at a time, each on {machine.processes} "
         f"{device}{'s' if machine.processes > 1 else ''}.",
-        f"A step takes {cost.step:.3g} s and {cost.micro_batch:.3g} s for each micro-batch, an evaluation "
-        f"{cost.evaluation:.3g} s: measured by one training alone.",
+        *(f"A step takes {its.step:.3g} s and {its.micro_batch:.3g} s for each micro-batch of {size}, an evaluation "
+          f"{its.evaluation:.3g} s: measured by one training alone." for size, its in found.items()),
         f"Steps: {_range(steps, ',.0f')}. AdaScale's are between T/S and T.",
         f"Time: {_range(hours, '.3g')} {device}-hours, {_range(clock, '.3g')} hours by the clock.",
-        f"Memory: {cost.memory / 1e9:.2g} GB a {device}. Disk: up to {disk / 1e9:.2g} GB.",
+        f"Memory: {max(its.memory for its in cost) / 1e9:.2g} GB a {device}. Disk: up to {disk / 1e9:.2g} GB.",
     ])  # fmt: skip
+
+
+def _unruled(one: Run) -> Run:
+    """Of the same batches, whatever the rule: LSW+ has no options before its steps are known."""
+    return replace(one, rule="adascale", steps=None)
 
 
 def _steps(training: Training, place: Place) -> float:

@@ -246,6 +246,21 @@ def test_the_plan_counts_what_is_missing(tmp_path, monkeypatch):
     assert plan.told([*wanted[:3], replace(wanted[3], steps=20)], **asked) == ""
 
 
+def test_the_plan_measures_each_size_of_micro_batch(tmp_path, monkeypatch):
+    """By hand: two processes cut scale 1's 8 into 4 and 4, and take the 32 of scale 4 by 8, two times."""
+    takes = {4: 1.0, None: 100.0}
+    cost = lambda one, _: plan.Cost(0.0, takes[one.micro_batch], 0.0, int(takes[one.micro_batch] * 1e9), 0)  # noqa: E731
+    monkeypatch.setattr(plan, "costs", cost)
+    machine = Machine(("0", "1"), 1, 2)
+    wanted = [replace(RUN, scale=scale, rule="lsw").on(2, Digits()) for scale in ("1", "4", "4", "1")]
+    words = plan.told(wanted, cache=tmp_path, machine=machine, task=Digits())
+    seconds = 60 * 1 + 15 * 2 * 100  # the same run twice is one
+    assert f"Time: {2 * seconds / 3600:.3g} device-hours, {seconds / 3600:.3g} hours by the clock." in words
+    assert "1 s for each micro-batch of 4," in words
+    assert "100 s for each micro-batch of 8," in words
+    assert "Memory: 1e+02 GB a device." in words
+
+
 def test_a_measured_step_has_both_its_parts(tmp_path, monkeypatch):
     """A step that sleeps for each micro-batch."""
     monkeypatch.setattr(plan, "SECONDS", 0.0)
