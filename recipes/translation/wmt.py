@@ -70,7 +70,7 @@ def train_pairs(data: Path | None, *, vocabulary: Any, size: int) -> ParallelTex
         DataError: as of `read_pairs`; or the folder cannot be written.
     """
     data = _given(data)
-    of = [_file(data, "train", language) for language in ("en", "de")] + [data / f"vocabulary.{size}.model"]
+    of = [*_files(data, "train"), data / f"vocabulary.{size}.model"]
     folder = data / f"train.{size}.tokens"
     found = prepared(folder, of=of, make=partial(_make_pairs, data, vocabulary))
     return ParallelText.kept(folder, skipped=found["skipped"])
@@ -90,7 +90,7 @@ def _given(data: Path | None) -> Path:
 
 def read_pairs(data: Path | None, name: str) -> Iterator[tuple[str, str]]:
     """The lines of `<name>.en` with those of `<name>.de`; `<name>` may be a test set in WMT's .sgm format."""
-    paths = [_file(_given(data), name, language) for language in ("en", "de")]
+    paths = _files(_given(data), name)
     count = 0
     try:
         for source, target in zip(*(_lines(path) for path in paths), strict=True):
@@ -102,13 +102,17 @@ def read_pairs(data: Path | None, name: str) -> Iterator[tuple[str, str]]:
         raise DataError(f"{paths[0]} and {paths[1]}: one ends after {count} lines, the other goes on.") from error
 
 
-def _file(data: Path, name: str, language: str) -> Path:
-    plain = data / f"{name}.{language}"
-    found = [plain, *sorted(data.glob(f"{name}-*.{language}.sgm"))]
-    for path in found:
-        if path.is_file():
-            return path
-    raise DataError(f"{plain}: no such file (and no {name}-*.{language}.sgm).")
+def _files(data: Path, name: str) -> list[Path]:
+    """The English and the German one. An English .sgm alone says nothing: WMT's other languages have as long ones."""
+    plain = [data / f"{name}.{language}" for language in ("en", "de")]
+    missing = [path for path in plain if not path.is_file()]
+    if not missing:
+        return plain
+    for source in sorted(data.glob(f"{name}*-src.en.sgm")):
+        reference = source.with_name(source.name.replace("-src.en.sgm", "-ref.de.sgm"))
+        if reference.is_file():
+            return [source, reference]
+    raise DataError(f"{missing[0]}: no such file (and no {name}-*-src.en.sgm with its -ref.de.sgm).")
 
 
 def _lines(path: Path) -> Iterator[str]:

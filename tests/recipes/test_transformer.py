@@ -281,7 +281,12 @@ def test_wmt_sgm_files_are_read(tmp_path):
     page = '<refset setid="n"><doc>\n<seg id="1">{} &amp; {}</seg>\n<seg id="2"> two\n</seg></doc></refset>'
     (tmp_path / "newstest2014-deen-src.en.sgm").write_text(page.format("a", "b"))
     (tmp_path / "newstest2014-deen-ref.de.sgm").write_text(page.format("c", "d"))
+    for other in ("csen-ref.en", "csen-src.en", "csen-src.cs", "deen-ref.en", "deen-src.de", "fren-ref.en"):
+        (tmp_path / f"newstest2014-{other}.sgm").write_text(page.format("of another", "pair"))  # as long
     assert list(wmt.read_pairs(tmp_path, "newstest2014")) == [("a & b", "c & d"), ("two", "two")]
+    (tmp_path / "newstest2014-deen-src.en.sgm").unlink()
+    with pytest.raises(DataError, match=r"newstest2014\.en: no such file"):
+        list(wmt.read_pairs(tmp_path, "newstest2014"))
 
 
 def test_empty_and_long_pairs_are_skipped_and_counted(task):
