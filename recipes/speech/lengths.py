@@ -1,14 +1,13 @@
 """The numbers of samples of many sound files: each header is read once, and what it says is kept beside the data."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import anybatch
-from recipes.training.once import once
+from recipes.training.once import once, unfinished
 
 Known = dict[str, list[int]]  # of each file its size and its time of change, and its samples
 Reader = Callable[[Path], int]
@@ -33,7 +32,7 @@ def _update(folder: Path, name: str, paths: Sequence[Path], read: Reader) -> Non
     now = {_key(folder, path): [*_mark(path), _length(known, folder, path, read)] for path in paths}
     if now == known:
         return
-    new = folder / f"{name}.{os.getpid()}"
+    new = unfinished(folder / name)
     try:
         new.write_text(json.dumps(now))
         new.replace(folder / name)

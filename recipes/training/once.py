@@ -1,13 +1,13 @@
 """What rank 0 prepares for all of them, once: vocabularies, tokens, the lengths of sound files."""
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch.distributed as dist
 
@@ -53,8 +53,13 @@ def prepared(folder: Path, *, of: Sequence[Path], make: Callable[[Path], dict[st
     return made["found"]
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside `path` that no other process has, on no machine that sees the folder: containers share numbers."""
+    return path.with_name(f"{path.name}.{uuid4().hex}")
+
+
 def _update(folder: Path, of: Sequence[Path], make: Callable[[Path], dict[str, int]]) -> None:
-    new = folder.with_name(f"{folder.name}.{os.getpid()}")
+    new = unfinished(folder)
     try:
         source = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in of}
         made = _made(folder)
@@ -66,8 +71,10 @@ def _update(folder: Path, of: Sequence[Path], make: Callable[[Path], dict[str, i
         new.mkdir()
         content = {"of": source, "found": make(new)}
         (new / _NAME).write_text(json.dumps(content) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        new.replace(folder)
+        made = _made(folder)
+        if made is None or made["of"] != source:  # else another machine was faster, and its files are being read
+            shutil.rmtree(folder, ignore_errors=True)
+            new.replace(folder)
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: {error.strerror}; what is made of data is kept beside it."

@@ -6,7 +6,6 @@ folder `train.<size>.tokens`, and read where they lie. Rank 0 makes both, once, 
 """
 
 import html
-import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.training.once import once, prepared
+from recipes.training.once import once, prepared, unfinished
 from recipes.training.task import DataError
 from recipes.translation.model import BEGIN, END, PAD, UNKNOWN
 from recipes.translation.ragged import Ragged
@@ -152,7 +151,7 @@ def vocabulary_of(data: Path | None, *, size: int) -> Any:
 def _make_vocabulary(data: Path, path: Path, *, size: int) -> None:
     import sentencepiece
 
-    part = path.with_suffix(f".{os.getpid()}")  # a kill leaves no half of a vocabulary
+    part = unfinished(path)  # a kill leaves no half of a vocabulary
     try:
         with part.open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(
@@ -167,7 +166,8 @@ def _make_vocabulary(data: Path, path: Path, *, size: int) -> None:
                 eos_id=END,
                 minloglevel=2,
             )
-        part.replace(path)
+        if not path.exists():  # another machine may have been faster, and has encoded with its own
+            part.replace(path)
     except RuntimeError as error:
         raise DataError(f"{data / 'train.en'} and .de: no vocabulary of {size} pieces can be made: {error}") from error
     except OSError as error:

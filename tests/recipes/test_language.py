@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ from recipes.language.task import Language
 from recipes.language.tokens import Windows, read_folder, read_shard
 from recipes.train import Training, main, run
 from recipes.training import parallel
+from recipes.training.once import prepared
 from recipes.training.options import Options
 from recipes.training.task import DataError
 
@@ -228,6 +230,27 @@ def test_a_changed_text_is_said_and_tokenized_anew(tmp_path):
         text.tokenized(path, vocabulary=400)
     assert (folder / "train.bin").stat().st_size == pytest.approx(2 * before, rel=0.05)
     assert {p.name for p in tmp_path.iterdir()} == {"some.txt", "some.txt.400"}, "nothing half-made is left"
+
+
+def test_what_another_machine_has_made_meanwhile_stays(tmp_path):
+    """Eight machines are given one command, and some read already what the first has made."""
+    path, folder = tmp_path / "text", tmp_path / "made"
+    path.write_text("some")
+
+    def write(content, folder):
+        (folder / "tokens").write_text(content)
+        return {"of": len(content)}
+
+    def slow(new):
+        assert prepared(folder, of=[path], make=partial(write, "theirs")) == {"of": 6}
+        return write("ours, later", new)
+
+    assert prepared(folder, of=[path], make=slow) == {"of": 6}
+    assert (folder / "tokens").read_text() == "theirs"
+    path.write_text("other")
+    with pytest.warns(anybatch.AnybatchWarning, match="has changed"):
+        assert prepared(folder, of=[path], make=partial(write, "new")) == {"of": 3}
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "made"}
 
 
 @pytest.mark.parametrize(

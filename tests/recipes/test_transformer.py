@@ -310,6 +310,22 @@ def test_the_vocabulary_is_made_once_and_without_chance(data, task, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"train.de", name}
 
 
+def test_a_vocabulary_that_another_machine_has_made_meanwhile_stays(data, task, tmp_path, monkeypatch):
+    """It has encoded its pairs with that one, whose time tells whether they are still right."""
+    write(tmp_path, train_en="one two\n" * 20, train_de="eins zwei\n" * 20)
+    read, theirs = wmt.read_pairs, (data / "vocabulary.300.model").read_bytes()
+
+    def slow(*given):
+        yield from read(*given)
+        (tmp_path / "vocabulary.22.model").write_bytes(theirs)
+
+    monkeypatch.setattr(wmt, "read_pairs", slow)
+    with pytest.raises(DataError, match="300 pieces"):
+        wmt.vocabulary_of(tmp_path, size=22)
+    assert (tmp_path / "vocabulary.22.model").read_bytes() == theirs
+    assert {path.name for path in tmp_path.iterdir()} == {"train.de", "train.en", "vocabulary.22.model"}
+
+
 def test_pairs_are_encoded_once_and_read_where_they_lie(tmp_path, monkeypatch):
     transformer.make(tmp_path)
     made, make = [], wmt._make_pairs
