@@ -51,6 +51,8 @@ class Transformer(Task):
         test: str = "newstest2014",
         beam: int = 4,
     ) -> None:
+        from sacrebleu.metrics.bleu import BLEU
+
         super().__init__(data, tiny=tiny)
         if optimizer not in ("sgd", "adamw"):
             raise anybatch.InvalidValueError(f'optimizer must be "sgd" or "adamw", got {optimizer!r}.')
@@ -62,8 +64,8 @@ class Transformer(Task):
         self.vocabulary = vocabulary_of(data, size=size)
         self.train_set: ParallelText = train_pairs(data, vocabulary=self.vocabulary, size=size)
         self.test_pairs = list(read_pairs(data, test))
-        self.decoded = f"{test}, beam {beam}, length penalty {LENGTH_PENALTY}"
-        self.measured = self.decoded  # an evaluation adds sacrebleu's own words
+        signature = BLEU(references=[[target for _, target in self.test_pairs]]).get_signature()
+        self.measured = f"sacrebleu {signature}, {test}, beam {beam}, length penalty {LENGTH_PENALTY}"
 
     def model(self) -> nn.Module:
         """Transformer base; tiny has no dropout."""
@@ -132,9 +134,7 @@ class Transformer(Task):
                 found = translate(model, batch[0], beam=self.beam)
                 texts += list(zip(part, self.vocabulary.decode(found), strict=True))
         loss, tokens = share.summed(sums).tolist()
-        references, bleu = [target for _, target in self.test_pairs], BLEU()
-        score = bleu.corpus_score(share.gathered(texts), [references]).score
-        self.measured = f"sacrebleu {bleu.get_signature()}, {self.decoded}"
+        score = BLEU().corpus_score(share.gathered(texts), [[target for _, target in self.test_pairs]]).score
         return {self.metric: score, "loss": loss / tokens}
 
 
