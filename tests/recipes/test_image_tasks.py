@@ -309,6 +309,20 @@ def test_a_broken_test_image_is_left_out_of_the_accuracy(folders):
     assert values["accuracy"] == pytest.approx(100 * 10 / 19)
 
 
+def test_the_names_of_a_million_files_fit_into_every_process(tmp_path):
+    """In bytes of an array, which loading processes share; a Path takes 400, and is copied by being looked at."""
+    names = [["ä.JPEG", "b.png"], [f"n01440764_{i}.JPEG" for i in range(500)], ["only.jpg"]]
+    folders = [tmp_path / f"n{k:02d}" for k in range(3)]
+    for folder, some in zip(folders, names):
+        folder.mkdir()
+        for name in (*some, "notes.txt"):
+            (folder / name).touch()
+    files = imagenet.Files(folders)
+    expected = [(folder / name, k) for k, folder in enumerate(folders) for name in sorted(names[k])]
+    assert [files[i] for i in range(len(files))] == expected
+    assert len(pickle.dumps(files)) < 40 * len(files)
+
+
 def test_missing_and_empty_folders_are_named(folders):
     with pytest.raises(DataError, match="needs --data"):
         ImageNet(None)
