@@ -124,6 +124,10 @@ class Yolo(Task):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number // (10 * self.base_batch))
         return self.sides[int(torch.randint(len(self.sides), (), generator=generator))]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loading process: without what lies on the device, which it would open for itself."""
+        return {**super().__getstate__(), "grids": {}}
+
     def collate(self, examples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Images `[B, 3, H, W]`, and the targets of all of them `[n, 6]`: image, class, box; 7 with mixup."""
         rows = [torch.cat([torch.full((len(t), 1), float(i)), t], 1) for i, (_, t) in enumerate(examples)]

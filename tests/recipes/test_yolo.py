@@ -1,5 +1,6 @@
 """YOLOv3 on the VOC layout: the boxes against plain loops, the files and their errors, the model, and training."""
 
+import pickle
 import random
 import shutil
 from itertools import islice
@@ -618,6 +619,15 @@ def test_a_batch_of_another_size_is_that_size_to_the_model_and_the_boxes(data):
     assert torch.equal(seen[0], small)
     assert said == detection_loss(model(small), smaller, make_grid(64, anchors=anchors(64), strides=STRIDES))
     assert torch.equal(task.grid(images.device, 96).anchors, task.grid(images.device).anchors)
+
+
+def test_nothing_of_the_device_goes_to_a_loading_process(few):
+    task = Yolo(few, tiny=True)
+    task.grid(torch.device("cpu"))
+    assert len(task.grids) == 1
+    sent = pickle.loads(pickle.dumps(task))
+    assert not sent.grids
+    assert len(sent.train_set) == 4
 
 
 def test_the_whole_model_has_yolov3_s_sizes(few):
