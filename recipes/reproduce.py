@@ -131,9 +131,8 @@ def fig1(lab: Lab) -> None:
 
 def fig2(lab: Lab) -> None:
     """Is the gain that a run sees the true one?"""
-    found = gains.compare(
-        lab.base, scale=lab.given.scale, batches=lab.given.batches, points=POINTS, trajectories=TRAJECTORIES
-    )
+    sizes = {"scale": lab.given.scale, "batches": lab.given.batches, "points": POINTS, "trajectories": TRAJECTORIES}
+    found = gains.compare(lab.base, lab.machine, **sizes)
     for point in found["offline"]:
         print(f"tau {point['tau']:8.0f}   online {point['online']:6.2f}   offline {point['offline']:6.2f}")
     print(f"online / offline: mean {found['mean_ratio']:.3f}, largest deviation {found['largest_deviation']:.1%}")

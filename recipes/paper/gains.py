@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import anybatch
+from recipes.paper.machine import Machine
 from recipes.paper.runs import Run, task_of
 from recipes.train import Training
 from recipes.training.options import Options
@@ -49,9 +50,9 @@ class TiedOptions(Options):
         return Tied(**_values(super().rule_for_attach()), tie=self.tie)
 
 
-def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: int) -> dict[str, Any]:
+def compare(base: Run, machine: Machine, *, scale: int, batches: int, points: int, trajectories: int) -> dict[str, Any]:
     """Gains against tau: `online` of one run, `offline` at a few of its points, `tied` of trajectories in step."""
-    options = replace(base, scale=str(scale), evaluations=1).options()
+    options = _options(base, machine, scale=scale)
     training = Training(task_of(base), options, here())
     total = training.task.total
     online: list[tuple[float, float]] = []
@@ -69,7 +70,7 @@ def compare(base: Run, *, scale: int, batches: int, points: int, trajectories: i
                 "sqnorm": true.sqnorm,
             })  # fmt: skip
     training.close()
-    tied = _tied(base, scale=scale, trajectories=trajectories)
+    tied = _tied(base, machine, scale=scale, trajectories=trajectories)
     ratios = [point["online"] / point["offline"] for point in offline]
     apart = [abs(_at(online, tau) / gain - 1) for tau, gain in tied if tau > total / 10]
     return {
@@ -101,11 +102,16 @@ def true_moments(task: Task, net: nn.Module, *, batches: int, seed: int) -> anyb
     return anybatch.moments(squares, square_mean, sample=1, batch=batches)
 
 
-def _tied(base: Run, *, scale: int, trajectories: int) -> list[tuple[float, float]]:
+def _options(base: Run, machine: Machine, *, scale: int) -> Options:
+    one = replace(base, scale=str(scale), evaluations=1)
+    return one.options(workers=machine.workers, compile=machine.compile)
+
+
+def _tied(base: Run, machine: Machine, *, scale: int, trajectories: int) -> list[tuple[float, float]]:
     tie = Tie()
     runs = []
     for seed in range(trajectories):
-        alone = replace(base, scale=str(scale), seed=seed, evaluations=1).options()
+        alone = _options(replace(base, seed=seed), machine, scale=scale)
         options = TiedOptions(**_values(alone), tie=tie)
         runs.append(Training(task_of(base), options, here()))
     found = []

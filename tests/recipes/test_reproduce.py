@@ -166,8 +166,11 @@ def test_figure_5_counts_the_schedules_within_one_point(run, monkeypatch):
         assert found["area"][name] == sum(v >= found["best"]["scale 1"] - 1 for v in flat)
 
 
-def test_figure_2_compares_gains(run):
-    found, _ = run("fig2", "--scale", "4", "--batches", "50")
+def test_figure_2_compares_gains(run, monkeypatch):
+    options, begin = [], gains.Training
+    monkeypatch.setattr(gains, "Training", lambda *given: options.append(given[1]) or begin(*given))
+    found, _ = run("fig2", "--scale", "4", "--batches", "50", "--workers", "0")
+    assert [(one.workers, one.compile) for one in options] == [(0, False)] * 6
     assert len(found["offline"]) == 12
     assert all(1 <= point[key] <= 4 for point in found["offline"] for key in ("online", "offline"))
     assert all(1 <= gain <= 4 for _, gain in found["tied"])
