@@ -71,7 +71,11 @@ def pool(machine: Machine, *, most: int) -> Iterator[ProcessPoolExecutor]:
                 "A training's process was ended from outside, perhaps for want of memory: the same command goes on, "
                 "if need be with fewer --jobs."
             ) from None
-        finally:  # what one run is wrong in is said now, not after all others
+        except Exception as error:
+            if most > 1:  # what one run is wrong in is said now, not after all others
+                print(f"{error}\nWhat is in training is finished first, and nothing else begun.", file=sys.stderr)
+            raise
+        finally:
             workers.shutdown(cancel_futures=True)
 
 

@@ -194,6 +194,15 @@ def test_processes_that_end_badly_are_one_line(tmp_path, monkeypatch):
         raise BrokenProcessPool
 
 
+def test_what_one_run_is_wrong_in_is_said_before_the_others_are_done(monkeypatch, capsys):
+    """They may take days."""
+    said = []
+    monkeypatch.setattr(jobs.ProcessPoolExecutor, "shutdown", lambda *_, **__: said.append(capsys.readouterr().err))
+    with pytest.raises(DataError, match="a file is wrong"), jobs.pool(Machine(jobs=2), most=2):
+        raise DataError("a file is wrong")
+    assert said[0] == "a file is wrong\nWhat is in training is finished first, and nothing else begun.\n"
+
+
 # ---- what it says before it starts ----
 
 
