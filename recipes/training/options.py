@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import anybatch
+from recipes.training.once import unfinished
 from recipes.training.parallel import Place
 from recipes.training.task import DataError, Task
 
@@ -234,7 +235,9 @@ def task_of(given: argparse.Namespace, place: Place) -> Task:
         if given.data is None:
             raise DataError("--make-data needs --data, the folder to write to.")
         if place.first and not (given.data.is_file() or (given.data.is_dir() and any(given.data.iterdir()))):
-            module.make(given.data, size="tiny", seed=0)
+            new = unfinished(given.data)  # a kill leaves no half of a data set where the next call would take it
+            module.make(new, size="tiny", seed=0)
+            new.replace(given.data)
         place.wait()
     kind = getattr(module, name)
     chosen = {own: value for own in OWN if (value := getattr(given, own)) is not None}

@@ -443,11 +443,24 @@ def test_what_one_rank_finds_wrong_is_said_too(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("rank 3: --scale is like")
 
 
+def test_a_kill_while_data_is_made_leaves_none_of_it(tmp_path, monkeypatch):
+    def killed(folder, **_):
+        folder.mkdir()
+        (folder / "data_batch_1.bin").write_bytes(bytes(3073))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.images.cifar10.make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["cifar10", "--tiny", "--data", str(tmp_path / "data"), "--make-data", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "data").exists()
+
+
 def test_make_data_writes_once_and_trains(tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "out"
     arguments = ["cifar10", "--tiny", "--data", str(data), "--make-data", "--total", "3", "--evaluations", "1"]
     assert main([*arguments, "--out", str(out)]) == 0
     written = {path: path.stat().st_mtime_ns for path in data.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}
     assert main([*arguments, "--seed", "1", "--out", str(out / "b")]) == 0
     assert {path: path.stat().st_mtime_ns for path in data.iterdir()} == written
     assert capsys.readouterr().out
