@@ -120,7 +120,8 @@ def wrap(net: nn.Module, *, place: Place, fsdp: bool, compiled: bool) -> nn.Modu
             fully_shard(block)
         fully_shard(net)
     if compiled:
-        net.compile()
+        # Not net.compile(): of torch's own classes, such as a Sequential, it compiles some of the blocks alone.
+        net.forward = torch.compile(net.forward)
     return DistributedDataParallel(net) if place.ranks > 1 and not fsdp else net
 
 
