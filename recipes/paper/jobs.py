@@ -5,6 +5,7 @@ run is claimed while it is trained, so that several machines that see the same c
 takes what no other is at.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -96,6 +97,7 @@ def in_place(action: Action, one: Run, path: Path, machine: Machine) -> None:
 
 def train(one: Run, cache: Path, machine: Machine) -> None:
     """Train a run, going on from its checkpoint, which goes when the run is done."""
+    gc.collect()  # the model of the run before, whose hooks are a circle, would stay on the device beside this one
     out, task = cache / one.key, task_of(one)
     save_every = task.total / 100 if task.total > LONG else max(task.total / 4, ceil(task.total / 100))
     options = one.options(out=out, save_every=save_every, workers=machine.workers, compile=machine.compile)

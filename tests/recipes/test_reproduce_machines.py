@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,6 +202,20 @@ def test_what_one_run_is_wrong_in_is_said_before_the_others_are_done(monkeypatch
     with pytest.raises(DataError, match="a file is wrong"), jobs.pool(Machine(jobs=2), most=2):
         raise DataError("a file is wrong")
     assert said[0] == "a file is wrong\nWhat is in training is finished first, and nothing else begun.\n"
+
+
+def test_a_process_has_one_run_s_model_at_a_time(tmp_path, monkeypatch):
+    models, make = [], Digits.model
+
+    def noting(task):
+        assert not [known for known in models if known() is not None]
+        models.append(weakref.ref(model := make(task)))
+        return model
+
+    monkeypatch.setattr(Digits, "model", noting)
+    for seed in (0, 1):
+        jobs.train(replace(RUN, seed=seed, total=8), tmp_path, Machine())
+    assert len(models) == 2
 
 
 # ---- what it says before it starts ----
