@@ -163,11 +163,12 @@ class Training:
         accumulation = self.accumulation
         precision, device = PRECISIONS[self.options.precision], self.place.device.type
         for i in range(accumulation):
-            batch = self.place.moved(next(self.batches))
+            given = next(self.batches)
+            self.controller.micro_batch = self.task.size(given)  # asked on the host: on a device it would be waited for
+            batch = self.place.moved(given)
             # Dropout, too, depends on the seed and the examples before it alone: no generator's state is saved.
             before = self.used + (i * self.place.ranks + self.place.rank) * self.micro_batch
             torch.manual_seed(self.options.seed * 1_000_000_007 + before)
-            self.controller.micro_batch = self.task.size(batch)
             with parallel.without_reduction(self.model, last=i == accumulation - 1):
                 with torch.autocast(device, precision, enabled=precision is not None):
                     loss = self.task.loss(self.model, batch)
