@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import floor, isfinite
+from math import floor, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +174,16 @@ class Training:
                     loss = self.task.loss(self.model, batch)
                 self.scaler.scale(loss / accumulation).backward()
             self.losses += torch.stack([loss.detach().double(), torch.ones_like(self.losses[0])])
-        if self.task.clip is not None:
-            for optimizer in self.optimizers:
+        steps = self.optimizers
+        if self.task.clip is not None or len(steps) > 1:
+            for optimizer in steps:
                 self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.task.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.task.clip or inf)
+            # A GradScaler skips each optimizer for itself, and one step is all of them or none.
+            if self.scaler.is_enabled() and len(steps) > 1 and not parallel.whole(norm).isfinite():
+                steps = []
         try:
-            for optimizer in self.optimizers:
+            for optimizer in steps:
                 self.scaler.step(optimizer)
         except anybatch.DivergedError:
             self.attempts.give_up()

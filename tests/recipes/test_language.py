@@ -379,6 +379,23 @@ def test_the_gradient_is_clipped_after_it_is_measured(data):
     assert moved[1] < 1e-6
 
 
+def test_two_optimizers_skip_a_step_together_under_a_loss_scale(data):
+    """An overflow that only Muon's matrices saw had AdamW step alone, and ended the run."""
+    task = Language(data, tiny=True, optimizer="muon")
+    training = Training(task, Options(scale="2", total=40, precision="fp16"), parallel.here())
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**22})  # some overflow, others do not
+    half = next(p for p in training.net.parameters() if p.dim() == 2)
+    told = []
+    for _ in range(8):
+        before, steps = half.detach().clone(), training.controller.steps
+        training.step()
+        told.append(training.controller.steps - steps)
+        assert torch.equal(before, half) == (told[-1] == 0)
+    assert 0 < training.attempts.skipped == told.count(0) < 8
+    assert told == sorted(told)  # half of a scale that overflowed, until none does
+    training.close()
+
+
 def distance(some, others):
     return sum(float((a - b).detach().square().sum()) for a, b in zip(some, others, strict=True)) ** 0.5
 
