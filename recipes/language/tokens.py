@@ -62,6 +62,8 @@ def read_folder(folder: Path, kind: str) -> list[Shard]:
     paths = sorted(path for path in folder.glob("*.bin") if kind in path.name)
     if not paths:
         raise DataError(f"{folder} has no file *{kind}*.bin.")
+    if both := [path for path in paths if "train" in path.name and "val" in path.name]:
+        raise DataError(f"{both[0]} is to train on and to test on, by its name, which holds train and val: rename it.")
     return [read_shard(path) for path in paths]
 
 

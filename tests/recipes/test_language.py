@@ -156,6 +156,18 @@ def test_a_file_that_is_none_is_named(content, message, tmp_path):
         read_shard(path)
 
 
+def test_a_file_to_train_and_to_test_on_is_refused(tmp_path):
+    """By its name it was both, without a word: what it is trained on would be what it is tested on."""
+    for name in ("medieval_train_000001.bin", "val.bin"):
+        (tmp_path / name).write_bytes(plain(range(9)))
+    for kind in ("train", "val"):
+        with pytest.raises(DataError, match=r"medieval_train_000001\.bin is to train on and to test on"):
+            read_folder(tmp_path, kind)
+    with pytest.raises(DataError, match=r"has no file \*train\*\.bin"):
+        (tmp_path / "medieval_train_000001.bin").unlink()
+        read_folder(tmp_path, "train")
+
+
 def test_a_token_outside_of_the_vocabulary_is_named(tmp_path):
     (tmp_path / "train.bin").write_bytes(plain([1, 2, 3, 4, 5, 6, 700, 8, 9]))
     windows = Windows(read_folder(tmp_path, "train"), context=4, vocabulary=512)
