@@ -1,7 +1,8 @@
 """Many runs of one experiment: the command line, the file that keeps what was trained, the table and the test.
 
 Every finished run is written to the results file at once. Called again, an experiment trains what is missing and draws
-the figure anew, so that a figure can be changed without training.
+the figure anew, so that a figure can be changed without training. Several processes, each with its device and its own
+kappas, may write to one file.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import anybatch
 from anybatch._demo import welch
 from recipes.ema.config import ARMS, Config, Scale
 from recipes.ema.train import Experiment, train
+from recipes.training.once import unfinished
 
 VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment[Any]]
@@ -84,21 +86,34 @@ class Results:
         self.data = str(data.resolve()) if data else None
         self.runs: list[dict[str, Any]] = []
         self.versions = VERSIONS
-        if path.exists():
-            saved = json.loads(path.read_text())
-            # What a configuration has got since then is at its default in runs from before.
-            if (_DEFAULTS | saved["config"], saved.get("data")) != (_plain(config), self.data):
-                raise SystemExit(f"{path} holds runs of another configuration: name another --json, or delete it.")
-            self.runs = saved["runs"]
-            self.versions = {name: saved.get(name, version) for name, version in VERSIONS.items()}
+        self.read()
+
+    def read(self) -> None:
+        """Take what is in the file and not yet here: another process may have trained as well."""
+        if not self.path.exists():
+            return
+        saved = json.loads(self.path.read_text())
+        # What a configuration has got since then is at its default in runs from before.
+        if (_DEFAULTS | saved["config"], saved.get("data")) != (_plain(self.config), self.data):
+            raise SystemExit(f"{self.path} holds runs of another configuration: name another --json, or delete it.")
+        done = self.done()
+        self.runs += [run for run in saved["runs"] if _key(run["arm"], run["scale"], run["seed"]) not in done]
+        self.versions = {name: saved.get(name, version) for name, version in VERSIONS.items()}
+
+    def done(self) -> set[Any]:
+        """The keys of the runs that are here."""
+        return {_key(run["arm"], run["scale"], run["seed"]) for run in self.runs}
 
     def complete(self, experiment: Experiment[Any]) -> None:
         """Train what is missing, if there is something, with the versions of what is there."""
-        done = {_key(run["arm"], run["scale"], run["seed"]) for run in self.runs}
+        done = self.done()
         missing = [run for run in self.study.plan(self.config) if _key(*run) not in done]
         if missing and self.versions != VERSIONS:
             raise SystemExit(f"{self.path} holds runs of {self.versions}, these are {VERSIONS}: name another --json.")
         for i, (arm, scale, seed) in enumerate(missing, start=1):
+            self.read()
+            if _key(arm, scale, seed) in self.done():
+                continue
             run = train(experiment, arm, scale=scale, seed=seed)
             self.runs.append(json.loads(json.dumps(run), parse_float=lambda number: float(f"{float(number):.5g}")))
             self.save()
@@ -110,10 +125,11 @@ class Results:
 
     def save(self) -> None:
         """Write the file, one run a line."""
+        self.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({"study": self.study.name, **VERSIONS, "data": self.data, "config": _plain(self.config)})
         runs = ",\n".join(json.dumps(run) for run in self.runs)
-        scratch = self.path.with_suffix(".part")
+        scratch = unfinished(self.path)
         scratch.write_text(f'{head[:-1]}, "runs": [\n{runs}\n]}}\n')
         scratch.replace(self.path)
 

@@ -274,6 +274,25 @@ def test_runs_are_kept_and_another_configuration_is_refused(tmp_path, monkeypatc
         study(pseudo, tmp_path, "--seeds", "1", "--scales", "1", "--total", "32")
 
 
+def test_two_processes_write_to_one_file(tmp_path, monkeypatch):
+    """While one trains at kappa 8, another trains at 4: what one has finished is not overwritten by the other."""
+    train, trained = ema_runs.train, []
+
+    def meanwhile(experiment, arm, *, scale, seed):
+        trained.append((arm, scale))
+        if len(trained) == 1:
+            study(pseudo, tmp_path, "--seeds", "1", "--scales", "4", "--total", "16")
+        return train(experiment, arm, scale=scale, seed=seed)
+
+    monkeypatch.setattr(ema_runs, "train", meanwhile)
+    study(pseudo, tmp_path, "--seeds", "1", "--scales", "4", "8", "--total", "16")
+    runs = json.loads((tmp_path / "ema_pseudo.json").read_text())["runs"]
+    found = [(run["arm"], run["scale"]) for run in runs]
+    pairs = [("rule", 1), *((arm, kappa) for arm in ("rule", "off", "adascale") for kappa in (4, 8))]
+    assert sorted(found) == sorted(pairs)
+    assert sorted(trained) == sorted([("rule", 1), *pairs])  # the one that both had begun, twice; no other
+
+
 def test_runs_on_other_data_or_of_other_versions_are_not_mixed(tmp_path, monkeypatch):
     arguments = ["--seeds", "1", "--scales", "1", "--total", "16"]
     study(pseudo, tmp_path, *arguments)
