@@ -156,10 +156,10 @@ class Options:
             "task": task.name,
             "tiny": task.tiny,
             "total": task.total,
-            "train_set": len(task.train_set),  # type: ignore[arg-type]  # which example comes next depends on it
             "rule": str(self.rule),
             **mine,
             **task.variant,
+            "train_set": len(task.train_set),  # type: ignore[arg-type]  # which example comes next depends on it
         }
 
 
