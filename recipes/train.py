@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import floor, inf, isfinite
+from math import floor, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +174,12 @@ class Training:
                     loss = self.task.loss(self.model, batch)
                 self.scaler.scale(loss / accumulation).backward()
             self.losses += torch.stack([loss.detach().double(), torch.ones_like(self.losses[0])])
-        steps = self.optimizers
-        if self.task.clip is not None or len(steps) > 1:
-            for optimizer in steps:
+        if self.task.clip is not None:
+            for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.task.clip or inf)
-            # A GradScaler skips each optimizer for itself, and one step is all of them or none.
-            if self.scaler.is_enabled() and len(steps) > 1 and not parallel.whole(norm).isfinite():
-                steps = []
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.task.clip)
         try:
-            for optimizer in steps:
+            for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         except anybatch.DivergedError:
             self.attempts.give_up()

@@ -47,6 +47,62 @@ def test_two_halves_are_the_whole(lagged, clear_between):
     assert runs[0] == runs[1]
 
 
+OVERFLOWS = (2, 3, 5)
+
+
+def under_a_loss_scale(*, order, overflows=None, **options):
+    """Gains and weights of steps of two optimizers, at some of which the gradient of one half of the model is inf."""
+    model, wrong = oracle.make_model(), [False]
+    halves = [list(model.parameters())[:2], list(model.parameters())[2:]]
+    if overflows is not None:
+        halves[overflows][0].register_hook(lambda grad: grad * torch.inf if wrong[0] else grad)
+    optimizers = [torch.optim.SGD(half, lr=0.05, momentum=0.9) for half in halves]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    controller = anybatch.attach(optimizers, model=model, grad_scaler=scaler, **{"scale": "count", **options})
+    gains = []
+    for t in range(8):
+        wrong[0] = t in OVERFLOWS
+        if wrong[0] and overflows is None:
+            continue
+        for i in range(3):
+            x, y = oracle.micro_batch(t, i)
+            scaler.scale(oracle.loss_fn(model(x), y) / 3).backward()
+        for place in order:
+            scaler.step(optimizers[place])
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        gains.append(controller.gain)
+    return controller, gains, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows):
+    """A GradScaler skips each optimizer for itself."""
+    controller, gains, weights = under_a_loss_scale(order=order, overflows=overflows)
+    _, others, undisturbed = under_a_loss_scale(order=order)
+    assert (controller.steps, controller.skipped) == (5, 3)
+    assert [gain for t, gain in enumerate(gains) if t not in OVERFLOWS] == pytest.approx(others, rel=1e-12)
+    torch.testing.assert_close(weights, undisturbed, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lagged": True},
+        {"rule": anybatch.Linear()},
+        {"rule": anybatch.Linear(), "scale": 3},
+        {"rule": anybatch.AdaScale(every=4)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_such_a_step_does_not_count_where_nobody_looked_at_its_gradient(options, overflows):
+    controller, *_ = under_a_loss_scale(order=(0, 1), overflows=overflows, **options)
+    assert (controller.steps, controller.skipped) == (5, 3)
+
+
 def test_each_has_the_rate_of_its_class():
     """Muon for the matrices, AdamW for the rest: r to the power of each, and one noise factor, the more careful one."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -138,11 +137,6 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 def without_reduction(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """DDP reduces once a step, in the last backward; FSDP2 in every one, so that nobody holds a whole gradient."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, where each rank has a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def model_state(net: nn.Module) -> dict[str, Any]:

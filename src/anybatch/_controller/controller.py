@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch._controller.backwards import Backwards
@@ -111,6 +111,10 @@ class Controller(Readings, Loops, Backwards, Companion):
         counted = adascale is not None or batch.counts or reduction != "mean"
         foreseen = not lagged and grad_scaler is None and per_layer is None
         metric, layers, tally = None, None, Tally(clock=clock, batch=batch)
+
+        def loss_scale() -> Tensor | None:
+            return getattr(grad_scaler, "_scale", None)
+
         self._tally = tally
         if per_layer is not None:
             if adascale is None:
@@ -135,7 +139,7 @@ class Controller(Readings, Loops, Backwards, Companion):
                 leaves=engine.leaves,
                 reduced=engine.reduced,
                 arrived=engine.arrived,
-                loss_scale=lambda: getattr(grad_scaler, "_scale", None),
+                loss_scale=loss_scale,
                 consecutive=adascale is not None and adascale.consecutive,
                 metric=metric,
                 sizes=Sizes(model, given=batch.micro_batch),
@@ -171,6 +175,7 @@ class Controller(Readings, Loops, Backwards, Companion):
             lagged=lagged,
             patience=patience,
             share=self._share,
+            loss_scale=loss_scale,
         )
         for driver in self._drivers:
             driver.hold()

@@ -77,6 +77,7 @@ class Stepper:
         lagged: whether a step is judged by the step before.
         patience: steps in a row that may not count.
         share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
+        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Stepper:
         lagged: bool,
         patience: int,
         share: Callable[[], Share | None],
+        loss_scale: Callable[[], Tensor | None],
     ) -> None:
         self._model = model
         self._values = values
@@ -107,6 +109,8 @@ class Stepper:
         self._reduction: Reduction = reduction
         self._lagged = lagged
         self._share = share
+        self._loss_scale = loss_scale
+        self._scale: Tensor | None = None  # the factor as some optimizers of this window stepped, and not all
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
@@ -207,6 +211,8 @@ class Stepper:
 
     def _prepare(self, index: int) -> None:
         values = self._values[index]
+        if self._taken and self._judged is not None and self._backed_off():
+            self._count(self._judged.step, skipped=True)
         if index in self._taken:
             raise UsageError(
                 f"{type(values.optimizer).__name__} steps again, and another optimizer of the same controller has not "
@@ -340,14 +346,25 @@ class Stepper:
         self.restore()
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
         self._taken[index] = found_inf is not None and bool(found_inf)
-        if len(self._taken) == len(self._values):
-            self._finish(step, skipped=step.skipped or any(self._taken.values()))
-
-    def _finish(self, step: Step, *, skipped: bool) -> None:
-        """Every optimizer has stepped."""
-        self._taken.clear()
+        if len(self._taken) < len(self._values):
+            scale = self._loss_scale()
+            self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+            return
+        skipped = step.skipped or any(self._taken.values())
         if self._gather is not None:
             self._gather.close(forget=skipped)
+        self._count(step, skipped=skipped)
+
+    def _backed_off(self) -> bool:
+        """Whether a GradScaler has lowered its factor since the last step: the gradients of an optimizer that has not
+        stepped were not finite, and it never will with them. It skips each for itself; a step is all of them or none.
+        """
+        scale = self._loss_scale()
+        return scale is not None and self._scale is not None and bool(scale < self._scale)
+
+    def _count(self, step: Step, *, skipped: bool) -> None:
+        """Every optimizer has stepped that will."""
+        self._taken.clear()
         try:
             self._tally.add(step, skipped=skipped)
         finally:  # the step has happened, whatever those who follow the clock make of it
