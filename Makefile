@@ -73,6 +73,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.forecast_band
 	$(BIN)/python -m benchmarks.beyond
 	$(BIN)/python -m benchmarks.trainer_gpt --json docs/frameworks/gpt.json
+	$(BIN)/python -m benchmarks.language --json docs/language/results.json
 	$(BIN)/python -m benchmarks.idea
 	$(BIN)/python -m benchmarks.first_screen
 	$(BIN)/python -m benchmarks.examples
