@@ -94,7 +94,7 @@ class CropFolder(MultiCrop):
         if self._order is not generator:  # another run
             self._order = generator
             chunk = max(1, self.config.base_batch // 4)
-            order = Shuffled(self.crops, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=0)
+            order = Shuffled(self.crops, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=self.start)
             self._stream = Stream(iter(DataLoader(self.crops, batch_sampler=order, num_workers=self.workers)))
         kinds = [crops.to(self.device) for crops in self._stream.take(examples)]
         drawn = [colours(x.shape[0] * x.shape[1], generator).unflatten(0, x.shape[:2]) for x in kinds]

@@ -82,7 +82,7 @@ class Folder(Distillation):
         if self._order is not generator:  # another run
             self._order = generator
             chunk = max(1, self.config.base_batch // 4)
-            order = Shuffled(self.views, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=0)
+            order = Shuffled(self.views, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=self.start)
             self._stream = Stream(iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers)))
         views = [pixels.to(self.device) for pixels in self._stream.take(examples)]
         return (*views, *(colours(examples, generator).to(self.device) for _ in views))

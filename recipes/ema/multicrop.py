@@ -79,7 +79,7 @@ class MultiCrop(Experiment[Dino]):
         """The centre moves with the clock in every arm: only the teacher's weights are what an arm is about."""
         self._clock = clock
         self._said: list[Tensor] = []  # of each part of the batch, the teacher's mean
-        model.frozen = self.frozen > 0
+        model.frozen = not clock.reached(self.frozen)
 
         def move(iterations: float) -> None:
             model.centre.lerp_(self._mean, 1 - CENTRE**iterations)

@@ -1,8 +1,8 @@
 """Many runs of one experiment: the command line, the file that keeps what was trained, the table and the test.
 
-Every finished run is written to the results file at once. Called again, an experiment trains what is missing and draws
-the figure anew, so that a figure can be changed without training. Several processes, each with its device and its own
-kappas, may write to one file.
+Every finished run is written to the results file at once, and a long one has a checkpoint beside it until then. Called
+again, an experiment goes on with what is missing and draws the figure anew, so that a figure can be changed without
+training. Several processes, each with its device and its own kappas, may write to one file.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import torch
 import anybatch
 from anybatch._demo import welch
 from recipes.ema.config import ARMS, Config, Scale
+from recipes.ema.resume import Checkpoint
 from recipes.ema.train import Experiment, train
 from recipes.training.once import unfinished
 
-VERSIONS = {"torch": torch.__version__, "anybatch": anybatch.__version__}
+VERSIONS = {"torch": str(torch.__version__), "anybatch": anybatch.__version__}
 Make = Callable[[Config, argparse.Namespace], Experiment[Any]]
 
 
@@ -114,14 +115,22 @@ class Results:
             self.read()
             if _key(arm, scale, seed) in self.done():
                 continue
-            run = train(experiment, arm, scale=scale, seed=seed)
+            checkpoint = self.checkpoint(arm, scale, seed)
+            run = train(experiment, arm, scale=scale, seed=seed, checkpoint=checkpoint)
             self.runs.append(json.loads(json.dumps(run), parse_float=lambda number: float(f"{float(number):.5g}")))
             self.save()
+            checkpoint.remove()
             end = f"{run[self.study.metric][-1]:.3f}" if run[self.study.metric] else ""
             print(
                 f"[{i}/{len(missing)}] {arm:15} kappa {_shown(scale):12} seed {seed}: {run['steps']} steps, {end}",
                 flush=True,
             )
+
+    def checkpoint(self, arm: str, scale: Scale, seed: int) -> Checkpoint:
+        """Where a run is kept until it is here."""
+        same = {**VERSIONS, "config": _plain(self.config), "data": self.data, "run": [arm, _shown(scale), seed]}
+        name = f"{self.path.stem}.{arm}-{_shown(scale).replace(' ', '')}-{seed}.pt"
+        return Checkpoint(self.path.with_name(name), same=same)
 
     def save(self) -> None:
         """Write the file, one run a line."""

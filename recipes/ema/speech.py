@@ -93,7 +93,7 @@ class Speech(Experiment[nn.Module]):
         return {"accuracy": found[self.task.metric], "loss": found["loss"]}
 
     def _stream(self, rows: list[int], seed: int) -> Iterator[Any]:
-        order = Shuffled(rows, self.config.base_batch, seed=seed, rank=0, ranks=1, start=0)
+        order = Shuffled(rows, self.config.base_batch, seed=seed, rank=0, ranks=1, start=self.start)
         chosen = ([rows[i] for i in chunk] for chunk in order)
         loader = DataLoader(self.task.train_set, batch_sampler=chosen, collate_fn=list, num_workers=self.workers)
         return (example for chunk in loader for example in chunk)

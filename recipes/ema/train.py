@@ -5,6 +5,7 @@ run from one seed. Nothing here depends on which experiment it is, or on how big
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from math import ceil, nan
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import anybatch
 from recipes.ema.config import ARMS, Arm, Config, Scale
 from recipes.ema.optimizers import follow_weight_decay, make_optimizer, make_rule, make_scheduler
+from recipes.ema.resume import Checkpoint
 from recipes.training.attempts import Attempts
 
 Batch = tuple[Tensor, ...]
@@ -29,6 +31,7 @@ class Experiment(ABC, Generic[Model]):
     """
 
     teaches = False  # whether the teacher has a say in the loss: whether `targets` is called
+    start = 0  # examples that this run has seen before it was killed
 
     def __init__(self, config: Config, *, device: str = "cpu") -> None:
         self.config = config
@@ -61,30 +64,45 @@ class Experiment(ABC, Generic[Model]):
         """`"accuracy"` in percent, and `"loss"` where there is a test loss; without gradients."""
 
 
-def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -> dict[str, Any]:
+def train(
+    experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int, checkpoint: Checkpoint | None = None
+) -> dict[str, Any]:
     """One run: steps, and the curves of the student and of the teacher, its EMA, at equal points of tau.
 
-    The curves of a run that takes no step any more are nan from there on.
+    The curves of a run that takes no step any more are nan from there on. One that was killed goes on at the last
+    evaluation that is in `checkpoint`: the same examples, but for what chance makes of them on a device or in a loader.
     """
     config, how = experiment.config, ARMS[arm]
     torch.manual_seed(seed)
     model = experiment.model().to(experiment.device)
     optimizer = make_optimizer(model, config)
+    scheduler = make_scheduler(optimizer, config)
     controller = anybatch.attach(
         optimizer,
         model=model,
         rule=make_rule(how, config),
-        scheduler=make_scheduler(optimizer, config),
+        scheduler=scheduler,
         total=config.total,
         base_batch=config.base_batch,
         micro_batch=config.base_batch,
     )
     follow_weight_decay(optimizer, controller, config)
     ema = _average(model, config, controller.clock, followed=how.ema == "clock")
-    experiment.begin(model, controller.clock)
     order = torch.Generator().manual_seed(seed)
-    curve = [_evaluate(experiment, model, ema, tau=0.0)]
-    attempts = Attempts()
+    kept: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema}
+    if scheduler:
+        kept["scheduler"] = scheduler
+    saved = checkpoint.read() if checkpoint else None
+    if saved:
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
+        order.set_state(saved["order"])
+    used = experiment.start = saved["used"] if saved else 0
+    experiment.begin(model, controller.clock)
+    curve = saved["curve"] if saved else [_evaluate(experiment, model, ema, tau=0.0)]
+    attempts = Attempts(**saved["attempts"]) if saved else Attempts()
+    if saved:
+        torch.set_rng_state(saved["chance"])
     while not controller.done and not attempts.hopeless:
         kappa = scale_at(scale, controller.tau / config.total)
         examples = round(kappa * config.base_batch)
@@ -103,11 +121,16 @@ def train(experiment: Experiment[Model], arm: str, *, scale: Scale, seed: int) -
             attempts.give_up()
             break
         optimizer.zero_grad()
+        used += examples
         attempts.count(controller)
         if how.ema != "clock":
             ema.update(1.0 if how.ema == "one" else kappa)
         if controller.clock.reached(len(curve) * config.total / config.evaluations):
             curve.append(_evaluate(experiment, model, ema, tau=controller.tau))
+            if checkpoint and checkpoint.due:
+                own = {"order": order.get_state(), "used": used, "curve": curve, "attempts": asdict(attempts)}
+                states = {name: part.state_dict() for name, part in kept.items()}
+                checkpoint.write(states | own | {"chance": torch.get_rng_state()})
     if attempts.hopeless:
         curve.append({**dict.fromkeys(curve[0], nan), "tau": float(config.total)})
     return {"arm": arm, "scale": scale, "seed": seed, "steps": controller.steps} | _resampled(curve, config)

@@ -278,11 +278,11 @@ def test_two_processes_write_to_one_file(tmp_path, monkeypatch):
     """While one trains at kappa 8, another trains at 4: what one has finished is not overwritten by the other."""
     train, trained = ema_runs.train, []
 
-    def meanwhile(experiment, arm, *, scale, seed):
+    def meanwhile(experiment, arm, *, scale, seed, checkpoint):
         trained.append((arm, scale))
         if len(trained) == 1:
             study(pseudo, tmp_path, "--seeds", "1", "--scales", "4", "--total", "16")
-        return train(experiment, arm, scale=scale, seed=seed)
+        return train(experiment, arm, scale=scale, seed=seed, checkpoint=checkpoint)
 
     monkeypatch.setattr(ema_runs, "train", meanwhile)
     study(pseudo, tmp_path, "--seeds", "1", "--scales", "4", "8", "--total", "16")
