@@ -151,7 +151,7 @@ def table(runs: Runs, *, seeds: int = SEEDS) -> list[str]:
             losses, right = ([row[each] for row in rows] for each in ("loss", "accuracy"))
             steps, tokens = (fmean(row[each] for row in rows) for each in ("steps", "tokens"))
             p = ttest_ind(losses, base["loss"], equal_var=False).pvalue
-            told = "" if name == BASE else f"{p:.3f}" if p >= 0.001 else "< .001"
+            told = "" if name == BASE else f"{p:.3f}" if p >= 0.001 else "<.001"
             fewer = "" if name == BASE else f"{fmean(base['steps']) / steps:.1f}"
             first = f"{study.name}, rate {lr:g}" if name == BASE else ""
             lines.append(
