@@ -360,6 +360,26 @@ def test_trap_a_scaler_that_skips_the_step_moves_nothing():
     assert (controller.steps, controller.count) == (2, 3)
 
 
+def test_trap_a_loss_scale_that_changes_leaves_no_trace_in_consecutive_gradients():
+    """It grows between two of them; and what overflowed is the predecessor of none, nor costs the step after it."""
+    overflow, gains = 3, {}
+    for growth in (None, 1):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth or 1, enabled=growth is not None)
+        rule = anybatch.AdaScale(consecutive=True)
+        model, optimizer, controller = attached(rule=rule, scale=4, grad_scaler=scaler)
+        for t in range(7):
+            x, y = oracle.micro_batch(t, 0)
+            scaler.scale((math.inf if growth and t == overflow else 1.0) * oracle.loss_fn(model(x), y)).backward()
+            if growth or t != overflow:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            gains.setdefault(growth, []).append(controller.gain)
+        assert (controller.steps, controller.skipped) == (6, 0)
+    assert gains[1] == pytest.approx(gains[None], rel=1e-9)
+    assert gains[1][-1] > gains[1][0]
+
+
 @pytest.mark.parametrize("unscale_first", [True, False])
 def test_trap_norms_carry_the_loss_scale_and_the_gradient_is_unscaled_and_clipped(unscale_first):
     """Both norms are taken at the end of the backward: the gain knows neither the loss scale nor the clipping."""

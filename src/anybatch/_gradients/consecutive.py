@@ -14,17 +14,24 @@ class Consecutive:
 
     def __init__(self) -> None:
         self._previous: dict[int, Tensor] | None = None  # by the parameter; what is not there is zero
+        self._scale: Tensor | None = None  # the factor on its loss
 
     def forget(self) -> None:
         """The next gradient has no predecessor: this one was not finite, or not alone in its step."""
         self._previous = None
 
-    def pair(self, grads: Mapping[int, Tensor]) -> Pair | None:
-        """The norms of the gradients, by their parameters, and of those of the last call; `None` at the first."""
+    def pair(self, grads: Mapping[int, Tensor], *, loss_scale: Tensor | None) -> Pair | None:
+        """The norms of the gradients, by their parameters, and of those of the last call; `None` at the first.
+
+        Both are of a loss times `loss_scale`, which may have been another one then.
+        """
+        before_scale, self._scale = self._scale, loss_scale
         if self._previous is None:
             self._previous = {index: g.detach().clone() for index, g in grads.items()}
             return None
         held = self._previous
+        if before_scale is not None and loss_scale is not None:
+            torch._foreach_mul_(list(held.values()), loss_scale / before_scale)
         before, now = total_squared_norm(held.values()), total_squared_norm(grads.values())
         both = [index for index in grads if index in held]
         if both:  # the buffer holds the sum for a moment: no second copy

@@ -331,6 +331,8 @@ class Gather:
             self._newest = task
             self._tasks.clear()
         if not self._tasks and self._witness.cleared(self.pending) and (self.pending == 0 or self._cleared()):
+            if self.pending:  # nobody stepped by it: to a GradScaler it was not finite, say
+                self._norms.forget()
             self._open()
         self._witness.begin(parameter)
         if self.pending == 0:

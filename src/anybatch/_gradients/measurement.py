@@ -154,9 +154,9 @@ class Measurement:
             return
         if alone:
             grads = {index: local_of(p.grad) for index, p in enumerate(self.parameters) if p.grad is not None}
-            self._pair = self._consecutive.pair(grads)
+            self._pair = self._consecutive.pair(grads, loss_scale=self._scale)
         else:
-            self._consecutive.forget()
+            self.forget()
 
     def window(self, backwards: int, fires: Sequence[int], *, shares: Shares) -> Window:
         """What there is to say of so many backwards, in which the parameters got `fires` gradients each."""
@@ -190,11 +190,15 @@ class Measurement:
     def close(self, backwards: int, *, forget: bool) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         if forget:
-            if self._consecutive is not None:
-                self._consecutive.forget()
+            self.forget()
         elif self._plain:
             self.usual = backwards
         self.spoilt = False
+
+    def forget(self) -> None:
+        """The next gradient has no predecessor."""
+        if self._consecutive is not None:
+            self._consecutive.forget()
 
     def _read_sum(self) -> None:
         self._grad_square = total_squared_norm(self.grads())
