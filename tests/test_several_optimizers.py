@@ -50,7 +50,7 @@ def test_two_halves_are_the_whole(lagged, clear_between):
 OVERFLOWS = (2, 3, 5)
 
 
-def under_a_loss_scale(*, order, overflows=None, **options):
+def under_a_loss_scale(*, order, overflows=None, update_after_each=False, **options):
     """Gains and weights of steps of two optimizers, at some of which the gradient of one half of the model is inf."""
     model, wrong = oracle.make_model(), [False]
     halves = [list(model.parameters())[:2], list(model.parameters())[2:]]
@@ -69,18 +69,23 @@ def under_a_loss_scale(*, order, overflows=None, **options):
             scaler.scale(oracle.loss_fn(model(x), y) / 3).backward()
         for place in order:
             scaler.step(optimizers[place])
-        scaler.update()
+            if update_after_each:
+                scaler.update()
+        if not update_after_each:
+            scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad()
         gains.append(controller.gain)
     return controller, gains, [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("update_after_each", [False, True])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("overflows", [0, 1])
-def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows):
-    """A GradScaler skips each optimizer for itself."""
-    controller, gains, weights = under_a_loss_scale(order=order, overflows=overflows)
+def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows, update_after_each):
+    """A GradScaler skips each optimizer for itself; Lightning and Accelerate update it after each."""
+    options = {"order": order, "overflows": overflows, "update_after_each": update_after_each}
+    controller, gains, weights = under_a_loss_scale(**options)
     _, others, undisturbed = under_a_loss_scale(order=order)
     assert (controller.steps, controller.skipped) == (5, 3)
     assert [gain for t, gain in enumerate(gains) if t not in OVERFLOWS] == pytest.approx(others, rel=1e-12)
@@ -94,6 +99,7 @@ def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows):
         {"rule": anybatch.Linear()},
         {"rule": anybatch.Linear(), "scale": 3},
         {"rule": anybatch.AdaScale(every=4)},
+        {"rule": anybatch.AdaScale(every=4), "update_after_each": True},
     ],
     ids=str,
 )

@@ -110,7 +110,7 @@ class Stepper:
         self._lagged = lagged
         self._share = share
         self._loss_scale = loss_scale
-        self._scale: Tensor | None = None  # the factor as some optimizers of this window stepped, and not all
+        self._scale: Tensor | None = None  # the factor in the window that some optimizers have stepped by, and not all
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
@@ -347,16 +347,24 @@ class Stepper:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
         self._taken[index] = found_inf is not None and bool(found_inf)
         if len(self._taken) < len(self._values):
-            scale = self._loss_scale()
-            self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+            self._scale = self._factor()
             return
         skipped = step.skipped or any(self._taken.values())
         if self._gather is not None:
             self._gather.close(forget=skipped)
         self._count(step, skipped=skipped)
 
+    def _factor(self) -> Tensor | None:
+        """The loss's factor in the window, which Lightning and Accelerate may change after each optimizer; as it is now
+        where nobody watched.
+        """
+        if self._gather is not None and self._gather.loss_scale is not None:
+            return self._gather.loss_scale
+        scale = self._loss_scale()
+        return None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+
     def _backed_off(self) -> bool:
-        """Whether a GradScaler has lowered its factor since the last step: the gradients of an optimizer that has not
+        """Whether a GradScaler has lowered its factor since that window: the gradients of an optimizer that has not
         stepped were not finite, and it never will with them. It skips each for itself; a step is all of them or none.
         """
         scale = self._loss_scale()

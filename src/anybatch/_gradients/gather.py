@@ -137,6 +137,11 @@ class Gather:
         self._norms.usual = value
 
     @property
+    def loss_scale(self) -> Tensor | None:
+        """The factor on the loss in the window's last backward."""
+        return self._norms.scale
+
+    @property
     def pending(self) -> int:
         """Backwards seen in the open window; 0 when there is none."""
         # Where every parameter is inside of re-entrant checkpoints, the backward around them never shows.
@@ -354,6 +359,7 @@ class Gather:
         self._here = self._arrived()
         self._witness.confirm(arrived=self._here)
         self.sizes.count(self.pending)
+        self._norms.scaled()
         if self._norms.taken:
             alone = self._alone
             summed = not alone and (self._reduced is None or self._reduced())

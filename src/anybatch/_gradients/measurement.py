@@ -97,7 +97,7 @@ class Measurement:
         self._grad_square: Tensor | None = None
         self._trace: Trace | None = None  # of the sum, where its norm is taken later, if at all
         self._pair: Pair | None = None
-        self._scale: Tensor | None = None
+        self.scale: Tensor | None = None  # the factor on the loss, as the last backward had it
         if self._weighing is not None:
             self._weighing.clear()
         if self._looking is not None:
@@ -136,10 +136,13 @@ class Measurement:
             self._read_sum()
         self.remember(alone=n == 1)
 
+    def scaled(self) -> None:
+        """A backward has ended: its loss had the factor of now."""
+        scale = self._loss_scale()
+        self.scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+
     def ended(self, backwards: int, *, summed: bool) -> None:
         """The last of so many backwards has ended; `summed` tells whether `.grad` has a sum of several gradients."""
-        scale = self._loss_scale()
-        self._scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
         self._grad_square = self._trace = None
         if not summed:
             return
@@ -154,7 +157,7 @@ class Measurement:
             return
         if alone:
             grads = {index: local_of(p.grad) for index, p in enumerate(self.parameters) if p.grad is not None}
-            self._pair = self._consecutive.pair(grads, loss_scale=self._scale)
+            self._pair = self._consecutive.pair(grads, loss_scale=self.scale)
         else:
             self.forget()
 
@@ -179,8 +182,8 @@ class Measurement:
             grad = samples
         if self._weighing is not None:
             weighed = self._weighing.squares(fires)
-        if self._scale is not None:
-            unit = self._scale.to(samples.device, torch.float64).square()
+        if self.scale is not None:
+            unit = self.scale.to(samples.device, torch.float64).square()
             samples, grad = samples / unit, None if grad is None else grad / unit
             pair = None if pair is None else Pair(pair.mean_square / unit, pair.square_mean / unit)
             weighed = None if weighed is None else weighed.over(unit)
