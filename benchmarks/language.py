@@ -28,6 +28,7 @@ from scipy.stats import ttest_ind
 from recipes.language import made
 from recipes.language.task import RATES, Language
 from recipes.train import run
+from recipes.training.once import unfinished
 from recipes.training.options import Options
 
 SEEDS, TUNING = 5, (100, 101)
@@ -119,7 +120,9 @@ class Runs:
     def _keep(self, row: Row) -> None:
         self.rows.append(row)
         lines = ",\n".join(json.dumps(each) for each in self.rows)
-        self._path.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+        scratch = unfinished(self._path)
+        scratch.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+        scratch.replace(self._path)  # a kill leaves the old file or the new one
 
 
 def tuned(runs: Runs, study: Study) -> float:
