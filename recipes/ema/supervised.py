@@ -171,11 +171,12 @@ def draw(results: Results, path: Path) -> None:
         for axis, kappa in zip(axes, shown, strict=False):
             _curves(axis, results, kappa)
         axes[0].set_ylabel("test loss of the EMA model")
-        axes[0].legend(fontsize=8)
         axis, scales = axes[-1], results.config.scales
         axis.axhline(100 * TOLERANCE, color="black", ls=":", lw=1.2, label="3 %")
         for arm in results.study.scales:
             chosen = [kappa for kappa in scales if kappa != 1 and results.of(arm, kappa)]
+            if not chosen:  # kappa 1 alone was trained so far: a logarithmic axis cannot be drawn around nothing
+                continue
             values = [min(100 * deviation(results, arm, kappa), TOP) for kappa in chosen]
             axis.plot(chosen, values, color=COLOURS[arm], marker=MARKERS[arm], ms=5, lw=1.3, label=label(arm))
         axis.set_yscale("log")
@@ -183,6 +184,7 @@ def draw(results: Results, path: Path) -> None:
         kappas(axis, scales)
         axis.set_ylabel("largest deviation of the test loss\nfrom κ = 1 at eight points of τ, %")
         axis.set_title("At every κ")
+        axes[0].legend(fontsize=8)
 
 
 def _curves(axis: Any, results: Results, kappa: float) -> None:

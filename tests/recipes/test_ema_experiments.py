@@ -137,6 +137,11 @@ def test_on_the_clock_the_ema_has_the_same_curve(tmp_path):
     assert supervised.points(results).count("\n") == 4
 
 
+def test_kappa_1_which_all_wait_for_is_drawn_alone(tmp_path):
+    study(supervised, tmp_path, "--seeds", "1", "--scales", "1", "--total", "16")
+    assert (tmp_path / "ema_supervised.png").stat().st_size > 10_000
+
+
 def test_eight_points():
     assert supervised.eight(torch.arange(1, 17)).tolist() == [2, 4, 6, 8, 10, 12, 14, 16]
     assert supervised.eight(torch.arange(1, 9)).tolist() == list(range(1, 9))
