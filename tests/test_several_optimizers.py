@@ -51,12 +51,12 @@ OVERFLOWS = (2, 3, 5)
 
 
 def under_a_loss_scale(*, order, overflows=None, update_after_each=False, **options):
-    """Gains and weights of steps of two optimizers, at some of which the gradient of one half of the model is inf."""
+    """Gains and weights of steps of several optimizers, at some of which the gradient of one's part is inf."""
     model, wrong = oracle.make_model(), [False]
-    halves = [list(model.parameters())[:2], list(model.parameters())[2:]]
+    parts = [list(model.parameters())[i :: len(order)] for i in range(len(order))]
     if overflows is not None:
-        halves[overflows][0].register_hook(lambda grad: grad * torch.inf if wrong[0] else grad)
-    optimizers = [torch.optim.SGD(half, lr=0.05, momentum=0.9) for half in halves]
+        parts[overflows][0].register_hook(lambda grad: grad * torch.inf if wrong[0] else grad)
+    optimizers = [torch.optim.SGD(part, lr=0.05, momentum=0.9) for part in parts]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     controller = anybatch.attach(optimizers, model=model, grad_scaler=scaler, **{"scale": "count", **options})
     gains = []
@@ -80,7 +80,7 @@ def under_a_loss_scale(*, order, overflows=None, update_after_each=False, **opti
 
 
 @pytest.mark.parametrize("update_after_each", [False, True])
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 2)])
 @pytest.mark.parametrize("overflows", [0, 1])
 def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows, update_after_each):
     """A GradScaler skips each optimizer for itself; Lightning and Accelerate update it after each."""

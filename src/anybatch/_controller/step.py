@@ -110,7 +110,8 @@ class Stepper:
         self._lagged = lagged
         self._share = share
         self._loss_scale = loss_scale
-        self._scale: Tensor | None = None  # the factor in the window that some optimizers have stepped by, and not all
+        # The window that some optimizers have stepped by, and not all: its stamp, and the factor on its loss.
+        self._partial: tuple[int | None, Tensor | None] = None, None
         self._pending: Step | None = None
         self._flight: tuple[Flight, float] | None = None  # with tau as its gradients were taken
         self._landed: Moments | None = None
@@ -347,7 +348,7 @@ class Stepper:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
         self._taken[index] = found_inf is not None and bool(found_inf)
         if len(self._taken) < len(self._values):
-            self._scale = self._factor()
+            self._partial = self._stamp, self._factor()
             return
         skipped = step.skipped or any(self._taken.values())
         if self._gather is not None:
@@ -364,11 +365,14 @@ class Stepper:
         return None if scale is None else scale.clone()  # the scaler changes its own tensor in place
 
     def _backed_off(self) -> bool:
-        """Whether a GradScaler has lowered its factor since that window: the gradients of an optimizer that has not
-        stepped were not finite, and it never will with them. It skips each for itself; a step is all of them or none.
+        """Whether a GradScaler has lowered its factor since an earlier window: the gradients of an optimizer that did
+        not step by it were not finite, and it never will. It skips each for itself; a step is all of them or none.
         """
+        stamp, before = self._partial
+        if stamp is not None and stamp == self._stamp:
+            return False
         scale = self._loss_scale()
-        return scale is not None and self._scale is not None and bool(scale < self._scale)
+        return scale is not None and before is not None and bool(scale < before)
 
     def _count(self, step: Step, *, skipped: bool) -> None:
         """Every optimizer has stepped that will."""
