@@ -49,8 +49,11 @@ class Checkpoint:
         """Keep `state`: a kill leaves the old file or the new one."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         scratch = unfinished(self._path)
-        torch.save({**state, "same": self._same}, scratch)
-        scratch.replace(self._path)
+        try:
+            torch.save({**state, "same": self._same}, scratch)
+            scratch.replace(self._path)
+        finally:  # on a full disk half a file would take the room of the next one
+            scratch.unlink(missing_ok=True)
         self._last = monotonic()
 
     def remove(self) -> None:

@@ -108,6 +108,21 @@ def test_a_study_goes_on_with_its_killed_run_and_leaves_no_checkpoint(tmp_path, 
         Checkpoint(kept, same={"config": 2}).read()
 
 
+def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path / "x.pt", same={})
+    checkpoint.write({"used": 1})
+
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write({"used": 2})
+    assert [each.name for each in tmp_path.iterdir()] == ["x.pt"]
+    assert checkpoint.read()["used"] == 1
+
+
 def test_nothing_is_written_by_runs_that_are_soon_over(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "EVERY", 600.0)
     ema_train.train(
