@@ -98,7 +98,12 @@ class Runs:
 
     def __init__(self, path: Path, *, jobs: int) -> None:
         self._path, self._jobs = path, jobs
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
+        self.rows: list[Row] = []
+        if path.is_file():
+            saved = json.loads(path.read_text())
+            if saved["options"] != ROWS:
+                raise SystemExit(f"{path} holds runs of other options: name another --json, or delete it.")
+            self.rows = saved["rows"]
 
     def of(self, wanted: Sequence[Wanted]) -> list[Row]:
         """Those runs, trained now where they were not yet."""
@@ -121,7 +126,7 @@ class Runs:
         self.rows.append(row)
         lines = ",\n".join(json.dumps(each) for each in self.rows)
         scratch = unfinished(self._path)
-        scratch.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+        scratch.write_text(f'{{"options": {json.dumps(ROWS)},\n"rows": [\n{lines}\n]}}\n')
         scratch.replace(self._path)  # a kill leaves the old file or the new one
 
 

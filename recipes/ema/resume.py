@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from recipes.training.once import unfinished
-from recipes.training.task import DataError
 
 EVERY = 600.0  # seconds between two checkpoints at least: a run of the digits is over before
 State = dict[str, Any]
@@ -29,13 +28,13 @@ class Checkpoint:
         """What was kept; `None` where nothing was.
 
         Raises:
-            DataError: it is of another run.
+            SystemExit: it is of another run.
         """
         if not self._path.exists():
             return None
         saved: State = torch.load(self._path, map_location="cpu", weights_only=True)
         if saved["same"] != self._same:
-            raise DataError(
+            raise SystemExit(
                 f"{self._path} is the checkpoint of a run with other values: delete it, or name another --json."
             )
         return saved

@@ -1,5 +1,6 @@
 """The benchmark of the language model: how its rate is tuned, a few steps of it, and the page's table."""
 
+import json
 from math import log
 from pathlib import Path
 
@@ -56,3 +57,10 @@ def test_the_pages_table_is_that_of_the_runs():
     lines = language.table(runs)
     assert len(runs.rows) == kept  # nothing was trained for it
     assert "\n".join(lines) in (ROOT / "docs/language-models.md").read_text()
+
+
+def test_runs_of_other_options_are_refused(tmp_path):
+    other = tmp_path / "language.json"
+    other.write_text(json.dumps({"options": language.ROWS | {language.BASE: {"scale": "2"}}, "rows": []}))
+    with pytest.raises(SystemExit, match="other options"):
+        language.Runs(other, jobs=1)
