@@ -681,6 +681,6 @@ def test_three_steps_with_accumulation(data):
 def test_it_learns_at_scale_4(data):
     """An untrained model has a mAP of 0."""
     task = Yolo(data, tiny=True)
-    summary = run(task, Options(rule="adascale", scale="4", total=500, evaluations=1))
-    assert summary["mAP"] > 15
+    summary = run(task, Options(rule="adascale", scale="4", total=300, evaluations=1))
+    assert summary["mAP"] > 12
     assert summary["mean_gain"] > 2
