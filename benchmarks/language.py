@@ -12,7 +12,6 @@ nats; Welch's test, two-sided, compares it with scale 1's over the seeds.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,19 +19,18 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.stats import ttest_ind
 
+from benchmarks.kept import Kept, Row
 from recipes.language import made
 from recipes.language.task import RATES, Language
 from recipes.train import run
-from recipes.training.once import unfinished
 from recipes.training.options import Options
 
 SEEDS, TUNING = 5, (100, 101)
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def train(wanted: Wanted, data: Path) -> Row:
     return wanted.name | {ours: summary[theirs] for ours, theirs in result.items()}
 
 
-class Runs:
+class Runs(Kept):
     """Trainings, kept in a file as they end.
 
     Args:
@@ -97,17 +95,12 @@ class Runs:
     """
 
     def __init__(self, path: Path, *, jobs: int) -> None:
-        self._path, self._jobs = path, jobs
-        self.rows: list[Row] = []
-        if path.is_file():
-            saved = json.loads(path.read_text())
-            if saved["options"] != ROWS:
-                raise SystemExit(f"{path} holds runs of other options: name another --json, or delete it.")
-            self.rows = saved["rows"]
+        super().__init__(path, {"options": ROWS}, apart="other options")
+        self._jobs = jobs
 
     def of(self, wanted: Sequence[Wanted]) -> list[Row]:
         """Those runs, trained now where they were not yet."""
-        missing = [each for each in wanted if self._found(each) is None]
+        missing = [each for each in wanted if self.find(each.name) is None]
         if missing:
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -116,18 +109,8 @@ class Runs:
                 made.make(Path(folder))
                 Language(Path(folder), tiny=True)  # the tokens are made once, before the others look for them
                 for ended in as_completed([pool.submit(train, each, Path(folder)) for each in missing]):
-                    self._keep(ended.result())
-        return [row for each in wanted if (row := self._found(each)) is not None]
-
-    def _found(self, wanted: Wanted) -> Row | None:
-        return next((row for row in self.rows if wanted.name.items() <= row.items()), None)
-
-    def _keep(self, row: Row) -> None:
-        self.rows.append(row)
-        lines = ",\n".join(json.dumps(each) for each in self.rows)
-        scratch = unfinished(self._path)
-        scratch.write_text(f'{{"options": {json.dumps(ROWS)},\n"rows": [\n{lines}\n]}}\n')
-        scratch.replace(self._path)  # a kill leaves the old file or the new one
+                    self.keep(ended.result())
+        return [row for each in wanted if (row := self.find(each.name)) is not None]
 
 
 def tuned(runs: Runs, study: Study) -> float:

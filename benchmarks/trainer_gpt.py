@@ -13,14 +13,12 @@ compares a scale with scale 1.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean, stdev
 from time import perf_counter
-from typing import Any
 
 import torch
 from scipy.stats import ttest_ind
@@ -30,12 +28,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 from anybatch.integrations.transformers import attach
+from benchmarks.kept import Kept, Row
 
 BASE, LONGEST, TOTAL = 4, 128, 600
 SCALES, RATES, SEEDS, TUNING = (1, 8, 32), (2.5e-3, 5e-3, 1e-2), 4, 100
 HELD_OUT = 10  # one paragraph of so many
 Batch = dict[str, Tensor]
-Row = dict[str, Any]
 
 
 def paragraphs() -> tuple[list[Tensor], list[Tensor]]:
@@ -113,7 +111,7 @@ def train(scale: int, *, rate: float, seed: int, total: int = TOTAL, size: int =
     }  # fmt: skip
 
 
-class Results:
+class Results(Kept):
     """Runs, kept in a file as they end.
 
     Args:
@@ -121,24 +119,14 @@ class Results:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[Row] = []
-        if path.is_file():
-            saved = json.loads(path.read_text())
-            if (saved["base_batch"], saved["total"]) != (BASE, TOTAL):
-                raise SystemExit(f"{path} holds runs of another batch or length: name another --json, or delete it.")
-            self.rows = saved["rows"]
+        super().__init__(path, {"base_batch": BASE, "total": TOTAL}, apart="another batch or length")
 
     def of(self, scale: int, *, rate: float, seed: int) -> Row:
         """That run, trained now where it was not yet."""
-        name = {"scale": scale, "rate": rate, "seed": seed}
-        for row in self.rows:
-            if name.items() <= row.items():
-                return row
-        self.rows.append(train(scale, rate=rate, seed=seed))
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
-        self._path.write_text(f'{{"base_batch": {BASE}, "total": {TOTAL}, "rows": [\n{lines}\n]}}\n')
-        return self.rows[-1]
+        row = self.find({"scale": scale, "rate": rate, "seed": seed})
+        if row is None:
+            self.keep(row := train(scale, rate=rate, seed=seed))
+        return row
 
 
 def table(results: Results) -> list[str]:

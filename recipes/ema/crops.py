@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recipes.ema.config import Config
 from recipes.ema.distillation import probe
 from recipes.ema.images import SIDE, coloured, colours, features
 from recipes.ema.multicrop import Dino, MultiCrop
 from recipes.ema.nets import vit
-from recipes.ema.stream import Stream
+from recipes.ema.stream import shuffled
 from recipes.ema.train import Batch
 from recipes.images.imagenet import Images, classes, random_box
-from recipes.training.task import DataError, Shuffled
+from recipes.training.task import DataError
 
 LARGE, SMALL = (0.4, 1.0), (0.05, 0.4)  # shares of the area
 WARM, FROZEN = 30, 1  # epochs: of the teacher's temperature, and without the last layer
@@ -94,8 +94,8 @@ class CropFolder(MultiCrop):
         if self._order is not generator:  # another run
             self._order = generator
             chunk = max(1, self.config.base_batch // 4)
-            order = Shuffled(self.crops, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=self.start)
-            self._stream = Stream(iter(DataLoader(self.crops, batch_sampler=order, num_workers=self.workers)))
+            place = {"seed": generator.initial_seed(), "start": self.start, "workers": self.workers}
+            self._stream = shuffled(self.crops, chunk=chunk, **place)
         kinds = [crops.to(self.device) for crops in self._stream.take(examples)]
         drawn = [colours(x.shape[0] * x.shape[1], generator).unflatten(0, x.shape[:2]) for x in kinds]
         return (*kinds, *(values.to(self.device) for values in drawn))

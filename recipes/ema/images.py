@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 from recipes.ema.config import Config
 from recipes.ema.distillation import Byol, Distillation, probe
 from recipes.ema.nets import resnet18, unmoved_statistics, vit
-from recipes.ema.stream import Stream
+from recipes.ema.stream import shuffled
 from recipes.ema.train import Batch
 from recipes.images.imagenet import MEAN, STD, Images, classes
 from recipes.images.resnet import standardised
-from recipes.training.task import DataError, Shuffled
+from recipes.training.task import DataError
 
 PROBED = 20_000  # labelled images of each part that the probe sees
 SIDE = 224
@@ -82,8 +82,8 @@ class Folder(Distillation):
         if self._order is not generator:  # another run
             self._order = generator
             chunk = max(1, self.config.base_batch // 4)
-            order = Shuffled(self.views, chunk, seed=generator.initial_seed(), rank=0, ranks=1, start=self.start)
-            self._stream = Stream(iter(DataLoader(self.views, batch_sampler=order, num_workers=self.workers)))
+            place = {"seed": generator.initial_seed(), "start": self.start, "workers": self.workers}
+            self._stream = shuffled(self.views, chunk=chunk, **place)
         views = [pixels.to(self.device) for pixels in self._stream.take(examples)]
         return (*views, *(colours(examples, generator).to(self.device) for _ in views))
 

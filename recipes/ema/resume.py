@@ -5,12 +5,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
+from recipes.training import checkpoint
+from recipes.training.checkpoint import State
 from recipes.training.once import unfinished
 
 EVERY = 600.0  # seconds between two checkpoints at least: a run of the digits is over before
-State = dict[str, Any]
 
 
 class Checkpoint:
@@ -28,12 +27,11 @@ class Checkpoint:
         """What was kept; `None` where nothing was.
 
         Raises:
+            DataError: it cannot be read.
             SystemExit: it is of another run.
         """
-        if not self._path.exists():
-            return None
-        saved: State = torch.load(self._path, map_location="cpu", weights_only=True)
-        if saved["same"] != self._same:
+        saved = checkpoint.read(self._path, of="recipes.ema", key="same")
+        if saved is not None and saved["same"] != self._same:
             raise SystemExit(
                 f"{self._path} is the checkpoint of a run with other values: delete it, or name another --json."
             )
@@ -49,8 +47,7 @@ class Checkpoint:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         scratch = unfinished(self._path)
         try:
-            torch.save({**state, "same": self._same}, scratch)
-            scratch.replace(self._path)
+            checkpoint.write({**state, "same": self._same}, self._path, scratch=scratch)
         finally:  # on a full disk half a file would take the room of the next one
             scratch.unlink(missing_ok=True)
         self._last = monotonic()

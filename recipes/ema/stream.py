@@ -1,9 +1,13 @@
 """Batches of any size, from loaders that make batches of one."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.training.task import Shuffled
 
 
 class Stream:
@@ -24,3 +28,9 @@ class Stream:
         if held > examples:
             self._rest = [[tensor[examples:].clone() for tensor in joined]]  # a view would hold all that was taken
         return tuple(tensor[:examples] for tensor in joined)
+
+
+def shuffled(data: Dataset[Any], *, chunk: int, seed: int, start: int, workers: int) -> Stream:
+    """Endless epochs of `data`, from the example after the first `start` on; loaded `chunk` at a time."""
+    order = Shuffled(data, chunk, seed=seed, rank=0, ranks=1, start=start)
+    return Stream(iter(DataLoader(data, batch_sampler=order, num_workers=workers)))

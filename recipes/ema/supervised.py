@@ -106,8 +106,8 @@ class Photographs(Experiment[nn.Module]):
         """Augmented images and their labels, from the recipe's endless epochs."""
         if self._order is not generator:  # another run
             self._order = generator
-            chunk, place = max(1, self.config.base_batch // 4), {"rank": 0, "ranks": 1, "start": self.start}
-            place["workers"] = self.task.workers
+            chunk = max(1, self.config.base_batch // 4)
+            place = {"rank": 0, "ranks": 1, "start": self.start, "workers": self.task.workers}
             self._stream = Stream(self.task.batches(chunk, seed=generator.initial_seed(), **place))
         return tuple(tensor.to(self.device) for tensor in self._stream.take(examples))
 

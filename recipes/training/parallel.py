@@ -1,7 +1,6 @@
 """The processes of a run, and its checkpoint: the same file whether one rank wrote it, DDP's or FSDP2's."""
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from recipes.training import checkpoint
 from recipes.training.task import DataError, Task
 
 _NAME = "checkpoint.pt"
@@ -166,12 +166,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint at once: a kill at any moment leaves the old one or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME
-    new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    checkpoint.write(state, path, scratch=path.with_suffix(".new"))
 
 
 def load(folder: Path, *, same: dict[str, Any]) -> dict[str, Any] | None:
@@ -181,13 +176,10 @@ def load(folder: Path, *, same: dict[str, Any]) -> dict[str, Any] | None:
         DataError: it cannot be read, or is of a run whose options in `same` were others.
     """
     path = folder / _NAME
-    if not path.exists():
+    saved = checkpoint.read(path, of="train.py", key="options")
+    if saved is None:
         return None
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        options = saved["options"]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a checkpoint of train.py: {error}") from None
+    options = saved["options"]
     for name, value in same.items():
         if options.get(name) != value:
             raise DataError(

@@ -112,8 +112,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path / "x.pt", same={})
     checkpoint.write({"used": 1})
 
-    def full(_, path):
-        path.write_bytes(b"half")
+    def full(_, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -85,8 +85,7 @@ def check(
             dimension is that of the examples.
         times: how many base batches the larger batch holds, at least 2.
         scheduler: as for `attach`.
-        options: all others of `attach`, such as `base_batch=32, micro_batch=8`; `record` and `per_layer` are
-            left out.
+        options: all others of `attach`, such as `base_batch=32, micro_batch=8`; `record` is left out.
 
     Returns:
         The findings; `print` it, or `assert anybatch.check(...).ok`.
@@ -127,7 +126,7 @@ def check(
     sizes_of = [t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
     if not sizes_of:
         raise InvalidValueError("batch holds no tensor whose first dimension is that of the examples.")
-    options = {name: value for name, value in options.items() if name not in ("record", "per_layer")}
+    options = {name: value for name, value in options.items() if name != "record"}
     outside = [p._version for p in model.parameters()]  # a look at the weights without a copy of them
     schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
     before = [deepcopy(each.state_dict()) for each in schedulers]

@@ -13,7 +13,7 @@ from anybatch._controller.controller import Controller
 from anybatch._controller.state import checked_numbers
 from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._numbers import MOST, positive, shown
-from anybatch._scaling import AdaScale, Moments
+from anybatch._scaling import Moments
 
 # Share of the run, in tau, over which the noise is averaged for this, and in which the batch at most doubles. The
 # controller's own averages are too short for it: one low estimate of sqnorm would send the batch to its bound.
@@ -30,7 +30,7 @@ class Accumulation(ABC):
         pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
         if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1] <= MOST:
             raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {shown(bounds)}.")
-        if not controller._batch.counts:
+        if not controller._settings.batch.counts:
             raise UsageError(
                 "The scale of this controller is a fixed number, whatever is accumulated. Give attach base_batch and "
                 'micro_batch, or scale="count".'
@@ -76,7 +76,7 @@ class Accumulation(ABC):
         self._state = values
 
     def _follow(self, iterations: float) -> None:
-        state, now = self._state, self._controller._averages.moments
+        state, now = self._state, self._controller._run.running.averages.moments
         theta = exp(-iterations / self._horizon)
         if now.finite:
             state["variance"] = theta * state["variance"] + (1 - theta) * now.variance
@@ -93,7 +93,7 @@ class Accumulation(ABC):
 
     def _backward(self) -> float:
         """What one backward on every rank is worth, in base batches."""
-        _, sample = self._controller._batch.of_step(1, 1 / (self._controller.micro_batch or 1.0))
+        _, sample = self._controller._settings.batch.of_step(1, 1 / (self._controller.micro_batch or 1.0))
         return self._controller.ranks * sample
 
     @abstractmethod
@@ -151,10 +151,10 @@ class BatchController(Accumulation):
         target = positive(efficiency)
         if target is None or target >= 1:
             raise InvalidValueError(f"efficiency must be in (0, 1), got {shown(efficiency)}.")
-        rule = controller.rule
-        if not isinstance(rule, AdaScale):
+        measurement = controller._settings.measurement
+        if measurement is None:
             raise UsageError("The rule of this controller measures no noise: attach with rule=anybatch.AdaScale().")
-        if bounds[0] == controller.ranks == 1 and not rule.consecutive:
+        if bounds[0] == controller.ranks == 1 and not measurement.consecutive:
             raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
         self._efficiency = target
         self._start()

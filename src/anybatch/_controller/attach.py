@@ -9,10 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from anybatch._controller.controller import Controller
+from anybatch._controller.settings import Settings
 from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._numbers import shown
-from anybatch._record import Destination
+from anybatch._record import Destination, destinations
 from anybatch._scaling import (
     AdaScale,
     BatchSize,
@@ -20,7 +21,6 @@ from anybatch._scaling import (
     Rule,
     bare_optimizer,
     check_positive,
-    check_steps,
     refuse_deepspeed,
 )
 
@@ -41,10 +41,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     reduction: Reduction = "mean",
-    lagged: bool = False,
-    patience: int = 100,
     record: Destination | Sequence[Destination] | None = None,
-    per_layer: int | None = None,
 ) -> Controller:
     """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
 
@@ -85,17 +82,9 @@ def attach(
             `"sum"`; or their sum divided by this number, as trainers have it that divide the few micro-batches at the
             end of an epoch by the full accumulation. Of these two the step makes the mean, in place, so that it goes
             as far whatever the accumulation.
-        lagged: take each step's gain from the averages up to the step before, so that neither the reduction over ranks
-            nor the copy to the host is waited for. The first gain is then `min(1, S)`, and a gradient that is not
-            finite is noticed one step late: without a `GradScaler`, its step counts. Over several ranks the mean size
-            of a micro-batch is that of the step before, too; the first step waits for it.
-        patience: steps in a row that may not count, for gradients that are not finite or not there, before
-            `DivergedError`; after 10 of them there is a warning.
         record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
-            has those for TensorBoard, W&B and MLflow), or a list of these.
-        per_layer: every how many steps the noise is looked at by layer, a whole number, for the record: at the first
-            step and then whenever so many more have counted. `Run.per_layer` averages what was found. Such a step takes
-            a norm of its own of each gradient, which changes nothing of the training; other steps cost nothing more.
+            has those for TensorBoard, W&B and MLflow), or a list of these. `RunRecord(path, per_layer=100)` has the
+            noise of each layer too.
 
     Returns:
         The controller. Where the optimizer's state was loaded from a run with one, it goes on at that run's tau.
@@ -141,9 +130,6 @@ def attach(
     divisor = not isinstance(reduction, bool) and isinstance(reduction, int) and reduction >= 1
     if reduction not in ("mean", "sum") and not divisor:
         raise InvalidValueError(f'reduction must be "mean", "sum", or the number divided by; got {shown(reduction)}.')
-    check_steps("patience", patience)
-    if per_layer is not None:
-        check_steps("per_layer", per_layer)
     batch = BatchSize(base_batch, micro_batch, scale, examples)
     if schedule_every == "epoch":
         schedule_every = _epoch_of(batch, "schedule_every='epoch'")
@@ -151,23 +137,18 @@ def attach(
         if total is not None:
             raise InvalidValueError(f"Give total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
         total = check_positive("epochs", epochs) * _epoch_of(batch, "epochs")
-    schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
-    return Controller(
-        optimizers,
-        model=model,
+    settings = Settings(
         rule=rule,
-        schedulers=schedulers,
-        schedule_every=check_positive("schedule_every", schedule_every),
         batch=batch,
-        clock=Clock(total),
-        process_group=process_group,
-        grad_scaler=grad_scaler,
+        total=Clock(total).total,
+        schedule_every=check_positive("schedule_every", schedule_every),
         reduction=reduction,
-        lagged=lagged,
-        patience=patience,
-        record=record,
-        per_layer=per_layer,
+        grad_scaler=grad_scaler,
+        process_group=process_group,
+        record=destinations(record),
     )
+    schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
+    return Controller(optimizers, model=model, schedulers=schedulers, settings=settings)
 
 
 def _epoch_of(batch: BatchSize, wanted: str) -> float:

@@ -1,195 +1,265 @@
-"""The controller: what a user calls of a run; `step` has the order of one step."""
+"""The controller: what a user calls of a run. `step_hooks` has the order of one step."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from math import isnan
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import isnan, nan
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
-from anybatch._controller.backwards import Backwards
-from anybatch._controller.carried import Carrier
-from anybatch._controller.judge import Judge
-from anybatch._controller.loops import Loops
+from anybatch._controller.gain_estimator import GainEstimator
+from anybatch._controller.loops import passes, shares
+from anybatch._controller.run_state import RunState, clipped
+from anybatch._controller.settings import Settings, optimizer_settings, schedule_settings
 from anybatch._controller.state import STATE_VERSION, checked_state
-from anybatch._controller.step import Stepper
-from anybatch._controller.tally import Readings, Tally
-from anybatch._errors import UnsupportedError, UsageError
+from anybatch._controller.state_in_optimizer import StateInOptimizer
+from anybatch._controller.step_hooks import StepHooks
+from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients import (
-    Companion,
-    Gather,
-    Layers,
-    Metric,
-    Reduction,
+    AdamNorms,
+    Engine,
+    GradientHooks,
+    JoinSupport,
+    LayerNorms,
+    Probe,
     Sizes,
     check_same,
+    divisor_of,
     engine_of,
     trained_parameters,
 )
-from anybatch._record import Destination, Logbook, progress_bar, run_config
+from anybatch._numbers import real, shown
+from anybatch._record import Logbook, progress_bar, run_config
 from anybatch._scaling import (
-    AdaScale,
-    BatchSize,
     Clock,
+    Family,
     Hyperparameters,
     Rule,
     ScheduleDriver,
     attached,
     bare_optimizer,
+    check_positive,
     family_of,
     held_by,
     second_moment_of,
+    split,
 )
 
+Batch = TypeVar("Batch")
 
-class Controller(Readings, Loops, Backwards, Companion):
+
+class Controller(Joinable):
     """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
 
     _attached = False
 
     def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        *,
-        model: nn.Module,
-        rule: Rule,
-        schedulers: Sequence[Any],
-        schedule_every: float,
-        batch: BatchSize,
-        clock: Clock,
-        process_group: dist.ProcessGroup | None,
-        grad_scaler: torch.amp.GradScaler | None,
-        reduction: Reduction,
-        lagged: bool,
-        patience: int,
-        record: Destination | Sequence[Destination] | None,
-        per_layer: int | None,
+        self, optimizers: Sequence[Optimizer], *, model: nn.Module, schedulers: Sequence[Any], settings: Settings
     ) -> None:
+        super().__init__()
         given, optimizers = optimizers, [bare_optimizer(optimizer) for optimizer in optimizers]
         if any(optimizer in attached for optimizer in optimizers):
             raise UsageError("This optimizer has a controller already: detach() that one first.")
         self._optimizers = optimizers
-        self._rule = rule
-        self._batch = batch
-        self._population = batch.population
-        self._reduction: Reduction = reduction
-        adascale = rule if isinstance(rule, AdaScale) else None
-        stated = (adascale.exponent, adascale.like) if adascale else (1.0, None)
+        self._settings = settings
+        self._run = run = RunState(clock=Clock(settings.total), batch=settings.batch)
+        measurement = settings.measurement
+        stated = (measurement.exponent, measurement.like) if measurement else (1.0, None)
         families = []
         for optimizer in optimizers:  # a comprehension is a frame more, or not, between a warning and its cause
             families.append(family_of(optimizer, exponent=stated[0], like=stated[1]))  # noqa: PERF401
         # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
-        total = None if adascale is None else clock.total
+        total = None if measurement is None else settings.total
         values = [
-            Hyperparameters(optimizer, family, rule.decays, total)
+            Hyperparameters(optimizer, family, settings.rule.decays, total)
             for optimizer, family in zip(optimizers, families, strict=True)
         ]
-        # One gain for all of them: the more careful one, where their own noise factors differ.
-        noise_factor = min(family.noise_factor for family in families)
-        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=values[0].exponent, noise_factor=noise_factor)
         trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
         self._size = sum(p.numel() for p in trained)
-        engine = engine_of(model, trained, process_group)
-        check_same(
-            {
-                "rule": repr(rule),
-                "total": clock.total,
-                "base_batch": batch.base_batch,
-                "scale": batch.scale,
-                "examples": batch.examples,
-                "reduction": reduction,
-                "lagged": lagged,
-                "per_layer": per_layer,
-                "optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers),
-                "number of trained parameters": self._size,
-            },
-            ranks=engine.ranks,
-        )
-        counted = adascale is not None or batch.counts or reduction != "mean"
-        foreseen = not lagged and grad_scaler is None and per_layer is None
-        metric, layers, tally = None, None, Tally(clock=clock, batch=batch)
-
-        def loss_scale() -> Tensor | None:
-            return getattr(grad_scaler, "_scale", None)
-
-        self._tally = tally
-        if per_layer is not None:
-            if adascale is None:
-                raise UsageError(f"{rule} measures no noise, by layer neither: give attach rule=anybatch.AdaScale().")
-            layers = Layers(model, due=lambda: tally.steps % per_layer == 0)
-        if adascale is not None and adascale.metric == "adam":
-            if len(optimizers) > 1:
-                raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
-            entry = second_moment_of(optimizers[0], families[0])
-            metric = Metric(optimizers[0], entry=entry, steps=lambda: tally.steps, part=engine.part)
-        super().__init__(engine.ddp, ranks=engine.ranks, counted=counted, foreseen=foreseen, weighed=metric is not None)
+        engine = engine_of(model, trained, settings.process_group)
+        self._ranks, self._no_sync = engine.ranks, engine.no_sync
         self._drivers = [
-            ScheduleDriver(each, optimizer=optimizer, clock=clock, every=schedule_every)
+            ScheduleDriver(each, optimizer=optimizer, clock=run.clock, every=settings.schedule_every)
             for each, optimizer in _paired(schedulers, optimizers)
         ]
-        self._gather: Gather | None = None
-        if counted:
-            self._gather = Gather(
-                trained,
-                measure=adascale is not None,
-                due=lambda: self._stepper.due(),  # noqa: PLW0108 - there is none yet
-                leaves=engine.leaves,
-                reduced=engine.reduced,
-                arrived=engine.arrived,
-                loss_scale=loss_scale,
-                consecutive=adascale is not None and adascale.consecutive,
-                metric=metric,
-                sizes=Sizes(model, given=batch.micro_batch),
-                layers=layers,
-            )
-        config = run_config(
-            optimizers,
-            rule=rule,
-            noise_factor=judge.noise_factor,
-            total=clock.total,
-            batch=batch,
-            ranks=self._ranks.size,
-            trained=trained,
-        )
         try:
-            self._logbook = Logbook(record, config=config, first=self._ranks.first)
-            if per_layer is not None and self._ranks.first and not self._logbook.writes:
-                raise UsageError("per_layer is written to the record: give attach record=, a path or a function.")
+            probes = self._probes(model, families, engine)
+            estimator = GainEstimator(
+                settings.rule,
+                measurement=measurement,
+                batch=settings.batch,
+                clock=run.clock,
+                exponent=values[0].exponent,
+                # One gain for all of them: the more careful one, where their own noise factors differ.
+                noise_factor=min(family.noise_factor for family in families),
+                layers=lambda: next((probe.names for probe in probes if isinstance(probe, LayerNorms)), ()),
+            )
+            self._gradients: GradientHooks | None = None
+            if settings.counts:
+                self._gradients = GradientHooks(
+                    trained,
+                    measure=measurement is not None,
+                    due=lambda: estimator.due(run.running, steps=run.steps),
+                    place=engine.place,
+                    reduced=engine.reduced,
+                    arrived=engine.arrived,
+                    loss_scale=settings.loss_scale,
+                    consecutive=measurement is not None and measurement.consecutive,
+                    probes=probes,
+                    sizes=Sizes(model, given=settings.batch.micro_batch),
+                )
+            config = run_config(
+                optimizers,
+                rule=settings.rule,
+                noise_factor=estimator.noise_factor,
+                total=settings.total,
+                batch=settings.batch,
+                ranks=engine.ranks.size,
+                trained=trained,
+            )
+            self._logbook = Logbook(settings.record, config=config, first=engine.ranks.first)
         except Exception:
-            self._let_go()
+            self._remove_hooks()
             raise
-        self._stepper = Stepper(
+        refused = {"a grad_scaler": settings.grad_scaler, "a record with per_layer": self._per_layer}
+        self._join = JoinSupport(
+            engine,
+            sizes=None if self._gradients is None else self._gradients.sizes_of_norms,
+            refused=" and ".join(name for name, value in refused.items() if value is not None),
+        )
+        self._step_hooks = StepHooks(
+            settings,
             model=model,
             given=given,
             values=values,
-            judge=judge,
+            estimator=estimator,
             engine=engine,
-            gather=self._gather,
+            gradients=self._gradients,
             drivers=self._drivers,
-            tally=self._tally,
-            logbook=self._logbook,
-            reduction=reduction,
-            lagged=lagged,
-            patience=patience,
-            share=self._share,
-            loss_scale=loss_scale,
+            run=run,
+            sinks=self._logbook,
+            share=lambda: self._join.share(joined=self._join_config.enable),
         )
         for driver in self._drivers:
             driver.hold()
         for optimizer in optimizers:
             attached.add(optimizer)
         self._attached = True
-        self._carrier = Carrier(optimizers[0], clock=clock, written=self.state_dict, read=self.load_state_dict)
+        self._stored = StateInOptimizer(
+            optimizers[0], clock=run.clock, written=self.state_dict, read=self.load_state_dict
+        )
         try:
-            self._carrier.take()
+            self._stored.take()
         except Exception:
             self.detach()
             raise
 
-    # ---- what a user calls ----
+    def _probes(self, model: nn.Module, families: Sequence[Family], engine: Engine) -> list[Probe]:
+        """The norms to take beside the Euclidean ones, after a comparison of the settings over the ranks."""
+        settings, run = self._settings, self._run
+        self._per_layer = per_layer = check_same(
+            settings.shared() | optimizer_settings(self._optimizers) | schedule_settings(self._drivers),
+            ranks=engine.ranks,
+            first=settings.per_layer,
+            only_first={"record": bool(settings.record)},
+        )
+        measurement, probes = settings.measurement, list[Probe]()
+        if measurement is not None and measurement.metric == "adam":
+            if len(self._optimizers) > 1:
+                raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
+            entry = second_moment_of(self._optimizers[0], families[0])
+            probes.append(
+                AdamNorms(
+                    self._optimizers[0],
+                    entry=entry,
+                    steps=lambda: run.steps,
+                    rows=engine.rows,
+                    shards=engine.shards,
+                )
+            )
+        if per_layer is not None:
+            if measurement is None:
+                raise UsageError(
+                    f"{settings.rule} measures no noise, so RunRecord(per_layer={per_layer}) has nothing to record: "
+                    "pass attach rule=anybatch.AdaScale()."
+                )
+            probes.append(LayerNorms(model, due=lambda: run.steps % per_layer == 0))
+        return probes
+
+    # ---- what a user reads ----
+
+    @property
+    def rule(self) -> Rule:
+        """The rule."""
+        return self._settings.rule
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share each step."""
+        return self._ranks.size
+
+    @property
+    def clock(self) -> Clock:
+        """The clock; subscribe what should move with training."""
+        return self._run.clock
+
+    @property
+    def tau(self) -> float:
+        """Base iterations done."""
+        return self._run.clock.tau
+
+    @property
+    def steps(self) -> int:
+        """Steps that happened."""
+        return self._run.steps
+
+    @property
+    def skipped(self) -> int:
+        """Steps that did not count, because of a gradient that was not finite or not there."""
+        return self._run.skipped
+
+    @property
+    def gain(self) -> float:
+        """The gain r of the last step; nan before the first, and under a rule that does not measure."""
+        return nan if self._run.last is None else self._run.last.gain
+
+    @property
+    def scale(self) -> float:
+        """S of the last step; nan before the first."""
+        return nan if self._run.last is None else self._run.last.scale
+
+    @property
+    def count(self) -> int:
+        """N, the micro-batches on all ranks in the last step; 0 where nothing needed counting."""
+        return 0 if self._run.last is None else self._run.last.count
+
+    @property
+    def lr_factor(self) -> float:
+        """The factor that the last step applied to `lr(tau)`."""
+        return nan if self._run.last is None else self._run.last.scaling.lr_factor
+
+    @property
+    def iterations(self) -> float:
+        """How far the last step moved the clock, base iterations."""
+        return nan if self._run.last is None else self._run.last.scaling.iterations
+
+    @property
+    def variance(self) -> float:
+        """The averaged sigma^2 of one base batch, clipped at 0; nan while unknown."""
+        return clipped(self._run.running.averages.moments.variance)
+
+    @property
+    def sqnorm(self) -> float:
+        """The averaged mu^2, clipped at 0; nan while unknown."""
+        return clipped(self._run.running.averages.moments.sqnorm)
+
+    @property
+    def noise_scale(self) -> float:
+        """B_simple = base_batch * variance / sqnorm, in examples; in base batches where no `base_batch` was given."""
+        return self._run.noise_scale
 
     @property
     def done(self) -> bool:
@@ -198,7 +268,7 @@ class Controller(Readings, Loops, Backwards, Companion):
         Raises:
             UsageError: there is no `total`; or it is not reached and never will be, as the controller is detached.
         """
-        self._stepper.restore()
+        self._step_hooks.restore()
         done = self.clock.done
         if not (done or self._attached):
             raise UsageError(
@@ -208,10 +278,201 @@ class Controller(Readings, Loops, Backwards, Companion):
         return done
 
     @property
+    def epoch(self) -> int:
+        """The epoch at hand, of the base batch's training: `floor(tau * base_batch / examples)`, from 0.
+
+        Raises:
+            UsageError: `attach` was not given `examples`.
+        """
+        if self._settings.batch.population is None:
+            raise UsageError("An epoch has a length only where attach was given base_batch and examples=len(data).")
+        return self.clock.count(self._settings.batch.population)
+
+    @property
     def base_lr(self) -> float:
         """The first group's learning rate where the schedule is now, before any scaling."""
-        self._stepper.restore()
-        return self._stepper.lr
+        self._step_hooks.restore()
+        return self._step_hooks.lr
+
+    # ---- what a loop does with it ----
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over `loader` again and again until the controller is done.
+
+        A sampler, batch sampler or data set with `set_epoch` gets another number at each pass: that of the steps so
+        far, so that a resumed run does not see the orders of its beginning again, and all ranks see the same.
+
+        Args:
+            loader: the batches, a DataLoader for example.
+
+        Raises:
+            InvalidValueError: a pass has no batch.
+            UsageError: there is no `total`.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            >>> controller = anybatch.attach(optimizer, model=model, base_batch=4, micro_batch=4, epochs=3, examples=32)
+            >>> for x in controller.batches([torch.randn(8, 4) for _ in range(4)]):
+            ...     for part, share in controller.parts(x, 2):
+            ...         (model(part).square().mean() * share).backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            >>> 24 <= controller.tau < 26
+            True
+        """
+        return passes(loader, done=lambda: self.done, steps=lambda: self.steps)
+
+    def parts(self, batch: Any, n: int) -> Iterator[tuple[Any, float]]:
+        """The `n` equal micro-batches of `batch`, each with the share that its loss has in the step's.
+
+        Under DDP all but the last are inside of `no_sync`. With several `batches` a step, multiply the share by one
+        over their number.
+
+        Args:
+            batch: as for `anybatch.split`.
+            n: number of parts, a divisor of every first dimension.
+
+        Returns:
+            An iterator over pairs `(part, share)`; the share is `1 / n`, or 1 with `reduction="sum"`, or one over the
+            divisor that was given in its place.
+
+        Raises:
+            InvalidValueError: as for `anybatch.split`.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            >>> controller = anybatch.attach(optimizer, model=model, base_batch=4, micro_batch=4)
+            >>> for part, share in controller.parts(torch.randn(16, 4), 4):
+            ...     (model(part).square().mean() * share).backward()
+            >>> optimizer.step()
+            >>> controller.scale
+            4.0
+        """
+        pieces = split(batch, n)
+        return shares(pieces, n, share=1 / divisor_of(self._settings.reduction, n), no_sync=self._no_sync)
+
+    @property
+    def micro_batch(self) -> float | None:
+        """The size of each micro-batch; set it before a backward where sizes vary."""
+        return self._gradients.sizes.now if self._gradients and self._settings.batch.micro_batch else None
+
+    @micro_batch.setter
+    def micro_batch(self, value: float) -> None:
+        if self._gradients is None or self._settings.batch.micro_batch is None:
+            raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
+        self._gradients.sizes.set(check_positive("micro_batch", value))
+
+    @property
+    def weight(self) -> float | None:
+        """The next backward's weight in the step's mean: its tokens, where a loss is a mean over all tokens of a step.
+
+        A step's gradient is then `gbar = sum_i h_i` with `h_i = w_i g_i`, where each loss was divided by the weights of
+        the whole step, on all ranks, so that `w_i` adds up to 1. Set the weight before each backward, in any unit:
+
+            Q = sum_i w_i^2 / (sum_i w_i)^2
+            variance of gbar = (sum_i ||h_i||^2 - Q ||gbar||^2) / (1 - Q)
+
+        The scale counts the sizes, `S = sum_i b_i / base_batch`: `micro_batch` stays in the unit of `base_batch`.
+
+        Raises:
+            InvalidValueError: a weight below 0 or not finite.
+            UsageError: at the step, some backwards had a weight and others not, or all are 0; and under a rule that
+                neither measures nor counts.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, base_batch=1, micro_batch=1)
+            >>> sequences = [torch.randn(5, 4), torch.randn(3, 4)]
+            >>> for x in sequences:
+            ...     controller.weight = len(x)
+            ...     (model(x).square().sum() / 8).backward()
+            >>> optimizer.step()
+            >>> controller.scale
+            2.0
+        """
+        return None if self._gradients is None else self._gradients.sizes.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if self._gradients is None:
+            raise UsageError("weight has no effect under a rule that neither measures nor counts: leave it out.")
+        number = real(value)
+        if number is None or number < 0:
+            raise InvalidValueError(f"weight must be a finite number, at least 0; got {shown(value)}.")
+        self._gradients.sizes.weight = number
+
+    def peek(self) -> float:
+        """The gain that `step()` would have now, between the last backward and the step; later backwards change it.
+
+        Where no backward came since the last step it is `gain`, the last step's. It synchronises with the device. Over
+        several ranks it is the step's own all-reduce, ahead of time: call it on every rank.
+
+        Raises:
+            UsageError: as `step()` would, such as for gradients that are not averaged over the ranks.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale="count")
+            >>> for x in torch.randn(2, 8, 4):
+            ...     (model(x).square().mean() / 2).backward()
+            >>> coming = controller.peek()
+            >>> optimizer.step()
+            >>> controller.gain == coming
+            True
+        """
+        step = self._step_hooks.peek()
+        return self.gain if step is None else step.gain
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context whose backwards are not training: neither counted nor measured."""
+        return nullcontext() if self._gradients is None else self._gradients.paused()
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context whose backwards are one micro-batch: several losses with a `backward()` each.
+
+        Their sum is measured, so each parameter's gradient is copied in it.
+
+        Raises:
+            UsageError: at `optimizer.step()` or `peek()` inside of it.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale="count")
+            >>> for real, fake in zip(torch.randn(2, 8, 4), torch.randn(2, 8, 4)):      # two micro-batches
+            ...     with controller.together():
+            ...         (model(real).relu().mean() / 2).backward()
+            ...         (-model(fake).mean() / 2).backward()
+            >>> optimizer.step()
+            >>> controller.count
+            2
+        """
+        return nullcontext() if self._gradients is None else self._gradients.together()
+
+    def observe(self, gradients: Sequence[Tensor]) -> None:
+        """Give one step's micro-batch gradients computed elsewhere, with `torch.func.vmap` say, in place of backwards.
+
+        `.grad` of each parameter becomes the mean over the n micro-batches.
+
+        Args:
+            gradients: one tensor `[n, *parameter.shape]` for each trained parameter, in the optimizer's order, each
+                micro-batch's own mean gradient, not divided by n.
+
+        Raises:
+            InvalidValueError: wrong shapes.
+            UsageError: under DDP, after a backward of the same step, or with nothing to measure.
+        """
+        if self._gradients is None:
+            raise UsageError("observe() has no effect under a rule that neither measures nor counts: leave it out.")
+        if self._settings.reduction != "mean":
+            raise UsageError('observe() sets .grad to the mean of the gradients: attach with reduction="mean".')
+        self._gradients.observe(gradients)
+
+    # ---- records ----
 
     def log(self, **results: float) -> None:
         """Add the results of an evaluation to the record, and to the trackers beside it, at this step and tau.
@@ -239,52 +500,88 @@ class Controller(Readings, Loops, Backwards, Companion):
             UsageError: rich is not installed.
         """
         return progress_bar(
-            self.clock, shown=self._ranks.first, values=lambda: self._tally.in_words(self.base_lr), console=console
+            self.clock, shown=self._ranks.first, values=lambda: self._run.in_words(self.base_lr), console=console
         )
+
+    # ---- state ----
 
     def state_dict(self) -> dict[str, float | int]:
         """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks.
 
         The first optimizer's own `state_dict()` carries it too, in its first parameter group, and takes it back with
-        `load_state_dict()`, or `attach` does where the optimizer was loaded before: saving this one is for those who
-        want it apart.
+        `load_state_dict()`, or `attach` does where the optimizer was loaded before. Save this one only to have it
+        apart.
         """
-        self._stepper.restore()
-        self._stepper.land()
+        self._step_hooks.restore()
         return {
             "version": STATE_VERSION,
             "parameters": self._size,
-            "base_batch": self._batch.base_batch or 0.0,
-            **self._tally.numbers(),
+            "base_batch": self._settings.batch.base_batch or 0.0,
+            **self._run.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,
-            "backwards": 0 if self._gather is None else self._gather.usual,
+            "backwards": 0 if self._gradients is None else self._gradients.usual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; load the model's, the optimizer's and the scheduler's own states as well.
+        """Continue from a saved state; load the model's, the optimizer's and the scheduler's own states as well.
 
         Raises:
             StateError: the state has other names or a newer version, or is of another model or base batch.
         """
         values = checked_state(state, mine=self.state_dict())
-        self._tally.adopt(values)
-        self._stepper.forget()
+        self._run.adopt(values)
+        self._step_hooks.forget()
         self._logbook.resume()
-        if self._gather is not None:
-            self._gather.usual = int(values["backwards"])
+        if self._gradients is not None:
+            self._gradients.usual = int(values["backwards"])
         for driver in self._drivers:
             driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
         """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
-        self._stepper.restore()
-        self._stepper.detach()
-        self._carrier.remove()
-        self._let_go()
+        self._step_hooks.restore()
+        self._step_hooks.detach()
+        self._stored.remove()
+        self._remove_hooks()
         self._logbook.close()
         for optimizer in self._optimizers:
             attached.discard(optimizer)
         self._attached = False
+
+    def _remove_hooks(self) -> None:
+        if (gradients := getattr(self, "_gradients", None)) is not None:
+            gradients.detach()
+        for driver in self._drivers:
+            driver.stop()
+
+    # ---- uneven inputs ----
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """What `torch.distributed.algorithms.Join` calls on a rank that has run out of data.
+
+        Raises:
+            UnsupportedError: no DDP, a `GradScaler`, a record by layer, or something that follows the clock.
+        """
+        return self._join.hook(
+            followed=self.clock.subscribers > len(self._drivers), state=self.state_dict, adopt=self._catch_up
+        )
+
+    @property
+    def join_device(self) -> torch.device:
+        """DDP's."""
+        return self._join.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """DDP's."""
+        return self._join.process_group
+
+    def _catch_up(self, values: Mapping[str, float]) -> None:
+        """Take another rank's state, schedule included."""
+        self._run.adopt(values)
+        self._step_hooks.forget()
+        for driver in self._drivers:
+            driver.catch_up()
 
     def __repr__(self) -> str:
         total = "" if self.clock.total is None else f" of {self.clock.total:g}"
@@ -300,25 +597,9 @@ class Controller(Readings, Loops, Backwards, Companion):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
-            "A controller hangs on its optimizer's hooks, so it cannot be copied or pickled: copy the optimizer, "
+            "A controller belongs to its optimizer's hooks, so it cannot be copied or pickled: copy the optimizer, "
             "attach a controller of its own, and give that one this one's state_dict()."
         )
-
-    def _let_go(self) -> None:
-        if self._gather is not None:
-            self._gather.detach()
-        for driver in self._drivers:
-            driver.stop()
-
-    @property
-    def _followed(self) -> bool:
-        return self.clock.subscribers > len(self._drivers)
-
-    def _go_on(self, values: Mapping[str, float]) -> None:
-        self._tally.adopt(values)
-        self._stepper.forget()
-        for driver in self._drivers:
-            driver.catch_up()
 
 
 def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:

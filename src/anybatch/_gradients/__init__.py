@@ -1,12 +1,12 @@
-"""What a backward shows: squared norms of gradient samples, on one process, DDP and FSDP2 alike."""
+"""The norms of gradients that a backward shows, on one process, DDP and FSDP2 alike."""
 
+from anybatch._gradients.adam_metric import AdamNorms
 from anybatch._gradients.autograd import check_no_backward, check_not_captured
 from anybatch._gradients.engine import Engine, engine_of
-from anybatch._gradients.gather import Gather
-from anybatch._gradients.join import Companion
-from anybatch._gradients.layers import Layers
-from anybatch._gradients.metric import Metric
-from anybatch._gradients.norms import SquaredNorms
+from anybatch._gradients.euclidean import EuclideanNorms
+from anybatch._gradients.hooks import GradientHooks
+from anybatch._gradients.join import JoinSupport
+from anybatch._gradients.layers import LayerNorms
 from anybatch._gradients.parameters import (
     check_in_use,
     is_phantom,
@@ -14,22 +14,34 @@ from anybatch._gradients.parameters import (
     trained_parameters,
     withheld,
 )
-from anybatch._gradients.reduce import Flight, Observation, Ranks, Reduction, Share, check_same, divisor_of, launch
+from anybatch._gradients.probe import Probe
+from anybatch._gradients.reduce import (
+    Ranks,
+    ReducedWindow,
+    Reduction,
+    Share,
+    check_same,
+    divisor_of,
+    reduce_window,
+)
 from anybatch._gradients.sizes import Sizes
+from anybatch._gradients.window import PAIR, Norms
 
 __all__ = [
-    "Companion",
+    "PAIR",
+    "AdamNorms",
     "Engine",
-    "Flight",
-    "Gather",
-    "Layers",
-    "Metric",
-    "Observation",
+    "EuclideanNorms",
+    "GradientHooks",
+    "JoinSupport",
+    "LayerNorms",
+    "Norms",
+    "Probe",
     "Ranks",
+    "ReducedWindow",
     "Reduction",
     "Share",
     "Sizes",
-    "SquaredNorms",
     "check_in_use",
     "check_no_backward",
     "check_not_captured",
@@ -37,7 +49,7 @@ __all__ = [
     "divisor_of",
     "engine_of",
     "is_phantom",
-    "launch",
+    "reduce_window",
     "trainable",
     "trained_parameters",
     "withheld",

@@ -1,37 +1,60 @@
-"""Consecutive: with one gradient a step, the one before is the second sample."""
+"""With one gradient a step, the gradient of the step before is the second sample."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anybatch._gradients.norms import total_squared_norm
-from anybatch._gradients.window import Pair
+from anybatch._gradients.window import Norms
 
 
-class Consecutive:
+@dataclass(frozen=True)
+class Pair:
+    """This step's gradient and the one before as two samples.
+
+    Args:
+        norms: of the two and of their mean.
+        inverse_size: one over the size of the earlier micro-batch.
+    """
+
+    norms: Norms
+    inverse_size: float
+
+
+class ConsecutiveGradients:
     """Keeps a copy of the last step's gradient: the one buffer of the parameters' size in this library."""
 
     def __init__(self) -> None:
         self._previous: dict[int, Tensor] | None = None  # by the parameter; what is not there is zero
         self._scale: Tensor | None = None  # the factor on its loss
+        self._inverse_size = 1.0
 
     def forget(self) -> None:
         """The next gradient has no predecessor: this one was not finite, or not alone in its step."""
         self._previous = None
 
-    def pair(self, grads: Mapping[int, Tensor], *, loss_scale: Tensor | None) -> Pair | None:
+    def pair(self, grads: Mapping[int, Tensor], *, loss_scale: Tensor | None, inverse_size: float) -> Pair | None:
         """The norms of the gradients, by their parameters, and of those of the last call; `None` at the first.
 
-        Both are of a loss times `loss_scale`, which may have been another one then.
+        Both are of a loss times `loss_scale`. If the factor has changed, the earlier gradient is multiplied to match.
+
+        Args:
+            grads: this step's gradients by the parameters' numbers.
+            loss_scale: the factor on this step's loss, a tensor of shape `[]`, or `None`.
+            inverse_size: one over the size of this step's micro-batch.
         """
         before_scale, self._scale = self._scale, loss_scale
+        before_size, self._inverse_size = self._inverse_size, inverse_size
         if self._previous is None:
             self._previous = {index: g.detach().clone() for index, g in grads.items()}
             return None
         held = self._previous
         if before_scale is not None and loss_scale is not None:
-            torch._foreach_mul_(list(held.values()), loss_scale / before_scale)
+            ratio = loss_scale / before_scale
+            for buffer in held.values():
+                buffer.mul_(ratio.to(buffer.device))
         before, now = total_squared_norm(held.values()), total_squared_norm(grads.values())
         both = [index for index in grads if index in held]
         if both:  # the buffer holds the sum for a moment: no second copy
@@ -43,4 +66,4 @@ class Consecutive:
                 buffer.copy_(grads[index])
             else:
                 buffer.zero_()
-        return Pair((before + now) / 2, together / 4)
+        return Pair(Norms((before + now)[None], (together / 4)[None]), before_size)

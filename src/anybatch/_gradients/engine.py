@@ -1,6 +1,7 @@
-"""Which engine trains the model: one process, DistributedDataParallel or FSDP2. The one place that asks."""
+"""Which engine averages the gradients: one process, DistributedDataParallel or FSDP2. The one place that asks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -8,31 +9,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UnsupportedError, UsageError
+from anybatch._gradients.probe import Placement
 from anybatch._gradients.reduce import Ranks, replicated_ranks
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What the controller needs to know of it.
+    """The properties of an engine that a controller depends on.
 
     Args:
         ranks: whose gradients are averaged.
-        leaves: for the trained parameters, the tensors on which gradients arrive.
+        place: for trained parameters, where their gradients are measured.
         reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
-        arrived: whether, at the end of a backward, its gradients are in `.grad`.
-        part: for a trained parameter, the rows of its gradient on a leaf for which this rank holds the optimizer's
-            state; `None` for all. Raises where that is no range of rows.
-        check: raises before a step that this engine would take in a way that cannot be measured; is told whether the
+        check: raises before a step that this engine would take in a way that cannot be measured; is passed whether the
             controller takes part in a `Join`.
+        arrived: whether, at the end of a backward, its gradients are in `.grad`.
+        rows: for a trained parameter, the rows of its gradient on a leaf for which this rank holds the optimizer's
+            state; `None` for all. Raises where that is no range of rows.
+        shards: number of ranks over which the optimizer's state is sharded.
+        no_sync: a context in which backwards are not averaged, for all but the last of a step.
         ddp: the DistributedDataParallel module, if that is the engine.
     """
 
     ranks: Ranks
-    leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    place: Callable[[Sequence[Tensor]], list[Placement]]
     reduced: Callable[[], bool] | None
-    check: Callable[[bool], None]
+    check: Callable[[bool], None] = lambda _: None
     arrived: Callable[[], bool] = lambda: True
-    part: Callable[[Tensor], slice | None] = lambda _: None
+    rows: Callable[[Tensor], slice | None] = lambda _: None
+    shards: int = 1
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     ddp: DistributedDataParallel | None = None
 
 
@@ -46,14 +52,15 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
     if any(hasattr(p, "device_mesh") for p in parameters):
         from anybatch._gradients.fsdp import rows_of, sharded_ranks, synchronised, unsharded_leaves
 
-        ranks, arrived = sharded_ranks(parameters, process_group), synchronised(model)
+        ranks, replicas = sharded_ranks(parameters, process_group)
+        arrived = synchronised(model)
         return Engine(
             ranks,
-            leaves=lambda new: unsharded_leaves(model, new),
+            place=lambda new: [Placement(leaf, mean_copies=replicas) for leaf in unsharded_leaves(model, new)],
             reduced=None if ranks.group is None else arrived,
-            check=lambda _: None,
             arrived=arrived,
-            part=rows_of,
+            rows=rows_of,
+            shards=ranks.size // replicas,
         )
     if dist.is_available() and dist.is_initialized():
         from anybatch._gradients.fsdp import refuse_fsdp1
@@ -62,12 +69,13 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
     ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     ranks = replicated_ranks(ddp, process_group)
     if ddp is None or ranks.group is None:
-        return Engine(ranks, leaves=lambda new: new, reduced=None, check=lambda _: None)
+        return Engine(ranks, place=lambda new: list(map(Placement, new)), reduced=None)
     return Engine(
         ranks,
-        leaves=lambda new: new,
+        place=lambda new: [Placement(p, mean_copies=ranks.size) for p in new],
         reduced=lambda: bool(ddp.require_backward_grad_sync),
         check=lambda joined: _check_ddp(ddp, joined=joined),
+        no_sync=ddp.no_sync,
         ddp=ddp,
     )
 

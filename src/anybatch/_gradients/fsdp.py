@@ -63,7 +63,7 @@ def _groups_of(state: Any) -> Iterable[Any]:
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
-def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> Ranks:
+def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> tuple[Ranks, int]:
     """The ranks over which FSDP2 averages the gradients of `parameters`, and how many hold the same shard.
 
     Raises:
@@ -81,7 +81,7 @@ def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None)
     for size, placement in zip(mesh.shape, placements, strict=True):
         replicas *= size if placement.is_replicate() else 1
     if mesh.size() == 1:
-        return Ranks(None, 1, 1)
+        return Ranks(), 1
     if given is None and mesh.ndim > 1:
         if mesh.size() != dist.get_world_size():
             raise UsageError(
@@ -90,7 +90,7 @@ def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None)
             )
         given = dist.group.WORLD
     group = given if given is not None else mesh.get_group()
-    return Ranks(group, mesh.size(), replicas)
+    return Ranks(group, mesh.size(), replicated=False), replicas
 
 
 def rows_of(parameter: Tensor) -> slice | None:

@@ -10,7 +10,6 @@ they are copied together, block by block, and a block takes one product in float
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,25 +19,6 @@ SMALL = 16384
 # Entries of a block. On a CPU its copies, 384 KB, stay in a core's cache: at 131072 an entry takes twice as long.
 # Elsewhere the number of kernels counts, and these are 16 MB of float32.
 _BLOCK_CPU, _BLOCK = 1 << 15, 1 << 22
-
-
-@dataclass(frozen=True)
-class SquaredNorms:
-    """What one optimizer step saw of its gradient samples.
-
-    With samples `g_i`, each the mean gradient of one micro-batch, and `gbar` their mean:
-
-        mean_square = (1/N) * sum_i ||g_i||^2        square_mean = ||gbar||^2
-
-    Args:
-        mean_square: mean of the squared norms, grad^2.
-        square_mean: squared norm of the mean, grad^2.
-        count: number of samples N; at least 1.
-    """
-
-    mean_square: float
-    square_mean: float
-    count: int
 
 
 def norm_into(out: Tensor, tensor: Tensor) -> None:
@@ -88,6 +68,12 @@ def real_of(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a DTensor's shard on this rank."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:

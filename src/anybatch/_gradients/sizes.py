@@ -65,6 +65,11 @@ class Sizes:
             before.weighted + (0 if weight is None else new),
         )
 
+    @property
+    def inverse_of_last(self) -> float:
+        """One over the size of the last micro-batch that was counted."""
+        return 1 / self.now
+
     def set(self, value: float) -> None:
         """Each micro-batch to come is of `value`, and no forward need tell."""
         self.now, self.auto, self._given = value, False, None

@@ -1,63 +1,50 @@
-"""Window: what one rank saw between two optimizer steps, in numbers."""
+"""Values that describe one window: what one rank saw between two optimizer steps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Pair:
-    """Norms of two consecutive gradients: what the one-gradient estimator needs; float64 tensors of shape `[]`."""
-
-    mean_square: Tensor
-    square_mean: Tensor
+PAIR = "consecutive"  # the name of the norms of this step's gradient and the one before, as two samples
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """The window's two norms once more, in Adam's metric; `None` where its weights were not known."""
+class Norms:
+    """The two squared norms of a window, float64 tensors of shape `[k]`: one entry for each part of the parameters.
 
-    samples_square: Tensor | None = None
-    grad_square: Tensor | None = None
+        samples = sum_i ||g_i||^2          mean = ||gbar||^2          gbar = mean of the g_i
 
-    def over(self, unit: Tensor) -> "Weighed":
-        """Both divided by `unit`."""
-        if self.samples_square is None or self.grad_square is None:
-            return self
-        return Weighed(self.samples_square / unit, self.grad_square / unit)
-
-
-@dataclass(frozen=True)
-class ByLayer:
-    """The window's two norms by layer, float64 tensors of shape `[layers]`; `None` where they are not known.
+    k is 1 for the whole model and the number of layers for norms by layer.
 
     Args:
-        names: of the layers, in the model's order.
+        samples: sum of the squared norms of the micro-batches' gradients.
+        mean: squared norm of the mean gradient; `None` where `.grad` is not the average over the ranks yet.
     """
 
-    names: tuple[str, ...]
-    samples_squares: Tensor | None = None
-    grad_squares: Tensor | None = None
+    samples: Tensor
+    mean: Tensor | None
 
-    def over(self, unit: Tensor) -> "ByLayer":
-        """Both divided by `unit`."""
-        if self.samples_squares is None or self.grad_squares is None:
-            return self
-        samples, grads = (squares / unit.to(squares.device) for squares in (self.samples_squares, self.grad_squares))
-        return ByLayer(self.names, samples, grads)
+    def times(self, factor: "float | Tensor") -> "Norms":
+        """Both norms multiplied by `factor`."""
+        return Norms(self.samples * factor, None if self.mean is None else self.mean * factor)
+
+    def over(self, unit: Tensor) -> "Norms":
+        """Both norms divided by `unit`, a tensor of shape `[]` on any device."""
+        unit = unit.to(self.samples.device)
+        return Norms(self.samples / unit, None if self.mean is None else self.mean / unit)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What each of some micro-batches is of their mean: sums over them, on one rank or on all.
+    """Sizes and weights of some micro-batches, as sums over them; of one rank or of all.
 
     Args:
-        count: how many they are.
-        inverse_sizes: of one over their size.
-        sizes: of their size.
-        weights: of their weight, if they have one.
-        squares: of its square.
-        weighted: how many have one.
+        count: number of micro-batches.
+        inverse_sizes: sum of one over the size.
+        sizes: sum of the sizes.
+        weights: sum of the weights of those that have one.
+        squares: sum of the squared weights.
+        weighted: number of micro-batches with a weight.
     """
 
     count: int = 0
@@ -69,33 +56,31 @@ class Shares:
 
     @property
     def inverse(self) -> float:
-        """The sum of one over a size; with weights, which say how much each tells, as if all were of the mean size."""
+        """The sum of one over a size. With weights all micro-batches count as if they had the mean size."""
         return self.count**2 / self.sizes if self.weighted else self.inverse_sizes
 
     @property
     def effective(self) -> float:
-        """As many equal micro-batches as these would have a mean as noisy: `(sum w)^2 / sum w^2`."""
+        """The number of equal micro-batches whose mean is as noisy: `(sum w)^2 / sum w^2`."""
         return self.weights**2 / self.squares if self.weighted else self.count
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one rank saw between two steps. Norms are of OBSERVED gradients, float64 tensors of shape `[]`, or `None`.
+    """What one rank saw between two steps. The norms are of gradients as they were observed.
 
     Args:
         backwards: A, the number of micro-batches.
-        shares: of each in their mean.
-        samples_square: sum over the micro-batches of the squared norms of their gradients.
-        grad_square: squared norm of `.grad`.
-        pair: with one backward in a window, this gradient and the one before.
-        weighed: the norms in Adam's metric; `None` where nobody asks for them.
-        layers: the norms by layer; `None` at a step that nobody looks at, on one rank, and where nobody ever does.
+        shares: sizes and weights of the micro-batches.
+        sizes: k of each probe, by its name; the same on every rank.
+        norms: the norms of each probe that measured the window, by its name.
+        sampled: whether the averages take the window as a sample.
+        pair_inverse_size: with `PAIR` among the norms, one over the size of the earlier micro-batch.
     """
 
     backwards: int
     shares: Shares
-    samples_square: Tensor | None
-    grad_square: Tensor | None
-    pair: Pair | None
-    weighed: Weighed | None = None
-    layers: ByLayer | None = None
+    sizes: Mapping[str, int]
+    norms: Mapping[str, Norms]
+    sampled: bool = True
+    pair_inverse_size: float = 0.0

@@ -1,7 +1,7 @@
 """What happened: one line of strict JSON for each step, written so that a kill loses nothing."""
 
 from anybatch._record.json import strict
-from anybatch._record.logbook import Destination, Logbook
+from anybatch._record.logbook import Destination, Logbook, destinations
 from anybatch._record.progress import progress_bar
 from anybatch._record.provenance import run_config
 from anybatch._record.record import MetricRecord, Run, StepRecord, iter_record, read_record
@@ -14,6 +14,7 @@ __all__ = [
     "Run",
     "RunRecord",
     "StepRecord",
+    "destinations",
     "iter_record",
     "progress_bar",
     "read_record",

@@ -32,10 +32,8 @@ class Logbook:
         UsageError: a file that another run writes to.
     """
 
-    def __init__(
-        self, record: Destination | Sequence[Destination] | None, *, config: Mapping[str, Any], first: bool
-    ) -> None:
-        given = _destinations(record)
+    def __init__(self, record: Sequence[Destination], *, config: Mapping[str, Any], first: bool) -> None:
+        given = list(record)
         self._lacking = first and not given  # other ranks need not be given any
         self._sinks: list[Sink] = []
         self._records: list[RunRecord] = []
@@ -135,7 +133,12 @@ def _plain(value: float) -> float:
     return int(value) if isinstance(value, bool) else value
 
 
-def _destinations(record: Destination | Sequence[Destination] | None) -> list[Destination]:
+def destinations(record: Destination | Sequence[Destination] | None) -> list[Destination]:
+    """The destinations of `attach(record=...)` as a list.
+
+    Raises:
+        InvalidValueError: something that is no destination.
+    """
     if record is None:
         return []
     given: list[Any] = list(record) if isinstance(record, list | tuple) else [record]

@@ -12,6 +12,7 @@ from anybatch._record.json import json_line
 from anybatch._record.layers import as_json
 from anybatch._record.provenance import environment
 from anybatch._record.record import HEADER_START, RECORD_VERSION, MetricRecord, StepRecord, parsed
+from anybatch._scaling import check_steps
 
 
 class RunRecord:
@@ -25,6 +26,7 @@ class RunRecord:
         path: the file; made with its folders, appended to where it exists.
         config: any JSON values that say what the run was; stored in the header. Values with the name of
             something that a controller tells of itself lie under "given" there.
+        per_layer: every how many steps the noise is measured by layer, a whole number; by default never.
 
     Raises:
         InvalidValueError: the file cannot be written, or is not a record.
@@ -38,7 +40,12 @@ class RunRecord:
         'digits'
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None, per_layer: int | None = None
+    ) -> None:
+        if per_layer is not None:
+            check_steps("per_layer", per_layer)
+        self.per_layer: int | None = per_layer
         self.path: Path = Path(path)
         self._user, self._known = dict(config or {}), dict[str, Any]()
         self._holder: weakref.ref[object] | None = None

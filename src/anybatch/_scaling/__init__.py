@@ -17,7 +17,7 @@ from anybatch._scaling.moments import (
     thetas,
 )
 from anybatch._scaling.momentum import averaged_exponent
-from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
+from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot, measurement_of
 from anybatch._scaling.schedules import ScheduleDriver, position_of
 from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
 
@@ -50,6 +50,7 @@ __all__ = [
     "held_by",
     "horizon_of",
     "local_of",
+    "measurement_of",
     "moments",
     "position_of",
     "refuse_deepspeed",

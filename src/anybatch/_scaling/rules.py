@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch.optim import Optimizer
 
@@ -31,7 +31,8 @@ class Scaling:
 class Rule(ABC):
     """A rule maps a step's scale, its gain and the clock to a `Scaling`.
 
-    To write your own, subclass and implement `__call__`; a rule that needs the gain subclasses `AdaScale`.
+    To write your own, subclass and implement `__call__`. Where it needs the gain, set `measures = True` in the class:
+    the gain is then measured with the defaults of `AdaScale`. Subclass `AdaScale` for its options.
 
     Args:
         decays: what becomes of the optimizer's own decays in a step of r = `iterations`.
@@ -43,6 +44,8 @@ class Rule(ABC):
             what it can come to remember, are at most 2 % of `total`, as in all of the AdaScale paper's runs; in a
             shorter run, under AdaScale, it is half of the way to the clock, a = 1/2.
     """
+
+    measures: ClassVar[bool] = False  # whether the gain is measured for this rule
 
     decays: Decays = "auto"
 
@@ -59,7 +62,7 @@ class Rule(ABC):
 
         Args:
             scale: S of this step, positive.
-            gain: the gain r of this step; nan for a rule other than AdaScale, which measures nothing.
+            gain: the gain r of this step; nan for a rule that does not measure.
             clock: the clock before the step.
             exponent: how the optimizer's learning rate follows the batch: 1 for SGD, 1/2 for the Adam family, between
                 the two for Muon.
@@ -236,6 +239,8 @@ class AdaScale(Rule):
         7. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
     """
 
+    measures: ClassVar[bool] = True
+
     estimator: Estimator = "unbiased"
     smoothing: Smoothing = None
     exponent: float | None = None
@@ -273,3 +278,10 @@ class AdaScale(Rule):
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
         power = exponent if self.exponent is None else self.exponent
         return Scaling(gain**power, gain)
+
+
+def measurement_of(rule: Rule) -> AdaScale | None:
+    """How the gain is measured for `rule`: by its own options, or AdaScale's defaults; `None` where it is not."""
+    if isinstance(rule, AdaScale):
+        return rule
+    return AdaScale() if rule.measures else None

@@ -6,7 +6,7 @@ because they are recursions.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from typing import Any
@@ -56,6 +56,16 @@ class ScheduleDriver:
         if not self._ahead:
             self._warn_of_misfit()
         self._unsubscribe = clock.subscribe(self._follow)
+
+    @property
+    def position(self) -> int:
+        """How many scheduler steps the schedule is at."""
+        return self._at
+
+    def state(self) -> Mapping[str, Any]:
+        """The scheduler's own state; empty where it has none."""
+        state_dict = getattr(self._scheduler, "state_dict", None)
+        return state_dict() if callable(state_dict) else {}
 
     def hold(self) -> None:
         """Let the wrapper that has the scheduler step it no more."""

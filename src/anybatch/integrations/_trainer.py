@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 
 import anybatch
 from anybatch.integrations import _sequences
-from anybatch.integrations._common import check_whole, numbers
+from anybatch.integrations._common import check_whole, close_record, numbers, record_of
 
 _STATE = "anybatch"  # in a checkpoint's trainer_state.json, among the states of callbacks
 _AVERAGE = "anybatch_ema.pt"  # in a checkpoint, beside the model
@@ -55,6 +55,7 @@ class AnyBatchCallback(TrainerCallback):
         self._trainer: Any = trainer  # its annotations are of what it has before train()
         self._base_batch, self._rule = base_batch, rule
         self._ema_decay, self._record, self._per_layer = ema_decay, record, per_layer
+        self._opened: str | anybatch.RunRecord | None = None
         self._total = 0
         self._examples: float | None = None
         self._checkpoint: str | None = None
@@ -113,6 +114,7 @@ class AnyBatchCallback(TrainerCallback):
         if self._ema_decay is not None:
             check_whole(trainer.model)
         driven = not isinstance(scheduler, _ON_METRICS)
+        self._opened = record_of(self._record, self._per_layer, first=args.process_index == 0)
         self.controller = anybatch.attach(
             trainer.optimizer,
             model=trainer.model_wrapped,  # what a callback is given is the module inside of DDP
@@ -123,8 +125,7 @@ class AnyBatchCallback(TrainerCallback):
             micro_batch=args.per_device_train_batch_size,
             examples=self._examples,
             grad_scaler=trainer.accelerator.scaler,
-            record=self._record,
-            per_layer=self._per_layer,
+            record=self._opened,
         )
         if driven:
             trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = anybatch.HeldScheduler(scheduler)
@@ -227,6 +228,7 @@ class AnyBatchCallback(TrainerCallback):
         """Leave the optimizer and the scheduler as they were; what the run came to can still be read."""
         if self.controller is not None:
             self.controller.detach()
+        close_record(self._opened)
         scheduler = self._trainer.lr_scheduler
         if isinstance(scheduler, anybatch.HeldScheduler):
             self._trainer.lr_scheduler = self._trainer.callback_handler.lr_scheduler = scheduler.scheduler

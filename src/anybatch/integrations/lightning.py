@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import anybatch
-from anybatch.integrations._common import check_whole, numbers
+from anybatch.integrations._common import check_whole, close_record, numbers, record_of
 from anybatch.integrations._limits import Limits
 
 
@@ -35,9 +35,8 @@ class AnyBatch(Callback):
             by default the first dimension of its tensors.
         ema_decay: of a `ModelEMA`, per base iteration, in [0, 1); validation during `fit` sees it in the model's place,
             and `callback.ema` is it. By default there is none.
-        lagged: as for `attach`.
         record: as for `attach`, a path.
-        per_layer: as for `attach`.
+        per_layer: as for `RunRecord`.
 
     Raises:
         UsageError: at `fit`: no limit, or an epoch of unknown length; a batch of unknown size; a step that nothing saw.
@@ -57,7 +56,6 @@ class AnyBatch(Callback):
         examples: float | None = None,
         batch_size: Callable[[Any], float] | None = None,
         ema_decay: float | None = None,
-        lagged: bool = False,
         record: str | None = None,
         per_layer: int | None = None,
     ) -> None:
@@ -66,12 +64,12 @@ class AnyBatch(Callback):
         self.examples: float | None = examples
         self.batch_size: Callable[[Any], float] | None = batch_size
         self.ema_decay: float | None = ema_decay
-        self.lagged: bool = lagged
         self.record: str | None = record
         self.per_layer: int | None = per_layer
         self.controller: anybatch.Controller | None = None
         self.ema: anybatch.ModelEMA | None = None
         self._total = 0.0
+        self._opened: str | anybatch.RunRecord | None = None
         self._loaded: dict[str, Any] = {}
         self._seen = self._first = 0
         self._applied, self._limits = ExitStack(), Limits(base_batch, examples)
@@ -99,6 +97,7 @@ class AnyBatch(Callback):
             raise anybatch.UsageError(f"Schedulers of one run need one interval and frequency, got {sorted(units)}.")
         interval, frequency = units.pop()
         every = frequency * (self._limits.epoch("A scheduler's interval") if interval == "epoch" else 1.0)
+        self._opened = record_of(self.record, self.per_layer, first=trainer.is_global_zero)
         self.controller = anybatch.attach(
             trainer.optimizers,
             model=pl_module if trainer.model is None else trainer.model,
@@ -111,9 +110,7 @@ class AnyBatch(Callback):
             examples=self.examples,
             reduction=_divisor(trainer),
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
-            lagged=self.lagged,
-            record=self.record,
-            per_layer=self.per_layer,
+            record=self._opened,
         )
         if self.ema_decay is not None:
             self.ema = anybatch.ModelEMA(pl_module, self.ema_decay, clock=self.controller.clock)
@@ -199,6 +196,7 @@ class AnyBatch(Callback):
         self._limits.release()
         if self.controller is not None:
             self.controller.detach()
+        close_record(self._opened)
         if self.ema is not None:
             self.ema.stop()
 

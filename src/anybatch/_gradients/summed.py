@@ -1,13 +1,14 @@
-"""Together: several backwards that are one micro-batch."""
+"""Several backwards that are one micro-batch."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 
-class Together:
-    """Adds up what the backwards of one micro-batch give each parameter: the norm of a sum is not to be had from the
-    norms of its parts, so it takes a copy of the gradient.
+class SummedBackwards:
+    """Sums up what the backwards of one micro-batch give each parameter.
+
+    The norm of a sum cannot be computed from the norms of its parts, so it takes a copy of the gradient.
     """
 
     def __init__(self) -> None:
@@ -30,5 +31,5 @@ class Together:
 
     @property
     def sums(self) -> Mapping[int, Tensor]:
-        """Each parameter's gradient from all of the micro-batch's backwards so far."""
+        """Each parameter's gradient, summed over the micro-batch's backwards so far."""
         return self._sums

@@ -19,7 +19,7 @@ _PREFIX = "anybatch_run_"
 _DROP = "To begin anew, remove what begins with 'anybatch_run_' from state['param_groups'][0] before loading it."
 
 
-class Carrier:
+class StateInOptimizer:
     """Hooks on `optimizer` that write and read the state.
 
     Args:

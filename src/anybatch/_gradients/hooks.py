@@ -1,19 +1,20 @@
-"""Gather: watches every backward of an optimizer's parameters and, at the step, tells what it saw.
+"""GradientHooks: sees every backward of an optimizer's parameters and, at the step, gives the window's norms.
 
 [Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
-on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their sum is taken from
+on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their mean is taken from
 `.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
 back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
-communication hook of the user's runs as it is. `measurement` takes them and has them.
+communication hook of the user's runs as it is. `window_norms` takes them.
 
 Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
 the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
 
-[Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient;
-not the largest number of gradients that a parameter got, for experts and heads may each see only some micro-batches.
-Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the backward around them.
+[Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient.
+The largest number of gradients that a parameter got would not do: experts and heads may each see only some
+micro-batches. Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the
+backward around them.
 
-Nothing here knows what the observed gradients are a part of: `reduce` turns a window into the norms of samples.
+Nothing here depends on what the observed gradients are a part of: `reduce` makes samples of a window.
 """
 
 import weakref
@@ -26,31 +27,29 @@ from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
-from anybatch._gradients.layers import Layers
-from anybatch._gradients.measurement import Measurement
-from anybatch._gradients.metric import Metric
+from anybatch._gradients.fingerprint import GradientFingerprint, is_zero
+from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.sizes import Sizes
-from anybatch._gradients.together import Together
+from anybatch._gradients.summed import SummedBackwards
 from anybatch._gradients.window import Window
-from anybatch._gradients.witness import Witness, is_zero
+from anybatch._gradients.window_norms import WindowNorms
 
 
-class Gather:
+class GradientHooks:
     """Hooks on `parameters`; see the notes above.
 
     Args:
         parameters: those of one optimizer; the ones that need no gradient are passed over.
         measure: whether norms are taken; else backwards are only counted.
-        due: asked when a window opens: whether its norms are; else its backwards are only counted.
-        leaves: gives the tensor on which a parameter's gradient arrives; the parameter itself without FSDP.
+        due: called when a window begins: whether the averages take it as a sample; else its backwards are only counted.
+        place: gives where the gradients of parameters are measured; on the parameters themselves by default.
         reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
             rank.
         arrived: tells, at the end of a backward, whether its gradients are in `.grad`.
         loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
         consecutive: keep a copy of the gradient for the one-gradient estimator.
-        metric: Adam's, where norms are taken in it too.
+        probes: further norms beside the Euclidean ones.
         sizes: of the micro-batches; `None` where they do not matter.
-        layers: the norms by layer, where steps are looked at.
     """
 
     def __init__(
@@ -59,31 +58,29 @@ class Gather:
         *,
         measure: bool,
         due: Callable[[], bool] = lambda: True,
-        leaves: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda parameters: parameters,
+        place: Callable[[Sequence[Tensor]], Sequence[Placement]] = lambda parameters: list(map(Placement, parameters)),
         reduced: Callable[[], bool] | None = None,
         arrived: Callable[[], bool] = lambda: True,
         loss_scale: Callable[[], Tensor | None] = lambda: None,
         consecutive: bool = False,
-        metric: Metric | None = None,
+        probes: Sequence[Probe] = (),
         sizes: Sizes | None = None,
-        layers: Layers | None = None,
     ) -> None:
         self.sizes = Sizes() if sizes is None else sizes
-        self._norms = Measurement(
+        self._norms = WindowNorms(
             measure=measure,
             due=due,
+            probes=probes,
             ranks=reduced is not None,
             loss_scale=loss_scale,
             consecutive=consecutive,
-            metric=metric,
-            layers=layers,
         )
-        self._leaves_of = leaves
+        self._place = place
         self._reduced = reduced
         self._arrived = arrived
         self._paused = False
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
-        self._together: Together | None = None
+        self._together: SummedBackwards | None = None
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
         self.stamp = 0  # changes with all that alters what `window()` would say
@@ -93,13 +90,13 @@ class Gather:
         self._hooks: list[Callable[[Tensor], None]] = []
         self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []
-        self._witness = Witness()
+        self._fingerprint = GradientFingerprint()
         self._open()
         self.follow(parameters)
         self._norms.spoilt = False
         for p in self._parameters:
             if p.grad is not None and not is_zero(p.grad):
-                self._witness.foreign(p, origin="before attach")
+                self._fingerprint.foreign(p, origin="before attach")
                 break
 
     def follow(self, parameters: Iterable[Tensor]) -> None:
@@ -111,12 +108,13 @@ class Gather:
         if RemovableHandle.next_id != self._newest_hook:
             self._come_last()
         if new := [p for p in parameters if p.requires_grad and id(p) not in self._known]:
-            leaves, first = self._leaves_of(new), len(self._parameters)
-            waits = self._norms.follow(new, leaves)
+            places, first = self._place(new), len(self._parameters)
+            self._norms.follow(new, places)
             self._known.update(map(id, new))
+            leaves = [place.leaf for place in places]
             self._leaves.extend(leaves)
             self._fires.extend([0] * len(new))
-            self._hooks.extend(self._hook(first + i, waits=each) for i, each in enumerate(waits))
+            self._hooks.extend(self._hook(first + i) for i in range(len(new)))
             self._handles.extend(map(Tensor.register_hook, leaves, self._hooks[first:]))
         self._newest_hook = RemovableHandle.next_id
 
@@ -147,36 +145,45 @@ class Gather:
         # Where every parameter is inside of re-entrant checkpoints, the backward around them never shows.
         return self._backwards or (max(self._fires, default=0) if self._nested_only else 0)
 
+    @property
+    def sizes_of_norms(self) -> dict[str, int]:
+        """K of each probe, by its name."""
+        return self._norms.sizes
+
+    def measured_by(self, name: str) -> bool:
+        """Whether the open window is measured by the further probe of this name."""
+        return self._norms.measured_by(name)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A stretch whose backwards are not training: not counted, not measured."""
+        """A context whose backwards are not training: not counted, not measured."""
         if self._paused:
             yield
             return
-        self._paused, before = True, self._witness.fingerprint()
-        self._task = self._told = -1
+        self._paused, before = True, self._fingerprint.value()
+        self._task = self._counted = -1
         try:
             with self.sizes.paused():
                 yield
         finally:
             self._paused, stray, self._stray = False, self._stray, None
-            if stray is not None and (before is None or before != self._witness.fingerprint()):
-                self._witness.foreign(stray, origin="a backward in controller.paused()")
+            if stray is not None and (before is None or before != self._fingerprint.value()):
+                self._fingerprint.foreign(stray, origin="a backward in controller.paused()")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A stretch whose backwards are one micro-batch."""
+        """A context whose backwards are one micro-batch."""
         if self._together is not None:
             yield
             return
-        self._together = together = Together()
-        self._task = self._told = -1
+        self._together = together = SummedBackwards()
+        self._task = self._counted = -1
         try:
             yield
             for index, total in together.sums.items() if self._norms.taken else ():
                 self._norms.sample(self._fires[index] - 1, index, total)
             if self._norms.taken and together.sums:
-                self._norms.remember(alone=self._alone)
+                self._norms.remember(alone=self._alone, inverse_size=self.sizes.inverse_of_last)
         except BaseException:
             self._norms.spoilt = True
             raise
@@ -204,7 +211,7 @@ class Gather:
                     f"observe() needs tensors of shape [n, *parameter.shape] with n >= 1: got {list(sample.shape)} "
                     f"for a parameter {list(p.shape)}, n = {n}."
                 )
-        self._witness.renewed()
+        self._fingerprint.renewed()
         self.stamp += 1
         self._backwards = n
         self.sizes.forget()
@@ -213,6 +220,7 @@ class Gather:
             for p, sample in zip(self._parameters, samples, strict=True):
                 p.grad = sample.mean(0)
             self._norms.observe(samples)
+            self._norms.remember(alone=n == 1, inverse_size=self.sizes.inverse_of_last)
 
     def window(self) -> Window:
         """What the open window holds; `close()` it after the step.
@@ -225,7 +233,7 @@ class Gather:
                 "What the backwards in controller.together() come to is known at the end of the block: call "
                 "optimizer.step() and controller.peek() after it, not in it."
             )
-        self._witness.end()
+        self._fingerprint.end()
         if self.pending and not self._here:
             raise UsageError(
                 "The gradients of this step are not averaged: FSDP2 holds back those of a backward without "
@@ -237,7 +245,7 @@ class Gather:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
         if not (self.pending and self._here):
             return False
-        return all(p.grad is None for p in self._parameters) or (self._witness.emptied() and self._cleared())
+        return all(p.grad is None for p in self._parameters) or (self._fingerprint.emptied() and self._cleared())
 
     def average(self, divisor: float) -> None:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
@@ -247,7 +255,7 @@ class Gather:
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
-        self._witness.stepped()
+        self._fingerprint.stepped()
         self._norms.close(self.pending, forget=forget)
         self._open()
 
@@ -270,30 +278,30 @@ class Gather:
         self._norms.open()
         self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
         self._task = -1  # the one whose gradients are measured in the plain way now
-        self._told = -1  # the one that is only counted, and is
-        self._witness.open()
+        self._counted = -1  # the one that is only counted, and is
+        self._fingerprint.open()
 
-    def _hook(self, index: int, *, waits: bool) -> Callable[[Tensor], None]:
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
         # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
         # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
-        samples = self._norms.samples
-        wait, note = samples.waiting.append, samples.versions.append
+        queued, queue = self._norms.euclidean.queued[index], self._norms.euclidean.queues[index]
+        append, note = queue.waiting.append, queue.versions.append
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
-            gather = reference()
-            if gather is None:
+            hooks = reference()
+            if hooks is None:
                 return
             task = current_task()
-            if task != gather._task and (task == gather._told or not gather._enter(task, index, grad)):
+            if task != hooks._task and (task == hooks._counted or not hooks._enter(task, index, grad)):
                 return
-            gather._fires[index] += 1
-            if waits and not grad.is_sparse:
-                wait(grad)
+            hooks._fires[index] += 1
+            if queued and not grad.is_sparse:
+                append(grad)
                 note(grad._version)
             else:
-                samples.take(grad)
+                queue.take(grad)
 
         return hook
 
@@ -313,7 +321,7 @@ class Gather:
         if not self._norms.taken:
             self._fires[index] += 1
             if task == self._newest:  # not nested: one gradient tells all there is to count
-                self._told = task
+                self._counted = task
             return False
         if not self._norms.simple:
             self._fires[index] += 1
@@ -335,16 +343,17 @@ class Gather:
                 )
             self._newest = task
             self._tasks.clear()
-        if not self._tasks and self._witness.cleared(self.pending) and (self.pending == 0 or self._cleared()):
+        if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
             if self.pending:  # nobody stepped by it: to a GradScaler it was not finite, say
                 self._norms.forget()
             self._open()
-        self._witness.begin(parameter)
+        if not self._tasks:
+            self._fingerprint.begin(parameter)
         if self.pending == 0:
             self._norms.begin()
         self._tasks.add(task)
         if self._norms.taken:
-            at_end(self._norms.samples.measure)  # while DDP's last reduction is under way
+            at_end(self._norms.euclidean.measure)  # while DDP's last reduction is under way
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
@@ -357,7 +366,7 @@ class Gather:
                 self._backwards += 1
             self._nested_only = False
         self._here = self._arrived()
-        self._witness.confirm(arrived=self._here)
+        self._fingerprint.confirm(arrived=self._here)
         self.sizes.count(self.pending)
         self._norms.scaled()
         if self._norms.taken:
@@ -365,7 +374,7 @@ class Gather:
             summed = not alone and (self._reduced is None or self._reduced())
             self._norms.ended(self.pending, summed=summed)
             if self._together is None:
-                self._norms.remember(alone=alone)
+                self._norms.remember(alone=alone, inverse_size=self.sizes.inverse_of_last)
 
     @property
     def _alone(self) -> bool:
@@ -373,7 +382,8 @@ class Gather:
         return self._reduced is None and self.pending == 1
 
     def _cleared(self) -> bool:
-        """Whether no gradient is left; to be asked where the witness's is gone, for it may be the only one: DINO drops
-        that of its last layer for an epoch.
+        """Whether no gradient is left; checked where the fingerprint's gradient is gone.
+
+        That one may be the only one: DINO drops the gradient of its last layer for an epoch.
         """
         return all(p.grad is None or is_zero(p.grad) for p in self._parameters)

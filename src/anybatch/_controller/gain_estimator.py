@@ -1,0 +1,241 @@
+"""GainEstimator: from the norms of a step to its gain and its scaling. No process groups, nothing on a device."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import isfinite, nan
+
+from torch import Tensor
+
+from anybatch._errors import AnybatchWarning, InvalidValueError
+from anybatch._gradients import PAIR, AdamNorms, EuclideanNorms, LayerNorms, Norms, ReducedWindow
+from anybatch._scaling import (
+    AdaScale,
+    Averages,
+    BatchSize,
+    Clock,
+    Moments,
+    Rule,
+    Scaling,
+    careful,
+    horizon_of,
+    moments,
+)
+
+_UNKNOWN = Moments(nan, nan)
+_NO_STEP = Scaling(1.0, 0.0)
+_IN_A_HORIZON = 4  # samples of the moments at least
+_MEASURED = ("unbiased", "euclidean")  # with these an optimizer's own noise factor was found
+
+
+@dataclass(frozen=True)
+class RunningMoments:
+    """The moments averaged over the steps so far.
+
+    Args:
+        averages: of the Euclidean moments.
+        metric: of the moments in Adam's metric, since the last gap in their measurement.
+    """
+
+    averages: Averages = field(default_factory=Averages)
+    metric: Averages = field(default_factory=Averages)
+
+    def moved(self, iterations: float) -> "RunningMoments":
+        """The same after the clock has moved by `iterations`."""
+        return RunningMoments(self.averages.moved(iterations), self.metric.moved(iterations))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step before it happens.
+
+    Args:
+        scale: S.
+        count: N; 0 where nothing was counted.
+        raw: the moments of this step alone; nan where it shows none.
+        running: the averages, this step included.
+        gain: r; nan for a rule that does not measure.
+        scaling: the rule's result.
+        skipped: whether the step does not count, because its gradient is not finite or there is none.
+        layers: `raw` by layer, where the step was measured by layer.
+    """
+
+    scale: float
+    count: int
+    raw: Moments
+    running: RunningMoments
+    gain: float
+    scaling: Scaling
+    skipped: bool = False
+    layers: Mapping[str, Moments] = field(default_factory=dict)
+
+
+class GainEstimator:
+    """A rule together with what it needs.
+
+    Args:
+        rule: the rule.
+        measurement: how the gain is measured; `None` under a rule that does not measure.
+        batch: how the scale of a step is known.
+        clock: the clock.
+        exponent: for a gain, the power of it that multiplies the optimizer's learning rate.
+        noise_factor: the optimizer's own, for a measurement without one.
+        layers: names of the layers, in the order of their norms.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        measurement: AdaScale | None,
+        batch: BatchSize,
+        clock: Clock,
+        exponent: Callable[[float], float],
+        noise_factor: float,
+        layers: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        # A rule that cannot work here raises now.
+        _checked(rule, scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))
+        self._rule = rule
+        self._measurement = measurement
+        self._batch = batch
+        self._clock = clock
+        self._exponent = exponent
+        self._layers = layers
+        if measurement is not None and measurement.noise_factor is not None:
+            noise_factor = measurement.noise_factor
+        elif measurement is not None and (measurement.estimator, measurement.metric) != _MEASURED:
+            noise_factor = 1.0
+        self.noise_factor = noise_factor
+        self._warned = False
+
+    def due(self, running: RunningMoments, *, steps: int) -> bool:
+        """Whether the step after `steps` is measured: each k-th, and where the averages' memory runs out of samples."""
+        if self._measurement is None or steps % self._measurement.every == 0:
+            return True
+        horizon = horizon_of(self._measurement.smoothing, total=self._clock.total)
+        return _IN_A_HORIZON * running.averages.iterations >= horizon
+
+    def nothing(self, running: RunningMoments) -> Step:
+        """A step without any gradient."""
+        return Step(nan, 0, _UNKNOWN, running, nan, _NO_STEP, skipped=True)
+
+    def step(self, running: RunningMoments, seen: ReducedWindow | None) -> Step:
+        """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
+        if seen is None:
+            return self._decide(running, count=0, inverse_sizes=0.0, raw=None)
+        if seen.shares.count == 0:
+            return self.nothing(running)
+        raw, updated = self._fold(running, seen)
+        prior = self._measurement is not None and self._measurement.estimator == "paper"  # its gain: the steps before
+        step = self._decide(
+            running if prior else updated, count=seen.shares.count, inverse_sizes=seen.shares.inverse, raw=raw
+        )
+        step = replace(step, running=updated, layers=self._by_layer(seen))
+        if not seen.finite or (raw is not None and not raw.finite):
+            return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
+        return step
+
+    def scaling(self, step: Step, *, exponent: Callable[[float], float]) -> Scaling:
+        """The rule's result for `step` and another optimizer, whose learning rate has this power of the gain."""
+        return _checked(self._rule, scale=step.scale, gain=step.gain, clock=self._clock, exponent=exponent(step.gain))
+
+    def _fold(self, running: RunningMoments, seen: ReducedWindow) -> tuple[Moments | None, RunningMoments]:
+        """The Euclidean moments of this step alone, and the averages with them, if they are finite and a sample."""
+        if self._measurement is None:
+            return None, running
+        scale, sample = self._sizes(seen)
+        raw = self._raw(seen, scale=scale, sample=sample, known=running.averages.samples > 0)
+        if raw is None or not raw.finite or not seen.sampled:
+            return raw, running
+        updated = partial(
+            Averages.updated,
+            scale=scale,
+            smoothing=self._measurement.smoothing,
+            estimator=self._measurement.estimator,
+            total=self._clock.total,
+            every=self._measurement.every,
+        )
+        metric = Averages()
+        if AdamNorms.name in seen.norms:
+            (raw_metric,) = self._moments(seen.norms[AdamNorms.name], seen, sample=sample, batch=scale)
+            metric = updated(running.metric, raw_metric)
+        return raw, RunningMoments(updated(running.averages, raw), metric)
+
+    def _decide(self, running: RunningMoments, *, count: int, inverse_sizes: float, raw: Moments | None) -> Step:
+        """The step of `count` micro-batches; 0 where the scale is a number and nothing was counted."""
+        if count == 0 and self._batch.counts:
+            return self.nothing(running)
+        scale, _ = self._batch.of_step(count or 1, inverse_sizes)
+        gain = nan
+        if self._measurement is not None:
+            weighed = self._measurement.metric == "adam" and running.metric.samples > 0
+            averages = running.metric if weighed else running.averages
+            gain = averages.gain(scale, estimator=self._measurement.estimator, noise_factor=self.noise_factor)
+            if self._measurement.estimator == "unbiased":  # the paper starts with r_0 = 1
+                gain = careful(gain, running.averages.samples)
+        scaling = _checked(self._rule, scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))
+        return Step(scale, count, raw or _UNKNOWN, running, gain, scaling)
+
+    def _raw(self, seen: ReducedWindow, *, scale: float, sample: float, known: bool) -> Moments | None:
+        """This step's own moments; `None` where it shows no variance."""
+        if EuclideanNorms.name in seen.norms:
+            (raw,) = self._moments(seen.norms[EuclideanNorms.name], seen, sample=sample, batch=scale)
+            return raw
+        if PAIR in seen.norms:
+            # Of two samples of other sizes the variance is seen between their harmonic mean and twice that.
+            harmonic = 2 * sample / (1 + seen.pair_inverse_size * seen.shares.count / seen.shares.inverse)
+            norms = seen.norms[PAIR]
+            return moments(float(norms.samples) / 2, _number(norms.mean), sample=harmonic, batch=2 * harmonic)
+        missed = scale != 1 or self._batch.only_measured
+        consecutive = self._measurement is not None and self._measurement.consecutive
+        if seen.shares.count == 1 and missed and not consecutive and not self._warned:
+            self._warned = True
+            gain = "the last one known" if known else f"{min(1.0, scale):g}"
+            so = "there is no noise scale" if self._batch.only_measured else f"the gain is {gain}"
+            warnings.warn(
+                f"One gradient a step at scale {scale:g} shows no variance, so {so}. Accumulate over two "
+                "or more backwards, cut the batch with anybatch.split(batch, 2), or use "
+                "anybatch.AdaScale(consecutive=True).",
+                AnybatchWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def _by_layer(self, seen: ReducedWindow) -> dict[str, Moments]:
+        """The Euclidean moments of this step by layer. They are linear in the norms, so they add up."""
+        if LayerNorms.name not in seen.norms:
+            return {}
+        scale, sample = self._sizes(seen)
+        found = self._moments(seen.norms[LayerNorms.name], seen, sample=sample, batch=scale)
+        return dict(zip(self._layers(), found, strict=True))
+
+    def _sizes(self, seen: ReducedWindow) -> tuple[float, float]:
+        shares = seen.shares
+        return self._batch.of_step(shares.count, shares.inverse, effective=shares.effective)
+
+    def _moments(self, norms: Norms, seen: ReducedWindow, *, sample: float, batch: float) -> list[Moments]:
+        """The moments of each part, as draws with replacement would have shown them."""
+        squares, means = (norms.samples / seen.shares.effective).tolist(), norms.mean
+        pairs = zip(squares, [] if means is None else means.tolist(), strict=True)
+        found = [moments(square, mean, sample=sample, batch=batch) for square, mean in pairs]
+        population = self._batch.population
+        return found if population is None else [each.with_replacement(population) for each in found]
+
+
+def _number(tensor: Tensor | None) -> float:
+    return nan if tensor is None else float(tensor)
+
+
+def _checked(rule: Rule, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:
+    """What the rule says, before anything of the optimizer is changed by it."""
+    said = rule(scale=scale, gain=gain, clock=clock, exponent=exponent)
+    if not isinstance(said, Scaling):
+        raise InvalidValueError(f"{rule} returned {said!r}: a rule returns an anybatch.Scaling(lr_factor, iterations).")
+    if not (isfinite(said.lr_factor) and said.lr_factor >= 0 and isfinite(said.iterations) and said.iterations > 0):
+        raise InvalidValueError(
+            f"{rule} returned {said} at scale {scale:g} with gain {gain:g}: lr_factor must be finite and at least 0, "
+            "iterations finite and above 0 (by 0 base iterations no decay and no step count can be told)."
+        )
+    return said

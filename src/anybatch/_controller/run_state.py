@@ -1,0 +1,112 @@
+"""RunState: the clock, the averages and the counts of a run, and the last step."""
+
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from math import isnan
+from zlib import crc32
+
+from anybatch._controller.gain_estimator import RunningMoments, Step
+from anybatch._record import StepRecord
+from anybatch._scaling import Averages, BatchSize, Clock
+
+
+class RunState:
+    """The clock, the averages, the numbers of steps and the last step."""
+
+    def __init__(self, *, clock: Clock, batch: BatchSize) -> None:
+        self.clock = clock
+        self.batch = batch
+        self.running = RunningMoments()
+        self.steps = 0
+        self.skipped = 0
+        self.in_a_row = 0  # steps that did not count since the last that did
+        self.last: Step | None = None
+        self._time = time.perf_counter()
+
+    def add(self, step: Step, *, skipped: bool) -> None:
+        """Count a step that was taken, or that was skipped and leaves everything as it was."""
+        if skipped:
+            self.skipped += 1
+            self.in_a_row += 1
+            return
+        self.steps += 1
+        self.in_a_row = 0
+        self.last = step
+        self.running = step.running.moved(step.scaling.iterations)
+        self.clock.advance(step.scaling.iterations)
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now, before = time.perf_counter(), self._time
+        self._time = now
+        return now - before
+
+    def in_words(self, lr: float) -> str:
+        """The last step, for a progress bar; `lr` is the base learning rate, which may have moved since."""
+        if self.last is None:
+            return ""
+        gain = "" if isnan(self.last.gain) else f"gain {self.last.gain:.3g}  "
+        return f"{gain}scale {self.last.scale:.4g}  lr {lr * self.last.scaling.lr_factor:.3g}"
+
+    def numbers(self) -> dict[str, float | int]:
+        """All that a resumed run needs of it."""
+        return {
+            "tau": self.clock.tau,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            **vars(self.running.averages),
+            **{f"metric_{name}": value for name, value in vars(self.running.metric).items()},
+        }
+
+    def checksum(self, *others: float) -> int:
+        """16 bits of what must be the same on every rank: the clock, the averages and `others`."""
+        numbers = [self.clock.tau, *vars(self.running.averages).values(), *vars(self.running.metric).values(), *others]
+        return crc32(struct.pack(f"{len(numbers)}d", *numbers)) >> 16
+
+    def adopt(self, values: Mapping[str, float]) -> None:
+        """Continue from the `numbers()` of another run state."""
+        self.clock.tau = values["tau"]
+        self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
+        self.running = RunningMoments(_averages_of(values, ""), _averages_of(values, "metric_"))
+        self.last = None
+
+    @property
+    def noise_scale(self) -> float:
+        """B_simple of the averages, in examples; in base batches where no base batch was given."""
+        return self.running.averages.moments.noise_scale * (self.batch.base_batch or 1.0)
+
+    def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
+        """The record's line for the step just added."""
+        now, metric = self.running.averages.moments, self.running.metric.moments
+        return StepRecord(
+            step=self.steps,
+            tau=self.clock.tau,
+            iterations=0.0 if skipped else step.scaling.iterations,
+            scale=step.scale,
+            count=step.count,
+            raw_variance=step.raw.variance,
+            raw_sqnorm=step.raw.sqnorm,
+            variance=clipped(now.variance),
+            sqnorm=clipped(now.sqnorm),
+            gain=step.gain,
+            lr=lr,
+            lr_factor=step.scaling.lr_factor,
+            noise_scale=self.noise_scale,
+            seconds=self.lap(),
+            skipped=skipped,
+            metric_variance=clipped(metric.variance),
+            metric_sqnorm=clipped(metric.sqnorm),
+            per_layer={} if skipped else step.layers,
+        )
+
+
+def _averages_of(values: Mapping[str, float], prefix: str) -> Averages:
+    found = {each.name: values[prefix + each.name] for each in fields(Averages)}
+    return Averages(**{**found, "samples": int(found["samples"]), "age": int(found["age"])})  # type: ignore[arg-type]
+
+
+def clipped(value: float) -> float:
+    """`value`, at least 0; nan stays nan."""
+    return value if isnan(value) else max(value, 0.0)

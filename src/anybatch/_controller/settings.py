@@ -1,0 +1,114 @@
+"""The settings of a run: what `attach` was given, checked once, as one value."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from anybatch._gradients import Reduction
+from anybatch._record import Destination, RunRecord
+from anybatch._scaling import AdaScale, BatchSize, Rule, ScheduleDriver, measurement_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `attach` was given, but for the optimizers, the model and the schedulers.
+
+    Fields with `compare=False` may differ over the ranks; all others are compared when the controller is made.
+
+    Args:
+        rule: the rule.
+        batch: how the scale of a step is known.
+        total: base iterations of the whole run, or `None`.
+        schedule_every: base iterations of one scheduler step.
+        reduction: what `.grad` is at the step.
+        grad_scaler: of a float16 run, or `None`.
+        process_group: ranks whose gradients are averaged, or `None` for the engine's own.
+        record: where the steps are written to.
+    """
+
+    rule: Rule
+    batch: BatchSize
+    total: float | None
+    schedule_every: float
+    reduction: Reduction
+    grad_scaler: torch.amp.GradScaler | None
+    process_group: dist.ProcessGroup | None = field(compare=False)
+    record: Sequence[Destination] = field(compare=False)
+
+    @property
+    def measurement(self) -> AdaScale | None:
+        """How the gain is measured; `None` under a rule that does not measure."""
+        return measurement_of(self.rule)
+
+    @property
+    def counts(self) -> bool:
+        """Whether backwards are counted."""
+        return self.measurement is not None or self.batch.counts or self.reduction != "mean"
+
+    @property
+    def per_layer(self) -> int | None:
+        """Every how many steps the noise is measured by layer, as the first `RunRecord` says that does."""
+        asked = (each.per_layer for each in self.record if isinstance(each, RunRecord))
+        return next((number for number in asked if number is not None), None)
+
+    def loss_scale(self) -> Tensor | None:
+        """The factor on the loss, a tensor of shape `[]`; `None` where there is none."""
+        return getattr(self.grad_scaler, "_scale", None)
+
+    def shared(self) -> dict[str, object]:
+        """What must be the same on every rank, by the names that `attach` has for it."""
+        found: dict[str, object] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not each.compare:
+                continue
+            if isinstance(value, BatchSize):
+                found.update(vars(value))
+            else:
+                found[each.name] = _comparable(value)
+        return found
+
+
+def optimizer_settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
+    """Every number in the groups of the optimizers, and the sizes of their parameters: the same on every rank."""
+    found: dict[str, object] = {"optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers)}
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            of = (f" of optimizer {i}" if len(optimizers) > 1 else "") + (f", group {j}" if j else "")
+            found[f"number of trained parameters{of}"] = sum(p.numel() for p in group["params"] if p.requires_grad)
+            found |= {
+                f"{name}{of}": _comparable(value)
+                for name, value in group.items()
+                if name not in ("params", "param_names")
+            }
+    return found
+
+
+def schedule_settings(drivers: Sequence[ScheduleDriver]) -> dict[str, object]:
+    """Every number in the states of the schedulers: the same on every rank."""
+    found: dict[str, object] = {}
+    for i, driver in enumerate(drivers):
+        of = f" of scheduler {i}" if i else " of the scheduler"
+        found |= {f"{name}{of}": _comparable(value) for name, value in driver.state().items()}
+    return found
+
+
+def _comparable(value: Any) -> object:
+    """`value` as numbers and text, equal on two ranks where it means the same there."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() == 1 else f"a tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, Real | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(each) for each in value]
+    if isinstance(value, Rule):
+        return repr(value)
+    return type(value).__name__  # an object's repr may hold its address

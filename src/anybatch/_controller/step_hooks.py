@@ -1,0 +1,339 @@
+"""The order of one step: hooks on the user's own optimizer, before and after its `step()`.
+
+[Note: one step] Before `step()` the window is read and reduced. Moments, gain and the rule's scaling follow from it,
+and the optimizer's values are changed for this one call. After it they are restored. If the step really happened, the
+averages are kept, and the clock advances with the schedule and every subscriber. Nothing is kept before the step has
+happened, so a step that raises leaves no trace. docs/architecture.md draws it.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from anybatch._controller.diagnostics import Diagnostics
+from anybatch._controller.gain_estimator import GainEstimator, Step
+from anybatch._controller.run_state import RunState
+from anybatch._controller.settings import Settings
+from anybatch._errors import UsageError
+from anybatch._gradients import (
+    Engine,
+    GradientHooks,
+    LayerNorms,
+    Share,
+    check_in_use,
+    check_no_backward,
+    check_not_captured,
+    divisor_of,
+    is_phantom,
+    reduce_window,
+    trainable,
+    withheld,
+)
+from anybatch._record import Logbook
+from anybatch._scaling import Hyperparameters, ScheduleDriver
+
+
+@dataclass
+class _Prepared:
+    """A window and the step that follows from it.
+
+    Args:
+        stamp: of the window; `None` where backwards are not counted.
+        step: the step.
+        used: whether a step has begun with it.
+    """
+
+    stamp: int | None
+    step: Step
+    used: bool = False
+
+
+class StepHooks:
+    """Takes an optimizer, or several that train one model, through their steps.
+
+    Args:
+        settings: of the run.
+        model: what they train.
+        given: the optimizers as attach got them: a framework's wrappers, say, around those of `values`.
+        values: what becomes of each optimizer's hyperparameters in a step.
+        estimator: from the norms of a step to its scaling.
+        engine: one process, DDP or FSDP2.
+        gradients: sees the backwards; `None` where nothing needs counting.
+        drivers: keep the schedules on the clock.
+        run: the run's state.
+        sinks: where steps are written to.
+        share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model: nn.Module,
+        given: Sequence[Optimizer],
+        values: Sequence[Hyperparameters],
+        estimator: GainEstimator,
+        engine: Engine,
+        gradients: GradientHooks | None,
+        drivers: Sequence[ScheduleDriver],
+        run: RunState,
+        sinks: Logbook,
+        share: Callable[[], Share | None],
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._values = values
+        self._estimator = estimator
+        self._engine = engine
+        self._gradients = gradients
+        self._drivers = drivers
+        self._run = run
+        self._sinks = sinks
+        self._share = share
+        # The window that some optimizers have stepped by, and not all: its stamp, and the factor on its loss.
+        self._partial: tuple[int | None, Tensor | None] = None, None
+        self._pending: Step | None = None
+        self._prepared: _Prepared | None = None
+        driven = {id(driver.optimizer) for driver in drivers}
+        undriven = [
+            each
+            for wrapper, value in zip(given, values, strict=True)
+            for each in (wrapper, value.optimizer)
+            if id(value.optimizer) not in driven
+        ]
+        self._diagnostics = Diagnostics(run=run, parameters=self._trainable, undriven=undriven)
+        self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
+        self._lr = nan  # as the first of them had it in this window
+        self._restore_values: Callable[[], None] | None = None
+        self._handles: list[RemovableHandle] = []
+        for index, each in enumerate(values):
+            optimizer = each.optimizer
+            self._handles += [
+                # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
+                optimizer.register_step_pre_hook(torch.compiler.disable(partial(self._before, index))),
+                optimizer.register_step_post_hook(torch.compiler.disable(partial(self._after, index))),
+                optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
+                optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
+            ]
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate as it is now."""
+        return float(self._values[0].optimizer.param_groups[0]["lr"])
+
+    def restore(self) -> None:
+        """Restore the base values; after a step that raised, at the next opportunity."""
+        restore, self._restore_values = self._restore_values, None
+        if restore is not None:
+            restore()
+
+    def forget(self) -> None:
+        """A state was loaded: nothing of an open window holds any more."""
+        self._prepared = None
+        self._taken.clear()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def peek(self) -> Step | None:
+        """The step that would follow now; `None` where nothing was seen since the last."""
+        if self._gradients is not None and not self._gradients.pending and self._engine.ranks.group is None:
+            return None
+        prepared = self._prepare_window(self._values[0].optimizer)
+        return None if prepared is None or prepared.step.count == 0 else prepared.step
+
+    # ---- before ----
+
+    def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.restore()
+        self._pending = None
+        for p in trainable(self._values[index].optimizer)[:1]:  # a group may be empty
+            check_not_captured(p)
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]
+        if closure is None:
+            self._prepare(index)
+            return None
+
+        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
+            loss = closure()
+            self.restore()
+            self._prepare(index)
+            return loss
+
+        if len(args) < 2:
+            return args, {**kwargs, "closure": closure_then_prepare}
+        return (args[0], closure_then_prepare, *args[2:]), kwargs
+
+    def _prepare(self, index: int) -> None:
+        """Change the values of one optimizer for its step."""
+        values = self._values[index]
+        if self._taken and self._prepared is not None and self._backed_off():
+            self._count(self._prepared.step, skipped=True)
+        self._check_turn(index)
+        prepared = self._prepared if self._taken else self._prepare_window(values.optimizer)
+        if prepared is None:
+            return
+        self._use(prepared)
+        step = self._pending = prepared.step
+        held = ExitStack()
+        self._restore_values = held.close
+        if step.skipped:
+            held.enter_context(withheld(values.optimizer))
+            return
+        scaling = step.scaling if index == 0 else self._estimator.scaling(step, exponent=values.exponent)
+        held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
+
+    def _check_turn(self, index: int) -> None:
+        """Raise if this optimizer steps out of turn: a window is one step of each, after its last backward."""
+        name = type(self._values[index].optimizer).__name__
+        if index in self._taken:
+            raise UsageError(
+                f"{name} steps again, and another optimizer of the same controller has not stepped yet: a window is "
+                "one step of each, after its last backward."
+            )
+        if self._taken and self._prepared is not None and self._prepared.stamp != self._stamp:
+            raise UsageError(
+                "There was a backward between the steps of two optimizers of the same controller, before that of "
+                f"{name}: a window is one step of each, after its last backward. Two that train against each other, "
+                "in a GAN say, need a controller each."
+            )
+
+    @property
+    def _stamp(self) -> int | None:
+        """Of all that was seen since the last step; `None` where backwards are not counted."""
+        return None if self._gradients is None else self._gradients.stamp
+
+    def _prepare_window(self, optimizer: Optimizer) -> _Prepared | None:
+        """The step that this window's gradients allow; `None` where it is no step of training."""
+        gradients = self._gradients
+        if gradients is not None:
+            check_no_backward()
+            gradients.follow(self._trainable())
+        emptied = gradients is not None and self._empty(gradients)
+        seen = gradients is not None and gradients.pending
+        if not seen and not emptied and is_phantom(optimizer, counted=gradients is not None):
+            return None
+        self._diagnostics.before()
+        for driver in self._drivers:
+            driver.check()
+        share = self._share()
+        if gradients is not None:
+            self._engine.check(share is not None)
+            if not gradients.pending:
+                check_in_use(optimizer, model=self._model)
+        stamp = self._stamp
+        if stamp is None or self._prepared is None or self._prepared.stamp != stamp:
+            self._prepared = _Prepared(stamp, self._step_of_window(share))
+        # Else the same window again: after peek(), a step() that raised, or from a step() that calls another one.
+        return self._prepared
+
+    def _use(self, prepared: _Prepared) -> None:
+        """Make the mean of the gradients, once a window; `peek()` does not do this."""
+        if prepared.used:
+            return
+        prepared.used = True
+        if self._gradients is not None:
+            self._gradients.sizes.check(self._gradients.pending)
+            if self._settings.reduction != "mean":
+                self._gradients.average(divisor_of(self._settings.reduction, self._gradients.pending))
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for each in self._values for p in trainable(each.optimizer)]
+
+    def _empty(self, gradients: GradientHooks) -> bool:
+        """Drop a window whose gradients were cleared before the step."""
+        if not gradients.emptied():
+            return False
+        gradients.close()
+        self._diagnostics.once(
+            "The gradients were cleared between the last backward and optimizer.step(): such a step does not count, "
+            "and the clock stands. Call optimizer.zero_grad() after the step, not before it."
+        )
+        return True
+
+    def _step_of_window(self, share: Share | None) -> Step:
+        """The step, from the gradients of all ranks."""
+        running = self._run.running
+        if self._gradients is None:
+            return self._estimator.step(running, None)
+        window, ranks = self._gradients.window(), self._engine.ranks
+        if window.backwards == 0 and ranks.group is None:
+            return self._estimator.nothing(running)
+        if self._gradients.measured_by(LayerNorms.name) and window.backwards * ranks.size == 1:
+            self._diagnostics.once(
+                "One gradient a step shows no noise, so there is none by layer either: accumulate over two or more "
+                "backwards, or cut the batch with anybatch.split(batch, 2)."
+            )
+        checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
+        reduction = self._settings.reduction
+        return self._estimator.step(
+            running, reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share)
+        )
+
+    def _rates(self) -> list[float]:
+        """The base learning rate of every group; one in a device's memory is left out, since a read synchronises."""
+        rates = [group["lr"] for each in self._values for group in each.optimizer.param_groups]
+        return [float(lr) for lr in rates if not isinstance(lr, Tensor) or lr.device.type == "cpu"]
+
+    def _positions(self) -> list[float]:
+        return [float(driver.position) for driver in self._drivers]
+
+    # ---- after ----
+
+    def _after(self, index: int, optimizer: Optimizer, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        if index == 0 and self._sinks.writes:
+            self._lr = self.lr
+        self.restore()
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
+        self._taken[index] = found_inf is not None and bool(found_inf)
+        if len(self._taken) < len(self._values):
+            self._partial = self._stamp, self._factor()
+            return
+        skipped = step.skipped or any(self._taken.values())
+        if self._gradients is not None:
+            self._gradients.close(forget=skipped)
+        self._count(step, skipped=skipped)
+
+    def _factor(self) -> Tensor | None:
+        """The loss's factor in the window, which Lightning and Accelerate may change after each optimizer."""
+        if self._gradients is not None and self._gradients.loss_scale is not None:
+            return self._gradients.loss_scale
+        scale = self._settings.loss_scale()
+        return None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+
+    def _backed_off(self) -> bool:
+        """Whether a GradScaler has lowered its factor since an earlier window.
+
+        Then the gradients of an optimizer that did not step by that window were not finite, and it never will. The
+        scaler skips each optimizer for itself; a step is all of them or none.
+        """
+        stamp, before = self._partial
+        if stamp is not None and stamp == self._stamp:
+            return False
+        scale = self._settings.loss_scale()
+        return scale is not None and before is not None and bool(scale < before)
+
+    def _count(self, step: Step, *, skipped: bool) -> None:
+        """Every optimizer has stepped that will."""
+        self._taken.clear()
+        try:
+            self._run.add(step, skipped=skipped)
+        finally:  # the step has happened, even if a subscriber of the clock raises
+            if self._sinks.writes:
+                self._sinks.step(self._run.line(step, lr=self._lr, skipped=skipped))
+        if skipped:
+            self._diagnostics.skipped(step)

@@ -1,0 +1,154 @@
+"""The Euclidean norms of a window.
+
+[Note: queue] A norm of its own costs a small tensor ten times what its entries do. Small gradients are queued until the
+end of the backward and measured together. The queue holds the gradients that the hooks got, never `.grad`: autograd
+adds to `.grad` in place, DDP and FSDP2 write averages into it, and the user may change it. Autograd does not write to
+a gradient that somebody else holds. The price: the first gradient of a window is copied into `.grad`. A large gradient
+is measured at once, while it is in the cache; the norms of its rows are queued.
+
+A hook or a custom backward that writes into its gradient breaks PyTorch's rules, and may change a queued tensor where
+an addition gave the same tensor to both. The tensor's version shows it. Such a window is not measured, and from then on
+nothing is queued.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anybatch._gradients.norms import SMALL, condensed, local_of, total_squared_norm
+from anybatch._gradients.probe import Placement, Probe
+from anybatch._gradients.window import Norms
+
+# Bytes of small gradients that may be queued: 256 of the largest in float32, more than most networks have. Gradients of
+# further parameters are measured one by one.
+_ROOM = 1 << 24
+
+
+class Queue:
+    """Gradients of parameters with the same number of copies; see the note above."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Tensor] = []  # these two are the same lists for good: hooks append to them
+        self.versions: list[int] = []
+        self.rows: list[Tensor] = []
+        self.squares: list[Tensor] = []
+
+    def take(self, grad: Tensor) -> None:
+        """Measure a gradient that may not be queued."""
+        if grad.numel() >= SMALL:
+            self.rows.extend(condensed(grad))
+        else:
+            self.squares.append(total_squared_norm([grad]))
+
+    def measure(self) -> bool:
+        """Measure what is queued; false if something wrote to it."""
+        unchanged = self.versions == [grad._version for grad in self.waiting]
+        if self.waiting or self.rows:
+            self.squares.append(total_squared_norm([*self.waiting, *self.rows]))
+            self.drop()
+        return unchanged
+
+    def drop(self) -> None:
+        """Empty the queue."""
+        self.waiting.clear()
+        self.versions.clear()
+        self.rows.clear()
+
+
+class EuclideanNorms(Probe):
+    """The squared norms of all parameters together."""
+
+    name = "euclidean"
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.queues: list[Queue] = []  # of each parameter
+        self.queued: list[bool] = []  # whether its dense gradients are queued
+        self.patient = True  # whether gradients may be queued at all
+        self.valid = True  # whether the window's queued gradients were left alone
+        self._by_copies: dict[int, Queue] = {}
+        self._mean_copies: list[int] = []
+        self._room = _ROOM
+        self._observed: Tensor | None = None
+        self._mean: Tensor | None = None
+
+    def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
+        """Measure these parameters as well."""
+        self.parameters.extend(parameters)
+        for place in places:
+            size = place.leaf.numel() * place.leaf.element_size()
+            queued = place.leaf.numel() < SMALL and size <= self._room
+            self._room -= size if queued else 0
+            self.queued.append(queued)
+            self.queues.append(self._by_copies.setdefault(place.sample_copies, Queue()))
+            self._mean_copies.append(place.mean_copies)
+
+    def open(self, *, sampled: bool) -> bool:
+        """Begin a window; every window that anything measures has these norms."""
+        self.clear()
+        return sampled
+
+    def clear(self) -> None:
+        """Drop what was seen."""
+        for queue in self._by_copies.values():
+            queue.drop()
+            queue.squares.clear()
+        self.valid = True
+        self._observed = self._mean = None
+
+    def sample(self, row: int, index: int, grad: Tensor) -> None:  # noqa: ARG002
+        """Queue or measure a gradient; the hooks do the same in place."""
+        queue = self.queues[index]
+        if self.queued[index] and self.patient and not grad.is_sparse:
+            queue.waiting.append(grad)
+            queue.versions.append(grad._version)
+        else:
+            queue.take(grad)
+
+    def samples(self, gradients: Sequence[Tensor]) -> None:
+        """Measure all gradients of a window at once."""
+        self._observed = total_squared_norm(gradients) / gradients[0].shape[0] ** 2
+
+    def mean(self) -> None:
+        """Measure `.grad`."""
+        parts = []
+        for copies in dict.fromkeys(self._mean_copies):
+            mine = zip(self.parameters, self._mean_copies, strict=True)
+            square = total_squared_norm([local_of(p.grad) for p, n in mine if n == copies and p.grad is not None])
+            parts.append(square if copies == 1 else square / copies)
+        self._mean = _sum(parts)
+
+    def forget_mean(self) -> None:
+        """The norm of `.grad` is out of date."""
+        self._mean = None
+
+    @property
+    def mean_known(self) -> bool:
+        """Whether `.grad` was measured since the last backward."""
+        return self._mean is not None
+
+    def measure(self) -> None:
+        """Empty the queues."""
+        for queue in self._by_copies.values():
+            if not queue.measure():
+                self.valid = self.patient = False
+
+    def norms(self, fires: Sequence[int]) -> Norms:  # noqa: ARG002
+        """The norms, `[1]`; of parameters without any gradient 0."""
+        samples = self._observed
+        if samples is None:
+            parts = []
+            for copies, queue in self._by_copies.items():
+                if queue.squares:
+                    square = _sum(queue.squares)
+                    parts.append(square if copies == 1 else square / copies)
+            samples = _sum(parts)
+        return Norms(samples[None], None if self._mean is None else self._mean[None])
+
+
+def _sum(squares: Sequence[Tensor]) -> Tensor:
+    """The sum, on the first one's device."""
+    if len(squares) <= 1:
+        return squares[0] if squares else torch.zeros((), dtype=torch.float64)
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum()

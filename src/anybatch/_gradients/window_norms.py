@@ -1,0 +1,188 @@
+"""The norms of one window: of every micro-batch's gradient and of their mean, by every probe.
+
+[Note: one read] The last backward of a window is not known in advance, and at the step the user may already have
+clipped. So the norm of `.grad` is taken at the end of each backward that may be the last one. Over several ranks that
+is a backward that leaves the average in `.grad`. On one process it is each backward from the number on that the window
+before had. A window that ends earlier is counted and not measured: whether somebody has changed `.grad` since is not
+known, because `.grad.data` changes no version.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from anybatch._errors import UsageError
+from anybatch._gradients.consecutive import ConsecutiveGradients, Pair
+from anybatch._gradients.euclidean import EuclideanNorms
+from anybatch._gradients.norms import local_of
+from anybatch._gradients.probe import Placement, Probe
+from anybatch._gradients.window import PAIR, Norms, Shares, Window
+
+
+class WindowNorms:
+    """One window: opened, begun by its first backward, then given gradients and the end of each backward.
+
+    Args:
+        measure: whether norms are ever taken.
+        due: called when a window begins: whether the averages take it as a sample.
+        probes: further norms beside the Euclidean ones.
+        ranks: whether several ranks share the batch.
+        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
+        consecutive: keep a copy of the gradient for the one-gradient estimator.
+    """
+
+    def __init__(
+        self,
+        *,
+        measure: bool,
+        due: Callable[[], bool],
+        probes: Sequence[Probe],
+        ranks: bool,
+        loss_scale: Callable[[], Tensor | None],
+        consecutive: bool,
+    ) -> None:
+        self._measures = measure
+        self._due = due
+        self._probes = probes
+        self._active: list[Probe] = []  # those of the further probes that measure this window
+        self._ranks = ranks
+        self._loss_scale = loss_scale
+        self._consecutive = ConsecutiveGradients() if consecutive else None
+        self.euclidean = EuclideanNorms()
+        self.parameters: list[Tensor] = []
+        self._plain = not ranks  # whether `.grad` is the parameters' own, which only the user writes to
+        self._sampled = measure  # whether the averages take this window
+        self.taken = measure  # whether this window's norms are taken
+        self.spoilt = False  # whether something of this window was missed
+        self.usual = 0  # backwards of the last window, where that saves reads
+        self.open()
+
+    def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
+        """Measure these parameters as well, from the next window on."""
+        self.parameters.extend(parameters)
+        for probe in (self.euclidean, *self._probes):
+            probe.follow(parameters, places)
+        self._plain = self._plain and all(place.leaf is p for p, place in zip(parameters, places, strict=True))
+        self.spoilt = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """K of each probe, by its name; empty where norms are never taken."""
+        return {probe.name: probe.size for probe in (self.euclidean, *self._probes)} if self._measures else {}
+
+    def measured_by(self, name: str) -> bool:
+        """Whether the further probe of this name measures the window."""
+        return any(probe.name == name for probe in self._active)
+
+    @property
+    def simple(self) -> bool:
+        """Whether the Euclidean norms are all that is taken, and small gradients may be queued."""
+        return not self._active and self.euclidean.patient
+
+    def grads(self) -> list[Tensor]:
+        """This rank's part of every `.grad`."""
+        return [local_of(p.grad) for p in self.parameters if p.grad is not None]
+
+    # ---- the window ----
+
+    def open(self) -> None:
+        """Drop what was seen."""
+        self.euclidean.clear()
+        self._observed = False
+        self._pair: Pair | None = None
+        self._active = []
+        self.scale: Tensor | None = None  # the factor on the loss, as the last backward had it
+
+    def begin(self) -> None:
+        """The first backward begins: whether norms are taken, and which."""
+        self._sampled = self._measures and self._due()
+        self._active = [probe for probe in self._probes if self._measures and probe.open(sampled=self._sampled)]
+        self.taken = self._sampled or bool(self._active)
+
+    def sample(self, row: int, index: int, grad: Tensor) -> None:
+        """Measure what parameter `index` got from micro-batch `row`."""
+        self.euclidean.sample(row, index, grad)
+        for probe in self._active:
+            probe.sample(row, index, grad)
+
+    def observe(self, samples: Sequence[Tensor]) -> None:
+        """Measure a whole window at once, one tensor `[n, *shape]` a parameter; their means are in `.grad`."""
+        self.begin()
+        self._observed = True
+        if self.taken:
+            for probe in (self.euclidean, *self._active):
+                probe.samples(samples)
+            self._read_mean()
+
+    def scaled(self) -> None:
+        """A backward has ended: note the factor on its loss."""
+        scale = self._loss_scale()
+        self.scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
+
+    def ended(self, backwards: int, *, summed: bool) -> None:
+        """A backward has ended; `summed` tells whether `.grad` has a sum of several gradients."""
+        for probe in (self.euclidean, *self._active):
+            probe.forget_mean()
+        if summed and not (self._plain and backwards < self.usual):
+            self._read_mean()
+
+    def remember(self, *, alone: bool, inverse_size: float) -> None:
+        """Keep the gradient for the next window, for the one-gradient estimator, if it is `alone` in this one."""
+        if self._consecutive is None:
+            return
+        if alone:
+            grads = {index: local_of(p.grad) for index, p in enumerate(self.parameters) if p.grad is not None}
+            self._pair = self._consecutive.pair(grads, loss_scale=self.scale, inverse_size=inverse_size)
+        else:
+            self.forget()
+
+    def window(self, backwards: int, fires: Sequence[int], *, shares: Shares) -> Window:
+        """The norms of so many backwards, in which the parameters got `fires` gradients each."""
+        self.euclidean.measure()
+        found: dict[str, Norms] = {}
+        if self.taken and not self.spoilt and self.euclidean.valid and backwards > 0:
+            self._check_fires(backwards, fires)
+            for probe in (self.euclidean, *self._active):
+                norms = probe.norms(fires)
+                if norms is None:
+                    continue
+                if norms.mean is None and backwards == 1 and not self._ranks:  # the sample is the mean
+                    norms = Norms(norms.samples, norms.samples)
+                if norms.mean is None and not self._ranks:
+                    # A window shorter than the last one. What is not finite must be known, so that the step is skipped.
+                    if bool(norms.samples.isfinite().all()):
+                        continue
+                    norms = Norms(norms.samples, norms.samples)
+                found[probe.name] = norms
+        pair = self._pair if found else None
+        if pair is not None:
+            found[PAIR] = pair.norms
+        if self.scale is not None:
+            unit = self.scale.to(torch.float64).square()
+            found = {name: norms.over(unit) for name, norms in found.items()}
+        return Window(backwards, shares, self.sizes, found, self._sampled, pair.inverse_size if pair else 0.0)
+
+    def close(self, backwards: int, *, forget: bool) -> None:
+        """The step was taken. `forget` drops the previous gradient too: it was not finite."""
+        if forget:
+            self.forget()
+        elif self._plain:
+            self.usual = backwards
+        self.spoilt = False
+
+    def forget(self) -> None:
+        """The next gradient has no predecessor."""
+        if self._consecutive is not None:
+            self._consecutive.forget()
+
+    def _read_mean(self) -> None:
+        for probe in (self.euclidean, *self._active):
+            probe.mean()
+
+    def _check_fires(self, backwards: int, fires: Sequence[int]) -> None:
+        if not self._observed and max(fires) > backwards:
+            raise UsageError(
+                "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
+                "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
