@@ -45,9 +45,9 @@ def norm2(vector):
     return sum(float(t.square().sum()) for t in vector)
 
 
-def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
+def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
     """Gains and final parameters of `steps` steps; step t has `counts[t % len(counts)]` micro-batches of `sample`
-    base batches. Lagged, a step's own gradients count from the next step on."""
+    base batches. A window shorter than the one before is not measured."""
     model = make_model()
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = None
@@ -65,16 +65,16 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
             grads.append(torch.autograd.grad(loss_fn(model(x), y), list(model.parameters())))
         mean = [sum(g[k] for g in grads) / n for k in range(len(weights))]
         scale = n * sample
-        if n > 1:
+        shorter = t > 0 and n < counts[(t - 1) % len(counts)]
+        if n > 1 and not shorter:
             deviation = sum(norm2([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             variance = sample * deviation  # covariance of one micro-batch's gradient -> of one base batch's
             sqnorm = norm2(mean) - deviation / n
             samples.append((variance, sqnorm, tau))
-        known = samples[:-1] if lagged and n > 1 else samples
-        thetas = [math.exp(-(b[2] - a[2]) / horizon) for a, b in itertools.pairwise(known)]
-        thetas = [math.exp(-1 / horizon), *thetas][: len(known)]
+        thetas = [math.exp(-(b[2] - a[2]) / horizon) for a, b in itertools.pairwise(samples)]
+        thetas = [math.exp(-1 / horizon), *thetas][: len(samples)]
         total_weight = v = q = 0.0
-        for k, (variance, sqnorm, _) in enumerate(known):
+        for k, (variance, sqnorm, _) in enumerate(samples):
             weight = 1 - thetas[k]
             for later in thetas[k + 1 :]:
                 weight *= later
@@ -83,12 +83,12 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, lagged=False):
             q += weight * sqnorm
         if scale == 1:
             gain = 1.0
-        elif not known:
+        elif not samples:
             gain = min(1.0, scale)
         else:
             v, q = max(v / total_weight, 0), max(q / total_weight, 0)
             gain = (v + q) / (v / scale + q)
-            gain = gain ** (1 - math.sqrt(0.5) ** (len(known) + 1)) if gain > 1 else gain
+            gain = gain ** (1 - math.sqrt(0.5) ** (len(samples) + 1)) if gain > 1 else gain
         lr = cosine(math.floor(tau))
         momentum = MOMENTUM
         if scale > 1 and scale / (1 - MOMENTUM) > 0.02 * TOTAL:

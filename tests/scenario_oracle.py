@@ -26,7 +26,7 @@ def expected(s):
     present, tau, lines = set(), 0.0, []
     samples = []  # (variance, sqnorm, theta) of each measured step
     at, taken = -FIRST_SINCE, 0  # tau at the last of them, and its number
-    waiting = previous = sizes = None  # lagged: the last step's sample and sizes; consecutive: its gradient
+    previous = None  # consecutive: the last step's gradient
     for step_number, window in enumerate(s.windows):
         grads, used = [], set()
         for micro_batch in window:
@@ -38,12 +38,10 @@ def expected(s):
         present = used if s.set_to_none else present | used
         n = len(window)
         mean = [sum(g) / n for g in zip(*grads)]
-        scale, sample = size_of(s, window, window)
+        scale, sample = size_of(s, window)
 
         raw = None
         since = tau - at if samples else FIRST_SINCE
-        if waiting is not None and waiting[0] is not None:
-            since = tau - waiting[2]
         if s.rule == "AdaScale" and n > 1 and due(s, step_number, since) and not lost(s, step_number):
             spread = sum(square([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             raw = with_replacement(s, sample * spread, square(mean) - spread / n)
@@ -52,18 +50,12 @@ def expected(s):
             raw = (sample * half, square([(a + b) / 2 for a, b in zip(mean, previous)]) - half / 2)
         previous = mean if n == 1 else None
 
-        now = (raw, scale, tau, step_number)
-        shown, of_scale, of_tau, of_step = (waiting or (None, 0, 0, 0)) if s.lagged else now
-        waiting, before = now, list(samples)
-        if shown is not None:
-            since = of_tau - at if samples else FIRST_SINCE
-            steps = min(of_step - taken, s.options["every"]) if samples else 1
-            samples.append(sample_of(s, shown, scale=of_scale, since=since, steps=steps, n=len(samples)))
-            at, taken = of_tau, of_step
-        if s.lagged and s.world > 1:  # other ranks' sizes are known a step late
-            scale, _ = size_of(s, window, sizes or window)
-            sizes = window
-        prior = s.options.get("estimator") == "paper" and not s.lagged
+        before = list(samples)
+        if raw is not None:
+            steps = min(step_number - taken, s.options["every"]) if samples else 1
+            samples.append(sample_of(s, raw, scale=scale, since=since, steps=steps, n=len(samples)))
+            at, taken = tau, step_number
+        prior = s.options.get("estimator") == "paper"
         gain = gain_of(s, before if prior else samples, scale)
         factor, iterations = scaling_of(s, scale, gain, tau)
 
@@ -79,7 +71,7 @@ def expected(s):
             for name, value in zip(("lr", "momentum", "weight decay"), shows):
                 line[name].append(value)
         tau += iterations
-        line |= {"tau": tau, "raw": shown or (math.nan, math.nan)}
+        line |= {"tau": tau, "raw": raw or (math.nan, math.nan)}
         line["average"] = [max(x, 0.0) for x in average(samples)] if samples else (math.nan, math.nan)
         lines.append(line)
     after = [group["lr"] * schedule(s, position(tau)) for group in s.groups]
@@ -93,14 +85,12 @@ def square(vector):
 # ---- how big a step is, and what it shows ----
 
 
-def size_of(s, window, like):
-    """Scale of the step and of one sample, in base batches, with micro-batches of the sizes in `like`: their harmonic
-    mean where they differ.
-    """
+def size_of(s, window):
+    """Scale of the step and of one sample, in base batches: the harmonic mean where sizes differ."""
     n, given = len(window), s.batch.get("scale")
     if given is not None:
         return (float(n), 1.0) if given == "count" else (given, given / n)
-    sizes = [m.size if s.sized else s.batch["micro_batch"] for m in like]
+    sizes = [m.size if s.sized else s.batch["micro_batch"] for m in window]
     sample = len(sizes) / sum(1 / b for b in sizes) / s.batch["base_batch"]
     return n * sample, sample
 
@@ -112,8 +102,8 @@ def due(s, step_number, since):
 
 
 def lost(s, step_number):
-    """On one process a window that ends before the one before it did, and that was clipped, is not measured."""
-    if s.world > 1 or not s.clip or step_number == 0:
+    """On one process a window of fewer micro-batches than the one before is not measured."""
+    if s.world > 1 or step_number == 0:
         return False
     return 1 < len(s.windows[step_number]) < len(s.windows[step_number - 1])
 

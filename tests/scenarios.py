@@ -64,7 +64,6 @@ class Scenario:
     batch: dict
     rule: str
     options: dict
-    lagged: bool
     reduction: str
     total: float | None
     schedule: tuple
@@ -156,7 +155,6 @@ def draw(seed, *, engine="one", world=1):
         batch=batch,
         rule=rule,
         options=options,
-        lagged=maybe(0.25),
         reduction=reduction,
         total=total,
         schedule=_schedule(r),
@@ -247,7 +245,7 @@ def _train(s, net, wrap, rank):
     scheduler = getattr(lr_scheduler, name)(optimizer, **options) if name else None
     records, inside, lines = [], [], []
     controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=s.total, reduction=s.reduction, lagged=s.lagged,
+        optimizer, model=model, scheduler=scheduler, total=s.total, reduction=s.reduction,
         rule=getattr(anybatch, s.rule)(decays=s.decays, **s.options), record=records.append, **s.batch,
     )  # fmt: skip
     shown = {"lr": "lr", "momentum": "momentum", "weight decay": "weight_decay"}

@@ -63,11 +63,10 @@ def numbers(controller):
 
 
 @pytest.mark.filterwarnings("ignore:.*TypedStorage.*", "ignore:torch.distributed is")
-@pytest.mark.parametrize("lagged", [False, True], ids=["exact", "lagged"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_goes_on_with_no_line_for_the_controller(way, lagged, tmp_path):
-    model, optimizer, scheduler, controller = after(5, lagged=lagged)
-    fresh = run(lagged=lagged)
+def test_a_run_goes_on_with_no_line_for_the_controller(way, tmp_path):
+    model, optimizer, scheduler, controller = after(5)
+    fresh = run()
     fresh[0].load_state_dict(model.state_dict())
     WAYS[way](tmp_path)(model, optimizer, fresh)
     fresh[2].load_state_dict(scheduler.state_dict())

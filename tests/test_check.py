@@ -80,7 +80,7 @@ def test_a_right_step_passes_and_nothing_outside_moves():
         (lambda m, o, c, b: right(m, o, c, b, size=8), {"micro_batch": None, "base_batch": None, "scale": "count"}),
         (right, {"layers": (nn.BatchNorm1d(8),)}),
         (right, {"layers": (nn.Dropout(0.01),)}),
-        (right, {"record": "/nowhere/at/all.jsonl", "per_layer": 2}),
+        (right, {"record": "/nowhere/at/all.jsonl"}),
     ],
 )
 def test_other_right_steps_pass(step, options):

@@ -39,7 +39,6 @@ def sgd(parameters):
 
 ROUTES = {
     "exact": {"optimizer": sgd, "attach": {}},
-    "lagged": {"optimizer": sgd, "attach": {"lagged": True}},
     "every second step": {"optimizer": sgd, "attach": {"rule": anybatch.AdaScale(every=2)}},
     "Adam's metric": {
         "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),

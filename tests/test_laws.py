@@ -9,7 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import anybatch
-from anybatch._controller.judge import Judge, Known
+from anybatch._controller.gain_estimator import GainEstimator, RunningMoments
+from anybatch._gradients import ReducedWindow
+from anybatch._gradients.window import Shares
 from anybatch._scaling.batch import BatchSize
 from anybatch._scaling.moments import Averages
 
@@ -196,21 +198,19 @@ def test_paper_estimator_is_of_the_steps_before_and_starts_at_one():
     .5 and r_2 = 1 / (.25 + .5); after one more of them 1/3, 2/3 and r_3 = 1 / (1/6 + 2/3).
     """
     pairs = [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
-    for lagged in (False, True):
-        p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        model = torch.nn.ParameterList([p])
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        rule = anybatch.AdaScale(estimator="paper", smoothing="paper")
-        controller = anybatch.attach(optimizer, model=model, scale="count", rule=rule, lagged=lagged)
-        gains = []
-        for pair in pairs:
-            for sample in pair:
-                (p @ torch.tensor(sample, dtype=torch.float64) / 2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            gains.append(controller.gain)
-        assert gains == pytest.approx([1, 2, 1 / 0.75, 1 / (1 / 6 + 2 / 3)], rel=1e-5)
-        controller.detach()
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    model = torch.nn.ParameterList([p])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = anybatch.AdaScale(estimator="paper", smoothing="paper")
+    controller = anybatch.attach(optimizer, model=model, scale="count", rule=rule)
+    gains = []
+    for pair in pairs:
+        for sample in pair:
+            (p @ torch.tensor(sample, dtype=torch.float64) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gains.append(controller.gain)
+    assert gains == pytest.approx([1, 2, 1 / 0.75, 1 / (1 / 6 + 2 / 3)], rel=1e-5)
 
 
 @pytest.mark.parametrize(("raw", "expected"), [((1.0, 1.0), 2.5 / 1.375), ((1.0, 0.0), 4), ((0.0, 1.0), 1)])
@@ -219,10 +219,16 @@ def test_a_noise_factor_keeps_the_laws_of_the_gain(raw, expected):
     known = Averages(*raw, 1.0, 10**6)
     for rule, factor in ((anybatch.AdaScale(noise_factor=1.5), 1.0), (anybatch.AdaScale(), 1.5)):
         batch, clock = BatchSize(None, None, 4), anybatch.Clock()
-        judge = Judge(rule=rule, batch=batch, clock=clock, exponent=lambda _: 1.0, noise_factor=factor)
-        assert judge.decide(Known(known), count=4, inverse_sizes=4.0).gain == pytest.approx(expected, rel=1e-5)
-    paper = anybatch.AdaScale(estimator="paper")
-    assert Judge(rule=paper, batch=batch, clock=clock, exponent=lambda _: 1.0, noise_factor=1.5).noise_factor == 1
+        estimator = estimator_of(rule, batch, clock, factor)
+        step = estimator.step(RunningMoments(known), ReducedWindow(Shares(4, 4.0, 4.0), {}))
+        assert step.gain == pytest.approx(expected, rel=1e-5)
+    assert estimator_of(anybatch.AdaScale(estimator="paper"), batch, clock, 1.5).noise_factor == 1
+
+
+def estimator_of(rule, batch, clock, noise_factor):
+    return GainEstimator(
+        rule, measurement=rule, batch=batch, clock=clock, exponent=lambda _: 1.0, noise_factor=noise_factor
+    )
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper", "ratio"])

@@ -1,4 +1,4 @@
-"""attach(per_layer=...): each layer's moments against a plain float64 loop; who does not ask notices nothing."""
+"""RunRecord(per_layer=...): each layer's moments against a plain float64 loop; who does not ask notices nothing."""
 
 import json
 import math
@@ -70,8 +70,14 @@ def trained(windows, *, factor=1.0, start=0, state=None, lines=None, model=None,
     lines = [] if lines is None else lines
     model = net() if model is None else model
     optimizer = make(model.parameters(), lr=0.02)
-    if "per_layer" in options or options.pop("recorded", False):
-        options["record"] = options.get("record", lines.append)
+    per_layer = options.pop("per_layer", None)
+    if options.pop("recorded", False):
+        options["record"] = lines.append
+    elif isinstance(options.get("record"), list):
+        path, function = options["record"]
+        options["record"] = [anybatch.RunRecord(path, per_layer=per_layer), function]
+    elif per_layer is not None:
+        options["record"] = anybatch.RunRecord(options["record"], per_layer=per_layer)
     controller = anybatch.attach(optimizer, model=model, **{"scale": "count", **options})
     if state is not None:
         optimizer.load_state_dict(state)
@@ -81,6 +87,10 @@ def trained(windows, *, factor=1.0, start=0, state=None, lines=None, model=None,
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer, controller, lines
+
+
+def layered(path):
+    return anybatch.RunRecord(path, per_layer=1)
 
 
 def looks(path):
@@ -149,7 +159,7 @@ def test_every_layer_agrees_with_the_plain_loop(n, options, sample, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lagged": True}, {"reduction": "sum"}, {"scale": 1}, {"rule": anybatch.AdaScale(metric="adam")},
+    [{}, {"reduction": "sum"}, {"scale": 1}, {"rule": anybatch.AdaScale(metric="adam")},
      {"scale": None, "base_batch": 8, "micro_batch": 4, "examples": 40}],
     ids=str,
 )  # fmt: skip
@@ -169,7 +179,7 @@ def test_the_layers_add_up_to_the_whole_and_nothing_of_the_training_changes(opti
         assert {**line, "anybatch/seconds": 0} == {**line, **other, "anybatch/seconds": 0}
         assert not [name for name in other if "per_layer" in name]
     found = looks(path)
-    assert len(found) == STEPS - ("lagged" in options)
+    assert len(found) == STEPS
     for line in found.values():
         size = line.raw_variance / 3 + abs(line.raw_sqnorm)
         assert sum(m.variance for m in line.per_layer.values()) == pytest.approx(line.raw_variance, rel=1e-7)
@@ -180,11 +190,11 @@ def test_the_layers_add_up_to_the_whole_and_nothing_of_the_training_changes(opti
             assert told[f"anybatch/per_layer/{name}/sqnorm"] == moments.sqnorm
 
 
-def test_beside_a_rule_that_measures_some_steps_the_steps_looked_at_are_measured(tmp_path):
-    """At a multiple of its steps that changes nothing."""
+def test_beside_a_rule_that_measures_some_steps_the_training_does_not_change(tmp_path):
+    """A step that is measured by layer alone has its moments in the record, and the averages do not take them."""
     data = windows(3, steps=9)
     found = []
-    for every, per_layer in ((2, None), (2, 4), (3, 2)):
+    for every, per_layer in ((2, None), (2, 4), (3, 2), (3, None)):
         path = tmp_path / f"{every}-{per_layer}.jsonl"
         rule = anybatch.AdaScale(every=every)
         model, *_, controller, _ = trained(data, rule=rule, per_layer=per_layer, record=path)
@@ -192,8 +202,10 @@ def test_beside_a_rule_that_measures_some_steps_the_steps_looked_at_are_measured
         steps = anybatch.read_record(path).steps
         found.append((list(model.parameters()), [s.step for s in steps if s.raw_variance > 0], looks(path)))
     assert all(map(torch.equal, found[0][0], found[1][0]))
-    assert [measured for _, measured, _ in found] == [[1, 3, 5, 7, 9], [1, 3, 5, 7, 9], [1, 3, 4, 5, 7, 9]]
-    assert [list(looked) for *_, looked in found] == [[], [1, 5, 9], [1, 3, 5, 7, 9]]
+    assert all(map(torch.equal, found[2][0], found[3][0]))
+    odd = [1, 3, 5, 7, 9]
+    assert [measured for _, measured, _ in found] == [odd, odd, [1, 3, 4, 5, 7, 9], [1, 4, 7]]
+    assert [list(looked) for *_, looked in found] == [[], [1, 5, 9], odd, []]
     for line in found[2][2].values():
         assert sum(m.variance for m in line.per_layer.values()) == pytest.approx(line.raw_variance, rel=1e-9)
 
@@ -206,7 +218,7 @@ def test_weights_and_the_loss_scale_are_undone_by_layer_too(tmp_path):
         scaler = torch.amp.GradScaler("cpu", init_scale=factor) if factor > 1 else None
         path = tmp_path / f"{factor}.jsonl"
         controller = anybatch.attach(
-            optimizer, model=model, scale="count", grad_scaler=scaler, per_layer=1, record=path
+            optimizer, model=model, scale="count", grad_scaler=scaler, record=anybatch.RunRecord(path, per_layer=1)
         )
         for window in windows(3, steps=2):
             for weight, micro_batch in zip((1, 2, 5), window, strict=True):
@@ -229,7 +241,7 @@ def test_together_and_observe_are_looked_at(tmp_path):
 
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    controller = anybatch.attach(optimizer, model=model, scale="count", per_layer=1, record=tmp_path / "a.jsonl")
+    controller = anybatch.attach(optimizer, model=model, scale="count", record=layered(tmp_path / "a.jsonl"))
     for micro_batch in data[0]:
         with controller.together():
             (loss_of(model, micro_batch) / 6).backward()
@@ -240,7 +252,7 @@ def test_together_and_observe_are_looked_at(tmp_path):
 
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    controller = anybatch.attach(optimizer, model=model, scale="count", per_layer=1, record=tmp_path / "b.jsonl")
+    controller = anybatch.attach(optimizer, model=model, scale="count", record=layered(tmp_path / "b.jsonl"))
     parameters = list(model.parameters())
     grads = [torch.autograd.grad(loss_of(model, m), parameters, allow_unused=True) for m in data[0]]
     columns = [[torch.zeros_like(p) if g is None else g for g in gs] for p, gs in zip(parameters, zip(*grads))]
@@ -255,7 +267,7 @@ def test_sparse_gradients_and_a_layer_that_comes_later(tmp_path):
     model = nn.Sequential(nn.Embedding(30, 4, sparse=True), nn.Linear(4, 2), nn.Linear(2, 1))
     model[1].requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    controller = anybatch.attach(optimizer, model=model, scale="count", per_layer=1, record=tmp_path / "r.jsonl")
+    controller = anybatch.attach(optimizer, model=model, scale="count", record=layered(tmp_path / "r.jsonl"))
 
     def step():
         for _ in range(3):
@@ -287,22 +299,18 @@ def test_a_skipped_step_leaves_no_trace_and_the_next_one_is_looked_at(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lagged", [False, True])
-def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(lagged, tmp_path):
-    data, options = windows(2, steps=7), {"per_layer": 3, "total": 100, "lagged": lagged}
+def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(tmp_path):
+    data, options = windows(2, steps=7), {"per_layer": 3, "total": 100}
     *_, controller, _ = trained(data, record=tmp_path / "whole.jsonl", **options)
     controller.detach()
     model, optimizer, controller, _ = trained(data[:4], record=tmp_path / "cut.jsonl", **options)
     state = optimizer.state_dict()
     controller.detach()
+    controller._settings.record[0].close()
     *_, controller, _ = trained(data, model=model, start=4, state=state, record=tmp_path / "cut.jsonl", **options)
     controller.detach()
     found, wanted = (anybatch.read_record(tmp_path / name).steps for name in ("cut.jsonl", "whole.jsonl"))
-    assert [step.step for step in wanted if step.per_layer] == ([2, 5] if lagged else [1, 4, 7])
-    if lagged:  # what a step showed is in the next one's line: a stop between the two loses it, as the raw moments
-        assert math.isnan(found[4].raw_variance)
-        assert not found[4].per_layer
-        del found[4], wanted[4]
+    assert [step.step for step in wanted if step.per_layer] == [1, 4, 7]
     as_text = [[{**vars(step), "seconds": 0} for step in steps] for steps in (found, wanted)]
     assert str(as_text[0]) == str(as_text[1])
 
@@ -340,21 +348,18 @@ def test_a_layer_is_a_module_by_the_name_it_had_before_it_was_wrapped():
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
-def test_per_layer_is_a_number_of_steps(value):
-    model = nn.Linear(2, 1)
+def test_per_layer_is_a_number_of_steps(value, tmp_path):
     with pytest.raises(anybatch.InvalidValueError, match="per_layer is a number of steps"):
-        anybatch.attach(torch.optim.SGD(model.parameters()), model=model, scale=1, per_layer=value)
+        anybatch.RunRecord(tmp_path / "r.jsonl", per_layer=value)
 
 
-def test_what_cannot_be_looked_at_is_refused():
+def test_what_cannot_be_measured_by_layer_is_refused(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(anybatch.UsageError, match="measures no noise"):
-        anybatch.attach(optimizer, model=model, scale=2, rule=anybatch.Linear(), per_layer=1, record=print)
-    with pytest.raises(anybatch.UsageError, match="give attach record="):
-        anybatch.attach(optimizer, model=model, scale=1, per_layer=1)
+        anybatch.attach(optimizer, model=model, scale=2, rule=anybatch.Linear(), record=layered(tmp_path / "a.jsonl"))
     assert [p._backward_hooks for p in model.parameters()] in ([None, None], [{}, {}])
-    anybatch.attach(optimizer, model=model, scale=1, per_layer=1, record=lambda _: None)
+    anybatch.attach(optimizer, model=model, scale=1, record=layered(tmp_path / "b.jsonl"))
     model(torch.ones(1, 2)).sum().backward()
     with pytest.warns(anybatch.AnybatchWarning, match="none by layer either"):
         optimizer.step()

@@ -176,15 +176,6 @@ def test_one_gradient_a_step_keeps_the_last_gain_known():
     assert controller.state_dict()["metric_variance"] == state["metric_variance"]
 
 
-def test_lagged_is_one_step_late():
-    model, optimizer = adam()
-    controller, lines = attach(optimizer, model, lagged=True)
-    train(model, optimizer, controller, READY + 2)
-    variance = [line.get("anybatch/metric_variance") for line in lines]
-    assert variance[:-1] == [None] * (READY + 1)  # measured in step 11, which step 12 reads
-    assert controller.gain == pytest.approx(gain_of(variance[-1], lines[-1]["anybatch/metric_sqnorm"], 4, READY + 1))
-
-
 def test_an_unfrozen_parameter_waits_for_its_own_second_moment():
     model = oracle.make_model()
     model[0].bias.requires_grad_(False)

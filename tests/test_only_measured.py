@@ -42,10 +42,10 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("options", [{}, {"base_batch": BATCH, "per_layer": 3}, {"lagged": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"base_batch": BATCH, "record": 3}], ids=str)
 def test_the_training_is_that_of_the_plain_loop_bit_for_bit(name, options, tmp_path):
     """No warning either: the loop goes on to step its own scheduler."""
-    record = {"record": tmp_path / "run.jsonl"} if "per_layer" in options else {}
+    record = {"record": anybatch.RunRecord(tmp_path / "run.jsonl", per_layer=3)} if "record" in options else {}
     plain, rates, _ = trained(OPTIMIZERS[name])
     measured, same, controller = trained(OPTIMIZERS[name], attach={**options, **record})
     assert len(plain) > 6

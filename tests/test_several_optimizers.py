@@ -27,8 +27,7 @@ def train(model, optimizers, controller, steps, *, n=3, clear_between=False):
 
 
 @pytest.mark.parametrize("clear_between", [False, True])
-@pytest.mark.parametrize("lagged", [False, True])
-def test_two_halves_are_the_whole(lagged, clear_between):
+def test_two_halves_are_the_whole(clear_between):
     """The parameters of one SGD in two: the same weights to the last bit, and the same clock."""
     runs = []
     for parts in (1, 2):
@@ -37,9 +36,7 @@ def test_two_halves_are_the_whole(lagged, clear_between):
         groups = [parameters] if parts == 1 else [parameters[:2], parameters[2:]]
         optimizers = [torch.optim.SGD(group, lr=0.05, momentum=0.9) for group in groups]
         schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100) for optimizer in optimizers]
-        controller = anybatch.attach(
-            optimizers, model=model, scheduler=schedulers, total=100, scale="count", lagged=lagged
-        )
+        controller = anybatch.attach(optimizers, model=model, scheduler=schedulers, total=100, scale="count")
         seen = train(model, optimizers, controller, 8, clear_between=clear_between)
         assert controller.steps == 8
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -95,7 +92,6 @@ def test_an_overflow_that_one_of_them_saw_is_a_step_of_none(order, overflows, up
 @pytest.mark.parametrize(
     "options",
     [
-        {"lagged": True},
         {"rule": anybatch.Linear()},
         {"rule": anybatch.Linear(), "scale": 3},
         {"rule": anybatch.AdaScale(every=4)},
@@ -144,13 +140,12 @@ def test_a_window_is_one_step_of_each():
     assert controller.steps == 1
 
 
-@pytest.mark.parametrize("lagged", [False, True])
-def test_a_backward_between_the_steps_of_two_is_an_error(lagged):
+def test_a_backward_between_the_steps_of_two_is_an_error():
     """As in a GAN, whose halves have losses of their own."""
     model = oracle.make_model()
     parameters = list(model.parameters())
     first, second = (torch.optim.SGD(half, lr=0.1) for half in (parameters[:2], parameters[2:]))
-    anybatch.attach([first, second], model=model, scale="count", lagged=lagged)
+    anybatch.attach([first, second], model=model, scale="count")
     x, y = oracle.micro_batch(0, 0)
     oracle.loss_fn(model(x), y).backward()
     first.step()

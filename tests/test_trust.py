@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._gradients import witness
+from anybatch._gradients import fingerprint
 
 
 def sgd(model, **options):
@@ -157,11 +157,11 @@ def test_conjugated_complex_gradients_are_measured():
 # ---- one window is one step ----
 
 
-def trained(kind, *, lagged, raises=False):
+def trained(kind, *, raises=False):
     """State and weights after four steps of three micro-batches, each taken again after it raised where it does."""
     model = oracle.make_model()
     optimizer = kind(model.parameters(), lr=0.1)
-    controller = anybatch.attach(optimizer, model=model, total=50, scale="count", lagged=lagged)
+    controller = anybatch.attach(optimizer, model=model, total=50, scale="count")
     for t in range(4):
         for i in range(3):
             backward(model, 3 * t + i, share=1 / 3)
@@ -173,18 +173,16 @@ def trained(kind, *, lagged, raises=False):
     return controller.state_dict(), [p.tolist() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("lagged", [False, True])
-def test_a_step_that_calls_another_step_folds_its_window_once(lagged):
+def test_a_step_that_calls_another_step_folds_its_window_once():
     class Twice(torch.optim.SGD):
         def step(self, closure=None):
             return super().step(closure)
 
     torch.optim.SGD(oracle.make_model().parameters(), lr=0.1)  # from now on the inner step() has hooks too
-    assert trained(Twice, lagged=lagged) == trained(torch.optim.SGD, lagged=lagged)
+    assert trained(Twice) == trained(torch.optim.SGD)
 
 
-@pytest.mark.parametrize("lagged", [False, True])
-def test_a_step_that_raised_and_is_taken_again_folds_its_window_once(lagged):
+def test_a_step_that_raised_and_is_taken_again_folds_its_window_once():
     class Fragile(torch.optim.SGD):
         fails = False
 
@@ -194,7 +192,7 @@ def test_a_step_that_raised_and_is_taken_again_folds_its_window_once(lagged):
                 raise RuntimeError("a kernel failed")
             return super().step(closure)
 
-    assert trained(Fragile, lagged=lagged, raises=True) == trained(torch.optim.SGD, lagged=lagged)
+    assert trained(Fragile, raises=True) == trained(torch.optim.SGD)
 
 
 def test_a_sum_over_micro_batches_steps_as_far_as_their_mean():
@@ -260,7 +258,7 @@ def test_every_way_to_clear_gradients_is_seen(clear):
 @pytest.mark.parametrize("clear", [clear_to_none, clear_to_zero, replace])
 def test_clearing_is_seen_without_a_look_too(clear, monkeypatch):
     """As on a device, where nothing looks at a gradient that seems untouched."""
-    monkeypatch.setattr(witness, "_on_host", lambda _: False)
+    monkeypatch.setattr(fingerprint, "_on_host", lambda _: False)
     test_every_way_to_clear_gradients_is_seen(clear)
 
 

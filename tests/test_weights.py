@@ -37,7 +37,7 @@ def test_moments_are_those_of_the_formula(lengths, unit, seed):
         return
     controller, weights = stepped(lengths, weights=[unit * n for n in lengths], seed=seed)
     variance, sqnorm, gain, after = plain_step([TASKS(seed, i, n) for i, n in enumerate(lengths)], scale=len(lengths))
-    averages = controller._averages.moments
+    averages = controller._run.running.averages.moments
     assert averages.variance == pytest.approx(variance, rel=1e-9, abs=1e-12)
     assert averages.sqnorm == pytest.approx(sqnorm, rel=1e-9, abs=1e-12)
     assert controller.gain == pytest.approx(gain, rel=1e-9)
@@ -89,11 +89,6 @@ def test_one_that_has_all_the_weight_shows_no_variance():
     assert math.isnan(controller.variance)
 
 
-def test_lagged_takes_the_scale_by_its_sizes():
-    controller, _ = stepped([5, 3], weights=[5, 3], lagged=True)
-    assert controller.scale == 2
-
-
 @pytest.mark.parametrize("weight", [-1, math.nan, "5", None, True])
 def test_what_is_no_weight(weight):
     _, _, controller = attached()
@@ -139,10 +134,9 @@ def divided(n, divisor, **options):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
-@pytest.mark.parametrize("lagged", [False, True], ids=["exact", "lagged"])
-def test_a_partial_window_divided_by_the_full_accumulation_is_the_mean(n, lagged):
-    state, weights = divided(n, 4, reduction=4, lagged=lagged)
-    expected, others = divided(n, n, lagged=lagged)
+def test_a_partial_window_divided_by_the_full_accumulation_is_the_mean(n):
+    state, weights = divided(n, 4, reduction=4)
+    expected, others = divided(n, n)
     assert state == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(weights, others, rtol=1e-12, atol=0)
 
@@ -170,15 +164,13 @@ def test_parts_share_by_the_divisor():
 
 def test_two_ranks_are_one_process():
     lengths = [7, 3, 11, 5]
-    for ways in zip(*launch.run(weight_workers.steps, world=2, args=(lengths,)), strict=True):
-        assert ways[0]["error"] == ways[1]["error"] == ""
-        for mine in ways:
-            controller, weights = stepped(lengths, weights=lengths, lagged=mine["lagged"])
-            assert mine["peek"] == mine["gain"] == pytest.approx(controller.gain, rel=1e-9)
-            assert mine["scale"] == 4
-            state = {**controller.state_dict(), "backwards": 0}  # which nothing asks for over several ranks
-            assert mine["state"] == pytest.approx(state, rel=1e-9)
-            torch.testing.assert_close(mine["weights"], weights, rtol=1e-9, atol=1e-12)
+    controller, weights = stepped(lengths, weights=lengths)
+    for mine in launch.run(weight_workers.steps, world=2, args=(lengths,)):
+        assert mine["peek"] == mine["gain"] == pytest.approx(controller.gain, rel=1e-9)
+        assert mine["scale"] == 4
+        state = {**controller.state_dict(), "backwards": 0}  # not used over several ranks
+        assert mine["state"] == pytest.approx(state, rel=1e-9)
+        torch.testing.assert_close(mine["weights"], weights, rtol=1e-9, atol=1e-12)
 
 
 def test_a_weight_on_one_rank_alone_is_an_error_on_both():

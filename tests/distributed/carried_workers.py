@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import anybatch
 
 
-def run(*, wrap=lambda model: model, total=oracle.TOTAL, base_batch=4, lagged=False):
+def run(*, wrap=lambda model: model, total=oracle.TOTAL, base_batch=4):
     model = oracle.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=oracle.LR, momentum=oracle.MOMENTUM)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: oracle.cosine(i) / oracle.LR)
@@ -18,7 +18,6 @@ def run(*, wrap=lambda model: model, total=oracle.TOTAL, base_batch=4, lagged=Fa
         total=total,
         base_batch=base_batch,
         micro_batch=4,
-        lagged=lagged,
     )
     return model, optimizer, scheduler, controller
 

@@ -1,7 +1,9 @@
 """Layers that are looked at under DDP and FSDP2."""
 
 import contextlib
+import tempfile
 import warnings
+from pathlib import Path
 
 import oracle
 import torch
@@ -16,13 +18,18 @@ from distributed.fsdp_workers import shard
 STEPS, EVERY = 4, 2
 
 
+def layered(every, rank):
+    """A record by layer on the first rank, which decides for all."""
+    return [anybatch.RunRecord(Path(tempfile.mkdtemp()) / "run.jsonl", per_layer=every)] if rank == 0 else []
+
+
 def looks(model, *, accumulation, rank=0, scaler=None):
     """The raw moments of each step, by layer too where it is looked at, and the sizes of all all-reduces."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     lines = []
     with counted_all_reduces() as sizes:
         controller = anybatch.attach(
-            optimizer, model=model, scale="count", per_layer=EVERY, record=lines.append, grad_scaler=scaler
+            optimizer, model=model, scale="count", record=[*layered(EVERY, rank), lines.append], grad_scaler=scaler
         )
         for t in range(STEPS):
             for a in range(accumulation):
@@ -51,15 +58,15 @@ def routes(rank, world):
 
 
 def refused(rank):
-    """What a rank is told that looks at other steps than the others, and one that enters Join."""
+    """The errors of a record that the first rank has not, and of one by layer in Join."""
     model = DDP(oracle.make_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     told = []
     try:
-        anybatch.attach(optimizer, model=model, scale="count", per_layer=rank + 1, record=told.append)
+        anybatch.attach(optimizer, model=model, scale="count", record=layered(1, 1 - rank))
     except anybatch.UsageError as error:
         told.append(str(error))
-    controller = anybatch.attach(optimizer, model=model, scale="count", per_layer=1, record=told.append)
+    controller = anybatch.attach(optimizer, model=model, scale="count", record=layered(1, rank))
     try:
         with Join([model, controller]):
             pass

@@ -55,7 +55,6 @@ def parity(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     results = {
         "DDP": train(DDP(make_model()), lambda _: own),
-        "DDP, lagged": train(DDP(make_model()), lambda _: own, lagged=True),
         # On every rank the same micro-batches: only then is each shard's sum the same.
         "FSDP2": train(shard(make_model(), mesh=mesh), lambda _: (0, 1)),
         "replicas of FSDP2": [],

@@ -58,16 +58,6 @@ def test_gains_and_parameters_are_bitwise_equal_on_all_ranks(world):
             assert all(map(torch.equal, mine["parameters"], other[case]["parameters"])), case
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_lagged_agrees_with_the_plain_loop(world):
-    gains, taus, weights = oracle.adascale(steps=13, counts=(2 * world,), lagged=True)
-    for result in parity(world):
-        mine = result["lagged"]
-        assert mine["gains"] == pytest.approx(gains, rel=1e-6)
-        for p, w in zip(mine["parameters"], weights, strict=True):
-            torch.testing.assert_close(p, w, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("case", ["float32", "fp16 hook"])
 def test_rounded_gradients_stay_close(case):
     accumulation = 2 if case == "float32" else 1

@@ -1,7 +1,6 @@
 """AdaScale(metric="adam") over gloo processes, against the plain loop."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -43,12 +42,6 @@ def test_gains_are_bitwise_equal_on_all_ranks(world):
     for other in others:
         for case, mine in first.items():
             assert [gain for gain, *_ in mine] == [gain for gain, *_ in other[case]], case
-
-
-def test_lagged_measures_the_same_steps():
-    for result in parity(2):
-        variances = [variance for _, variance, _ in result["DDP, lagged"]]
-        assert [math.isnan(v) for v in variances] == [True] * READY + [False] * (20 - READY)
 
 
 def test_trap_what_a_rank_sees_of_its_shard_is_unbiased():

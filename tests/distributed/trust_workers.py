@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import tempfile
+from pathlib import Path
 
 import oracle
 import torch
@@ -96,37 +98,6 @@ def clearings(rank):
     return found
 
 
-def lagged_sizes(rank):
-    """Micro-batches of 8 on one rank and 24 on the other, two each; then twice as many."""
-    model = make("ddp")
-    optimizer, controller = attached(model, base_batch=8, micro_batch=(8, 24)[rank], lagged=True, total=100)
-    scales = []
-    for t, accumulation in enumerate((2, 2, 4, 2)):
-        for a in range(accumulation):
-            last = a == accumulation - 1
-            backward(model, rank, t, a, share=1 / accumulation, sync=last, size=(8, 24)[rank])
-        optimizer.step()
-        optimizer.zero_grad()
-        scales.append((controller.scale, controller.gain))
-        if rank == 0:
-            controller.state_dict()  # a look on one rank changes nothing
-    return scales, [p.tolist() for p in model.parameters()]
-
-
-def lagged_every(rank):
-    """Of steps that are measured when the averages want a sample, and a state that one rank alone asks for."""
-    model = make("ddp")
-    rule = anybatch.AdaScale(every=1000)
-    optimizer, controller = attached(model, lagged=True, total=1000, rule=rule)
-    for t in range(8):
-        window(model, rank, t, 2)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0:
-            controller.state_dict()
-    return controller.state_dict()
-
-
 def hooks_on_one_rank(rank, broken):
     """A hook of the user's from the third step on, on one rank alone, as a tracker's `watch` makes them; with it comes
     perhaps a gradient that is not finite.
@@ -145,22 +116,6 @@ def hooks_on_one_rank(rank, broken):
         optimizer.zero_grad()
         samples.append(controller.state_dict()["samples"])
     return samples, controller.skipped, controller.gain, [p.tolist() for p in model.parameters()]
-
-
-def lagged_once(rank):
-    """One step with more backwards on one rank: the error comes a step later, and is over with a state that is one."""
-    model = make("ddp")
-    optimizer, controller = attached(model, lagged=True)
-    outcomes = []
-    state = controller.state_dict()
-    for t in range(6):
-        if t == 4:
-            controller.load_state_dict(state)
-        for a in range(1 + (t == 2 and rank == 0)):
-            backward(model, rank, t, a, sync=a == (t == 2 and rank == 0))
-        outcomes.append(told(optimizer.step))
-        optimizer.zero_grad()
-    return outcomes, controller.steps
 
 
 def errors(rank):
@@ -190,7 +145,8 @@ def errors(rank):
         optimizer.step()
 
     found["a state on one rank"] = told(state_on_one_rank)
-    found["a state on one rank, another look"] = told(state_on_one_rank, per_layer=5, record=lambda _: None)
+    record = [anybatch.RunRecord(Path(tempfile.mkdtemp()) / "run.jsonl", per_layer=5)] if rank == 0 else []
+    found["a state on one rank, by layer"] = told(state_on_one_rank, record=record)
 
     def never(engine):
         model = make(engine)

@@ -22,7 +22,6 @@ def train(
     dtype=torch.float64,
     hook=None,
     compiled=None,
-    lagged=False,
     **ddp_options,
 ):
     """The task of the oracle; micro-batch `a` of rank `r` is number `r * accumulation + a`."""
@@ -34,7 +33,7 @@ def train(
         model.compile(backend="aot_eager")
     if hook is not None:
         model.register_comm_hook(None, hook)
-    optimizer, controller = attach_task(model, sample=sample, lagged=lagged)
+    optimizer, controller = attach_task(model, sample=sample)
 
     def backward(t, a):
         x, y = oracle.micro_batch(t, rank * accumulation + a, dtype=dtype)
@@ -58,7 +57,6 @@ def parity(rank, world):
     results["own hook"] = train(rank, accumulation=2, hook=allreduce_hook)
     for compiled in ("before", "after"):
         results[f"compiled {compiled} DDP"] = train(rank, accumulation=2, compiled=compiled)
-    results["lagged"] = train(rank, accumulation=2, lagged=True)
     results["float32"] = train(rank, accumulation=2, dtype=torch.float32)
     results["fp16 hook"] = train(rank, accumulation=1, dtype=torch.float32, hook=fp16_compress_hook)
     return results

@@ -69,7 +69,7 @@ class Settings:
             if not each.compare:
                 continue
             if isinstance(value, BatchSize):
-                found.update(vars(value))
+                found |= {name: given for name, given in vars(value).items() if name != "micro_batch"}
             else:
                 found[each.name] = _comparable(value)
         return found
