@@ -101,7 +101,6 @@ LOOPS: dict[str, Callable[..., Loop]] = {
     "plain": plain,
     "plain again": plain,
     "anybatch": ours(rule=anybatch.AdaScale()),
-    "anybatch, lagged": ours(rule=anybatch.AdaScale(), lagged=True),
     "Linear, counting": ours(rule=anybatch.Linear()),
     "fairscale": fairscale,
     "adaptdl": adaptdl,

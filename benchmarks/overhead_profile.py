@@ -9,7 +9,6 @@ and the parts is the hooks themselves, copies of first gradients and what the ca
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,20 +19,20 @@ from typing import Any
 
 import torch
 
-from anybatch._controller.step import Stepper
-from anybatch._gradients.gather import Gather
-from anybatch._gradients.samples import Samples
+from anybatch._controller.step_hooks import StepHooks
+from anybatch._gradients.euclidean import EuclideanNorms, Queue
+from anybatch._gradients.hooks import GradientHooks
 from benchmarks.overhead import step_of
 from benchmarks.overhead_loops import LOOPS
 from benchmarks.overhead_models import MODELS, OPTIMIZERS
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "what waited, at a backward's end": [(Samples, "measure")],
-    "large gradients, as they come": [(Samples, "take")],
-    "their sum": [(sys.modules[Gather.__module__], "total_squared_norm")],
-    "begin of a backward": [(Gather, "_begin_backward")],
-    "end of a backward": [(Gather, "_end_backward")],
-    "before and after optimizer.step()": [(Stepper, "_before"), (Stepper, "_after")],
+    "what waited, at a backward's end": [(EuclideanNorms, "measure")],
+    "large gradients, as they come": [(Queue, "take")],
+    "their sum": [(EuclideanNorms, "mean")],
+    "begin of a backward": [(GradientHooks, "_begin_backward")],
+    "end of a backward": [(GradientHooks, "_end_backward")],
+    "before and after optimizer.step()": [(StepHooks, "_before"), (StepHooks, "_after")],
 }
 REST = "hooks, copies, caches"
 

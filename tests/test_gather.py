@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
-from anybatch._gradients import Gather
+from anybatch._gradients import GradientHooks
 
 
 def attached(model, parameters=None, lr=0.0, **options):
@@ -256,26 +256,31 @@ def test_memory_no_parameter_sized_buffer():
     """A backward leaves one number; what waits for its end are small gradients, and of large ones the rows' norms."""
     model = nn.Linear(1000, 1000)
     optimizer, controller = attached(model)
-    gather, waiting = controller._gather, []
+    gradients, waiting = controller._gradients, []
     model.weight.register_post_accumulate_grad_hook(
-        lambda _: waiting.append(sum(t.numel() for t in gather._norms.samples.waiting + gather._norms.samples._rows))
+        lambda _: waiting.append(
+            sum(
+                t.numel()
+                for t in gradients._norms.euclidean.queues[0].waiting + gradients._norms.euclidean.queues[0].rows
+            )
+        )
     )
     for _ in range(3):
         (model(torch.randn(2, 1000)).square().mean() / 3).backward()
-        assert gather._norms.samples.waiting == []
+        assert gradients._norms.euclidean.queues[0].waiting == []
     assert all(0 < entries <= 1000 + 1_000_000 // 512 + 1 for entries in waiting)
-    assert [t.numel() for t in gather._norms.samples.squares] == [1, 1, 1]
+    assert [t.numel() for t in gradients._norms.euclidean.queues[0].squares] == [1, 1, 1]
     optimizer.step()
-    assert gather._norms.samples.squares == []
+    assert gradients._norms.euclidean.queues[0].squares == []
 
 
 def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():
     p = nn.Parameter(torch.ones(2))
-    gather = Gather([p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
+    gradients = GradientHooks([p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
     (2 * p).sum().backward()
-    window = gather.window()
-    assert window.samples_square.item() == pytest.approx(2)
-    assert window.grad_square is None
+    window = gradients.window()
+    assert window.norms["euclidean"].samples.item() == pytest.approx(2)
+    assert window.norms["euclidean"].mean is None
 
 
 @pytest.mark.parametrize("wrong", ["count", "shape", "empty", "after a backward", "sum"])

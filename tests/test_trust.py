@@ -469,10 +469,12 @@ def test_observed_gradients_keep_their_digits(dtype):
     rule = anybatch.AdaScale(smoothing=0.0)
     controller = anybatch.attach(sgd(model), model=model, scale="count", rule=rule)
     controller.observe([samples])
-    window = controller._gather.window()
+    window = controller._gradients.window()
     exact = samples.double().square().sum().item() / 16
     # Torch adds up a half's squares one after the other, a float's in several lanes.
-    assert window.samples_square.item() == pytest.approx(exact, rel=1e-8 if dtype == torch.float32 else 1e-6)
+    assert window.norms["euclidean"].samples.item() == pytest.approx(
+        exact, rel=1e-8 if dtype == torch.float32 else 1e-6
+    )
 
 
 def test_two_backwards_at_once_are_an_error():

@@ -12,7 +12,7 @@ from common import Fails
 from torch import nn
 
 import anybatch
-from anybatch._gradients import samples as sampling
+from anybatch._gradients import euclidean
 
 
 class Fans(nn.Module):
@@ -61,8 +61,8 @@ def squares(model, indices, forward=None):
 
 
 def seen(controller):
-    window = controller._gather.window()
-    return float(window.samples_square), float(window.grad_square)
+    window = controller._gradients.window()
+    return float(window.norms["euclidean"].samples), float(window.norms["euclidean"].mean)
 
 
 def accumulate(model, indices):
@@ -74,7 +74,7 @@ def accumulate(model, indices):
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_whatever_waits_the_norms_are_those_of_the_plain_loop(monkeypatch, room, set_to_none):
     """The first gradient may become `.grad`, the later ones are added to it; some parameters share one tensor."""
-    monkeypatch.setattr(sampling, "_ROOM", room)
+    monkeypatch.setattr(euclidean, "_ROOM", room)
     model = Fans()
     optimizer, controller = attached(model)
     for step in range(3):
@@ -91,7 +91,7 @@ def test_whatever_waits_the_norms_are_those_of_the_plain_loop(monkeypatch, room,
 def test_how_many_wait_alters_nothing(monkeypatch):
     found = []
     for room in (0, 1 << 24):
-        monkeypatch.setattr(sampling, "_ROOM", room)
+        monkeypatch.setattr(euclidean, "_ROOM", room)
         model = Fans()
         _, controller = attached(model)
         accumulate(model, range(4))
@@ -112,9 +112,9 @@ def test_many_small_gradients_are_measured_in_float64():
         x = x + 1
     samples = [expected[0], [b - a for a, b in zip(*expected, strict=True)]]
     first = math.fsum(float(g.square().sum()) for g in samples[0])
-    assert float(controller._gather._norms.samples.squares[0]) == pytest.approx(first, rel=1e-13)
+    assert float(controller._gradients._norms.euclidean.queues[0].squares[0]) == pytest.approx(first, rel=1e-13)
     total = math.fsum(float(g.square().sum()) for g in expected[1])
-    assert float(controller._gather.window().grad_square) == pytest.approx(total, rel=1e-13)
+    assert float(controller._gradients.window().norms["euclidean"].mean) == pytest.approx(total, rel=1e-13)
 
 
 def test_what_is_written_to_grad_at_once_does_not_show():
@@ -129,7 +129,7 @@ def test_what_is_written_to_grad_at_once_does_not_show():
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(halve)
     accumulate(model, range(3))
-    assert float(controller._gather.window().samples_square) == pytest.approx(expected, rel=1e-8)
+    assert float(controller._gradients.window().norms["euclidean"].samples) == pytest.approx(expected, rel=1e-8)
 
 
 def test_a_gradient_that_a_hook_takes_away_is_measured():
@@ -140,7 +140,7 @@ def test_a_gradient_that_a_hook_takes_away_is_measured():
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     accumulate(model, [0])
-    assert float(controller._gather._norms.samples.squares[0]) == pytest.approx(expected, rel=1e-8)
+    assert float(controller._gradients._norms.euclidean.queues[0].squares[0]) == pytest.approx(expected, rel=1e-8)
 
 
 def test_gradients_asked_for_in_the_middle_of_a_backward():
@@ -159,7 +159,7 @@ def test_gradients_asked_for_in_the_middle_of_a_backward():
     _, controller = attached(model)
     accumulate(model, range(3))
     assert len(asked) == 3
-    assert controller._gather.pending == 3
+    assert controller._gradients.pending == 3
     assert seen(controller)[0] == pytest.approx(expected[0], rel=1e-8)
 
 
@@ -192,12 +192,12 @@ def test_a_gradient_written_to_while_it_waits_is_noticed():
     optimizer, controller = attached(model)
     for t in range(3):
         accumulate(model, range(2))
-        window = controller._gather.window()
+        window = controller._gradients.window()
         if t == 0:
-            assert window.samples_square is None
+            assert window.norms == {}
         else:
             expected = squares(model, range(2), forward=lambda x: model(x, careless=False))[0]
-            assert float(window.samples_square) == pytest.approx(expected, rel=1e-6)
+            assert float(window.norms["euclidean"].samples) == pytest.approx(expected, rel=1e-6)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -207,12 +207,12 @@ def test_a_failed_backward_leaves_nothing_waiting_for_the_next():
     optimizer, controller = attached(model)
     with pytest.raises(ZeroDivisionError):
         model[1](Fails.apply(model[0](inputs(0).double()))).sum().backward()
-    assert len(controller._gather._norms.samples.waiting) == 2
+    assert len(controller._gradients._norms.euclidean.queues[0].waiting) == 2
     optimizer.zero_grad()
     model(inputs(1).double()).sum().backward()
     expected = math.fsum(float(p.grad.square().sum()) for p in model.parameters())
-    assert float(controller._gather.window().samples_square) == pytest.approx(expected, rel=1e-13)
-    assert controller._gather._norms.samples.waiting == []
+    assert float(controller._gradients.window().norms["euclidean"].samples) == pytest.approx(expected, rel=1e-13)
+    assert controller._gradients._norms.euclidean.queues[0].waiting == []
 
 
 def test_a_sparse_gradient_of_a_small_table_does_not_wait():
@@ -221,10 +221,12 @@ def test_a_sparse_gradient_of_a_small_table_does_not_wait():
     _, controller = attached(table)
     waiting = []
     table.weight.register_post_accumulate_grad_hook(
-        lambda _: waiting.append(len(controller._gather._norms.samples.waiting))
+        lambda _: waiting.append(len(controller._gradients._norms.euclidean.queues[0].waiting))
     )
     words = torch.randint(3, (50_000,))
     table(words).sum().backward()
     counts = torch.bincount(words).double()
     assert waiting == [0]
-    assert float(controller._gather.window().samples_square) == pytest.approx(float(2 * counts.square().sum()))
+    assert float(controller._gradients.window().norms["euclidean"].samples) == pytest.approx(
+        float(2 * counts.square().sum())
+    )
