@@ -197,7 +197,7 @@ def test_scales_that_are_none(value):
 @pytest.mark.parametrize(
     "config",
     [{"total": None}, {"smoothing": "paper"}, {"estimator": "paper", "total": None}, {"smoothing": 1 - 1e-16},
-     {"estimator": "ratio", "smoothing": 0.9999999}],
+     {"estimator": "paper", "smoothing": 0.9999999}],
 )  # fmt: skip
 def test_a_tiny_scale_and_a_long_memory_take_no_longer(config):
     run = recorded(falling(), 4, total=100.0, config=config)

@@ -181,7 +181,7 @@ class Judge:
         if self._adascale is not None:
             weighed = self._adascale.metric == "adam" and known.metric.samples > 0
             averages = known.metric if weighed else known.averages
-            gain = averages.gain(scale, estimator=self._adascale.estimator, noise_factor=self.noise_factor)
+            gain = averages.gain(scale, noise_factor=self.noise_factor)
             if self._adascale.estimator == "unbiased":  # the paper starts with r_0 = 1
                 gain = careful(gain, known.averages.samples)
         scaling = _checked(self._rule, scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))

@@ -38,7 +38,6 @@ from anybatch._gradients import (
     trainable,
     withheld,
 )
-from anybatch._maps import check_base
 from anybatch._record import Logbook
 from anybatch._scaling import Hyperparameters, Moments, ScheduleDriver
 
@@ -259,8 +258,6 @@ class Stepper:
         seen = self._gather is not None and self._gather.pending
         if not seen and not emptied and is_phantom(optimizer, counted=self._gather is not None):
             return None
-        for each in self._values:
-            check_base(each.optimizer)
         self._complaints.before()
         for driver in self._drivers:
             driver.check()
