@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import anybatch
 from anybatch._controller.judge import Judge, Known
+from anybatch._scaling import Moments
 from anybatch._scaling.batch import BatchSize
 from anybatch._scaling.moments import Averages
 
@@ -107,7 +108,7 @@ def test_averages_are_weighted_means(raw, smoothing, total):
     averages = Averages()
     for variance, sqnorm, iterations in raw:
         averages = averages.updated(
-            anybatch.Moments(variance, sqnorm), scale=8, smoothing=smoothing, estimator="unbiased", total=total
+            Moments(variance, sqnorm), scale=8, smoothing=smoothing, estimator="unbiased", total=total
         ).moved(iterations)
     low, high = min(r[0] for r in raw), max(r[0] for r in raw)
     assert low - 1e-9 <= averages.moments.variance <= high + 1e-9
@@ -233,9 +234,7 @@ def test_estimators_against_a_plain_loop(estimator):
     averages = Averages()
     kept = []
     for t, (v, q) in enumerate(raw):
-        averages = averages.updated(
-            anybatch.Moments(v, q), scale=s, smoothing=theta, estimator=estimator, total=None
-        ).moved(3.0)
+        averages = averages.updated(Moments(v, q), scale=s, smoothing=theta, estimator=estimator, total=None).moved(3.0)
         kept.append((max(v, 1e-6), max(q, 0.0)) if estimator == "paper" else (v, q))
         if estimator == "paper":
             if t < 1 / (1 - theta):
@@ -272,7 +271,7 @@ def test_finding_clipping_before_averaging_is_biased_low():
 
 def test_elastic_changes_leave_the_averages_alone():
     """The moments are those of one base batch: at a new scale the gain is right on the first step."""
-    averages = Averages().updated(anybatch.Moments(6.0, 2.0), scale=4, smoothing=0.5, estimator="unbiased", total=None)
+    averages = Averages().updated(Moments(6.0, 2.0), scale=4, smoothing=0.5, estimator="unbiased", total=None)
     for s in (2, 64, 0.5):
         assert averages.gain(s) == pytest.approx((6 + 2) / (6 / s + 2))
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from test_public import KINDS
 
 import anybatch
 
@@ -17,7 +18,7 @@ CONFIG = (ROOT / "mkdocs.yml").read_text()
 
 def test_every_public_name_has_its_place():
     listed = re.findall(r"^::: anybatch\.(?!integrations\.)(?:[\w.]+\.)?(\w+)$", API, re.MULTILINE)
-    assert sorted(listed) == sorted([*(n for n in anybatch.__all__ if not n.startswith("__")), "sinks"])
+    assert sorted(listed) == sorted([*(n for n in anybatch.__all__ if not n.startswith("__")), *KINDS, "sinks"])
 
 
 def test_every_page_is_in_the_navigation():

@@ -29,7 +29,7 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
         betas_rule: as in `scale_hyperparameters`.
 
     Returns:
-        The changes of each parameter group.
+        For each parameter group a `Change` for each value, by name: `before`, `after`, `why` and `source`.
 
     Raises:
         InvalidValueError: a value out of range; nothing was changed.

@@ -78,7 +78,8 @@ def moments(mean_square: float, square_mean: float, *, sample: float, batch: flo
         batch: size of the mean in base batches, larger than `sample`: one sample alone shows no variance.
 
     Returns:
-        The raw moments; either may be negative by chance. Average them first, clip last.
+        The raw `Moments`: `variance` and `sqnorm`, of which either may be negative by chance. Average them first, clip
+        last.
 
     Raises:
         InvalidValueError: a size is not positive, or `batch <= sample`.
