@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch._demo import LAST_RATE, digits, gradients, network
+from anybatch._record import Run
 
 RECORDED = (2, 8)
 SCALES = (4, 8, 16, 32, 64, 128)
@@ -170,13 +171,13 @@ def compare(name: str, *, seeds: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unfinished(run: anybatch.Run, part: float, real: dict[int, float]) -> list[float]:
+def unfinished(run: Run, part: float, real: dict[int, float]) -> list[float]:
     """Errors of the forecasts from the first `part` of a record."""
     cut = replace(run, steps=[step for step in run.steps if step.tau <= part * run.config["total"]])
     return [s.iterations.value / real[int(s.scale)] - 1 for s in anybatch.forecast(cut, SCALES).scales]
 
 
-def share(run: anybatch.Run, start: float, end: float) -> float:
+def share(run: Run, start: float, end: float) -> float:
     """`mu^2 / (sigma^2 + mu^2)` of the raw moments between two shares of the run."""
     steps = [s for s in run.steps if start <= (s.tau - s.iterations) / run.config["total"] < end]
     variance, sqnorm = (sum(s.iterations * getattr(s, n) for s in steps) for n in ("raw_variance", "raw_sqnorm"))

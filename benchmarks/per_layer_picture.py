@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import anybatch
 from anybatch._report import LayerChart, LayerMap, layer_legend, layer_map, levels, picture
+from anybatch._scaling import Moments
 
 BASE_BATCH, CONTEXT, WIDTH, BLOCKS = 8, 32, 48, 3
 SCALES = (4, 16)
@@ -67,10 +68,10 @@ def train(scale: int, record: Path) -> None:
     controller.detach()
 
 
-def words(scale: int, layers: dict[str, anybatch.Moments], found: LayerMap) -> str:
+def words(scale: int, layers: dict[str, Moments], found: LayerMap) -> str:
     """The layers' noise in the middle of the run, in passages, and by how much each grows from its first cell on."""
     noise = {name: BASE_BATCH * moments.noise_scale for name, moments in layers.items()}
-    whole = anybatch.Moments(sum(m.variance for m in layers.values()), sum(m.sqnorm for m in layers.values()))
+    whole = Moments(sum(m.variance for m in layers.values()), sum(m.sqnorm for m in layers.values()))
     growth = [cells[-1].noise / cells[0].noise for cells in found.layers.values()]
     lines = [
         f"S = {scale}: from its first cell to its last each layer's grows {min(growth):.0f}-fold or more. From tau = "

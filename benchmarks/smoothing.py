@@ -1,4 +1,4 @@
-"""The averages of AdaScale's moments: the paper's estimators against a horizon on the clock, on the digits.
+"""The averages of AdaScale's moments: the paper's estimator against a horizon on the clock, on the digits.
 
     python -m benchmarks.smoothing [--seeds 4]
 
@@ -15,7 +15,6 @@ from benchmarks.digits import Losses, Row, table, train
 
 ESTIMATORS = {
     "paper: clip, then 1 - S/1000": anybatch.AdaScale(estimator="paper", smoothing="paper"),
-    "ratio: 1 - S/1000": anybatch.AdaScale(estimator="ratio", smoothing="paper"),
     "unbiased: 1 - S/1000": anybatch.AdaScale(smoothing="paper"),
     "unbiased: 1 % of the run (the default)": anybatch.AdaScale(),
 }

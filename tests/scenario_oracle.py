@@ -145,18 +145,15 @@ def average(samples):
 def gain_of(s, samples, scale):
     if s.rule != "AdaScale":
         return math.nan
-    low, high = min(1.0, scale), max(1.0, scale)
     if scale == 1:
         return 1.0
     if not samples:
-        return low
+        return min(1.0, scale)
     noise, estimator = s.options["noise_factor"], s.options["estimator"]
     if noise is None:
         noise = OWN_NOISE_FACTOR[s.optimizer] if estimator == "unbiased" else 1.0
     v, q = average(samples)
     v *= noise
-    if estimator == "ratio":
-        return min(max((v + q + FLOOR) / (v / scale + q + FLOOR), low), high)
     v, q = max(v, 0.0), max(q, 0.0)
     gain = 1.0 if v == 0 else (v + q) / (v / scale + q)
     if estimator == "unbiased" and gain > 1:  # half of the way, and then half of the rest every two steps

@@ -176,7 +176,7 @@ def _rule(r, total):
     if name != "AdaScale":
         return name, {}, decays
     options = {
-        "estimator": r.choice(["unbiased", "unbiased", "paper", "ratio"]),
+        "estimator": r.choice(["unbiased", "paper"]),
         "smoothing": r.choice([None, None, "paper", 0.0, 0.3, 0.77, 0.95]),
         "noise_factor": r.choice([None, None, 0.7, 1.0, 3.0]),
         "every": 1,

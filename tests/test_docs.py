@@ -49,6 +49,70 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
         exec(compile(block, f"{page.name}, block {i}", "exec"), names)
 
 
+FAIRSCALE = re.findall(r"^\| (.*?) \| `([^`|]*)` \|", (ROOT / "docs/from-fairscale.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("old", "new"), FAIRSCALE, ids=[old for old, _ in FAIRSCALE])
+def test_the_calls_in_place_of_fairscales_do_the_same(old, new):
+    """Each right-hand call, at its place in a step of two backwards, and what fairscale's call is said to give."""
+    import anybatch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(10, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"anybatch": anybatch, "model": model, "optimizer": optimizer, "total": 50, "accumulation": 2}
+    if "scheduler" in new:
+        names["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
+    first = re.match("rule|.*attach", new) is not None
+    if first:
+        exec(new, names)
+    rule = names.get("rule", anybatch.AdaScale())
+    if "controller" not in names:
+        names["controller"] = anybatch.attach(optimizer, model=model, rule=rule, total=50, base_batch=8, micro_batch=8)
+    controller, weights, found = names["controller"], model.weight.detach().clone(), None
+    gradients = []
+    for x in torch.randn(2, 8, 10):
+        names["loss"] = model(x).square().mean()
+        gradients.append(torch.autograd.grad(names["loss"], model.weight, retain_graph=True)[0])
+        exec(new if "backward" in new else "(loss / 2).backward()", names)
+    if "peek" in new:
+        found = eval(new, names)
+    mean = model.weight.grad.clone()
+    torch.testing.assert_close(mean, sum(gradients) / 2)
+    exec(new if "step()" in new else "optimizer.step()", names)
+    scale = 2.5 if "2.5" in new else 2
+    assert controller.scale == scale
+    assert 1 <= controller.tau == controller.gain <= scale
+    torch.testing.assert_close(model.weight.detach(), weights - 0.1 * controller.gain * mean)
+    if "scheduler" in new:
+        assert names["scheduler"].last_epoch == int(controller.tau) == 1
+    if not first and not re.search("peek|backward|[.]step", new):
+        if "=" in new or "detach" in new:
+            exec(new, names)
+        else:
+            found = eval(new, names)
+    if new.startswith("controller.micro_batch"):
+        optimizer.zero_grad()
+        for x in torch.randn(2, 16, 10):
+            (model(x).square().mean() / 2).backward()
+        optimizer.step()
+        assert controller.scale == 4
+    if "detach" in new:
+        weights = model.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(model.weight.detach(), weights - 0.1 * mean)
+    gain = controller.gain
+    values = {"controller.peek()": gain, "controller.gain": gain, "controller.tau": gain, "controller.scale": 2}
+    values |= {"not controller.done": True}
+    assert (new in values) == (found is not None and "state_dict" not in new)
+    assert found == values.get(new, found)
+
+
+def test_every_call_of_fairscales_has_a_row():
+    rows = [line for line in (ROOT / "docs/from-fairscale.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(FAIRSCALE) == len(rows) - 1 >= 16
+
+
 def test_the_diffs_are_valid_python_before_and_after():
     for page in ROOT.glob("docs/*.md"):
         for diff in re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anybatch
+from anybatch._forecast import Estimate
+from anybatch._record import Run
 from anybatch._report.comparison import _bound
 
 TOTAL = 1000.0
@@ -56,7 +58,7 @@ def recorded(moments, scale, *, total=TOTAL, config=None, unit=1.0, seed=None, *
             m += draw.gauss(0, 0.3) * v / scale
             v *= 1 + draw.gauss(0, 0.3) / math.sqrt(scale)
         lines.append(line(i, (*step[:2], v, m), scale=scale, **values))
-    return anybatch.Run({"total": total, "base_batch": 8.0, **(config or {})}, lines, 0)
+    return Run({"total": total, "base_batch": 8.0, **(config or {})}, lines, 0)
 
 
 def value(found, scale):
@@ -89,10 +91,10 @@ def test_the_rules_own_memory_is_simulated(smoothing, theta):
 def test_scale_one_takes_the_total_and_the_runs_own_scale_its_own_steps():
     run = recorded(falling(), 8, seed=0)
     at_one, at_own = anybatch.forecast(run, [1, 8]).scales
-    assert at_one.iterations == anybatch.Estimate(1000, 1000, 1000)
+    assert at_one.iterations == Estimate(1000, 1000, 1000)
     assert (at_one.efficiency.value, at_one.examples.value) == (1, 8000)
     assert at_own.iterations.low <= len(run.steps) <= at_own.iterations.high
-    fractional = anybatch.Run({"total": 99.5}, run.steps, 0)
+    fractional = Run({"total": 99.5}, run.steps, 0)
     assert value(anybatch.forecast(fractional, [1]), 1) == 100
 
 
@@ -115,7 +117,7 @@ def test_the_steps_with_a_large_chance_gain_do_not_weigh_more(source):
         gain = (1 + m) / (1 / source + m)
         tau += gain
         lines.append(line(len(lines), (tau, gain, 1.0, m), scale=source))
-    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [8])
+    found = anybatch.forecast(Run({"total": TOTAL}, lines, 0), [8])
     assert value(found, 8) == pytest.approx(len(truth(lambda x: (1.0, 0.02), 8)), rel=0.03)
 
 
@@ -163,7 +165,7 @@ def test_a_forecast_is_the_same_every_time():
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_an_unfinished_run_goes_on_with_its_trend_and_a_wider_band(share):
     whole = recorded(falling(pace=0.4), 8, seed=2)
-    part = anybatch.Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
+    part = Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
     full, cut = (anybatch.forecast(run, [4, 64]) for run in (whole, part))
     assert any(f"{share:.0%}" in note and "trend" in note for note in cut.notes)
     assert not full.notes
@@ -181,14 +183,14 @@ def test_an_elastic_run_forecasts_as_one_of_a_single_scale():
     lines = [line(0, s, scale=4) for s in small if s[0] <= 250]
     start = lines[-1].tau
     lines += [line(0, (s[0], min(s[1], s[0] - start), *s[2:]), scale=32) for s in large if s[0] > start]
-    run = anybatch.Run({"total": TOTAL}, lines, 0)
+    run = Run({"total": TOTAL}, lines, 0)
     for s in anybatch.forecast(run, [8, 128]).scales:
         assert s.iterations.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03)
 
 
 def test_without_a_total_the_record_is_the_run():
     run = recorded(falling(), 8)
-    found = anybatch.forecast(anybatch.Run({}, run.steps, 0), [1])
+    found = anybatch.forecast(Run({}, run.steps, 0), [1])
     assert value(found, 1) == math.ceil(run.steps[-1].tau)
     assert "no total" in found.notes[0]
     assert found.unit == "base batches"
@@ -199,21 +201,17 @@ def test_steps_skipped_or_lost_do_not_count():
     steps = run.steps
     more = list(steps)
     more.insert(30, line(0, (steps[29].tau, 0.0, math.nan, math.nan), scale=8, skipped=True))
-    clean, skipping = (
-        anybatch.forecast(anybatch.Run(run.config, s, 0), [32], price_per_device_hour=1) for s in (steps, more)
-    )
+    clean, skipping = (anybatch.forecast(Run(run.config, s, 0), [32], price_per_device_hour=1) for s in (steps, more))
     assert clean == skipping
     lost = [s for i, s in enumerate(steps) if not 40 <= i < 55]
-    assert value(anybatch.forecast(anybatch.Run(run.config, lost, 15), [32]), 32) == pytest.approx(
-        value(clean, 32), rel=0.1
-    )
+    assert value(anybatch.forecast(Run(run.config, lost, 15), [32]), 32) == pytest.approx(value(clean, 32), rel=0.1)
 
 
 @pytest.mark.parametrize(
     "config", [{}, {"total": "many"}, {"total": None, "rule": 3, "param_groups": "x", "ranks": -1}]
 )
 def test_a_header_may_hold_anything(config):
-    run = anybatch.Run(config, recorded(falling(), 4).steps, 0)
+    run = Run(config, recorded(falling(), 4).steps, 0)
     expected = truth(falling(), 4, total=run.steps[-1].tau, theta=1 - 4 / 1000)  # no total: the paper's memory
     assert value(anybatch.forecast(run, [4]), 4) == pytest.approx(len(expected), rel=0.02)
 
@@ -237,7 +235,7 @@ def test_a_run_without_variance_is_refused_with_what_to_do():
     with pytest.raises(anybatch.InvalidValueError, match=r"two or more gradients a step.*split"):
         anybatch.forecast(run, [4])
     with pytest.raises(anybatch.InvalidValueError, match="no step"):
-        anybatch.forecast(anybatch.Run({}, [], 0), [4])
+        anybatch.forecast(Run({}, [], 0), [4])
 
 
 @pytest.mark.parametrize(
@@ -274,9 +272,9 @@ def test_several_step_sizes_part_the_fixed_time_from_the_rest():
     for i, step in enumerate(truth(falling(), 8)):
         size = 4 if i % 2 else 8
         lines.append(line(i, step, scale=size, seconds=0.3 + 0.1 * size))
-    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [8, 80], per_device=8)
+    found = anybatch.forecast(Run({"total": TOTAL}, lines, 0), [8, 80], per_device=8)
     assert found.scales[0].seconds.value == pytest.approx(1.1 * found.scales[0].iterations.value, rel=0.01)
-    two = anybatch.Run({"total": TOTAL, "ranks": 2}, lines, 0)
+    two = Run({"total": TOTAL, "ranks": 2}, lines, 0)
     assert [s.devices for s in anybatch.forecast(two, [8, 80], per_device=8).scales] == [1, 10]
     assert "synchronisation" in anybatch.forecast(two, [8]).notes[-1]
 
@@ -320,16 +318,16 @@ def test_a_scale_out_of_reach_is_a_typed_error(extreme):
 
 def test_a_run_on_several_numbers_of_ranks_is_noted():
     run = recorded(falling(), 4)
-    notes = anybatch.forecast(anybatch.Run(run.config, run.steps, 0, ranks=(2, 4)), [8]).notes
+    notes = anybatch.forecast(Run(run.config, run.steps, 0, ranks=(2, 4)), [8]).notes
     assert "another number of ranks (2, 4)" in notes[0]
-    assert not anybatch.forecast(anybatch.Run(run.config, run.steps, 0, ranks=(2,)), [8]).notes
+    assert not anybatch.forecast(Run(run.config, run.steps, 0, ranks=(2,)), [8]).notes
 
 
 def test_a_rule_that_measures_nothing_is_said_so(tmp_path):
     """The header has the names of AdaScale's settings, without values, for every rule."""
     run = recorded(falling(), 4)
     config = {**run.config, "rule": "Linear()", "estimator": None, "smoothing": None}
-    assert "not AdaScale's" in anybatch.forecast(anybatch.Run(config, run.steps, 0), [8]).notes[0]
+    assert "not AdaScale's" in anybatch.forecast(Run(config, run.steps, 0), [8]).notes[0]
 
 
 def test_runs_of_one_configuration_may_differ_in_the_batch_alone():

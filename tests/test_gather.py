@@ -256,22 +256,17 @@ def test_memory_no_parameter_sized_buffer():
     """A backward leaves one number; what waits for its end are small gradients, and of large ones the rows' norms."""
     model = nn.Linear(1000, 1000)
     optimizer, controller = attached(model)
-    gradients, waiting = controller._gradients, []
+    queue, waiting = controller._gradients._norms.euclidean.queues[0], []
     model.weight.register_post_accumulate_grad_hook(
-        lambda _: waiting.append(
-            sum(
-                t.numel()
-                for t in gradients._norms.euclidean.queues[0].waiting + gradients._norms.euclidean.queues[0].rows
-            )
-        )
+        lambda _: waiting.append(sum(t.numel() for t in queue.waiting + queue.rows))
     )
     for _ in range(3):
         (model(torch.randn(2, 1000)).square().mean() / 3).backward()
-        assert gradients._norms.euclidean.queues[0].waiting == []
+        assert queue.waiting == []
     assert all(0 < entries <= 1000 + 1_000_000 // 512 + 1 for entries in waiting)
-    assert [t.numel() for t in gradients._norms.euclidean.queues[0].squares] == [1, 1, 1]
+    assert [t.numel() for t in queue.squares] == [1, 1, 1]
     optimizer.step()
-    assert gradients._norms.euclidean.queues[0].squares == []
+    assert queue.squares == []
 
 
 def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():

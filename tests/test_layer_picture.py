@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anybatch
+from anybatch._record import Run
+from anybatch._scaling import Moments
 
 pytest.importorskip("matplotlib")
 
@@ -30,9 +32,9 @@ def looked(layers, *, every=1, steps=480):
     values = {**dict.fromkeys([*names, "noise_scale", "seconds"], 1.0), "count": 2}
     found = []
     for i in range(1, steps + 1):
-        seen = {name: anybatch.Moments(*pair) for name, pair in layers(i).items()} if i % every == 0 else {}
+        seen = {name: Moments(*pair) for name, pair in layers(i).items()} if i % every == 0 else {}
         found.append(anybatch.StepRecord(**values, step=i, tau=float(i), per_layer=seen))
-    return anybatch.Run({}, found, 0)
+    return Run({}, found, 0)
 
 
 def test_cells_are_as_long_as_the_noise_wants_and_none_where_it_hides_all():
@@ -144,7 +146,7 @@ def test_the_page_draws_each_run_that_was_looked_at(tmp_path):
     for i in range(6):
         record = anybatch.RunRecord(tmp_path / f"{i}.jsonl", config={**plain.config, "base_batch": 32})
         for step in plain.steps[:40]:
-            layers = {"body.<i>": anybatch.Moments(2.0, 1.0), "head": anybatch.Moments(10.0 + step.step, 1.0)}
+            layers = {"body.<i>": Moments(2.0, 1.0), "head": Moments(10.0 + step.step, 1.0)}
             record.write(anybatch.StepRecord(**{**vars(step), "per_layer": layers}))
         record.close()
     text = report(sorted(tmp_path.glob("*.jsonl")))
@@ -156,7 +158,7 @@ def test_the_page_draws_each_run_that_was_looked_at(tmp_path):
     assert "body.<i>" not in text
     record = anybatch.RunRecord(tmp_path / "unsaid.jsonl", config={**plain.config, "base_batch": None})
     for step in plain.steps[:40]:
-        record.write(anybatch.StepRecord(**{**vars(step), "per_layer": {"head": anybatch.Moments(2.0, 1.0)}}))
+        record.write(anybatch.StepRecord(**{**vars(step), "per_layer": {"head": Moments(2.0, 1.0)}}))
     record.close()
     assert "in base batches, as colour" in report([tmp_path / "unsaid.jsonl"])
     assert "in examples (in base batches for runs whose record" in report(sorted(tmp_path.glob("*.jsonl")))

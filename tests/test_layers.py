@@ -10,6 +10,7 @@ from torch import nn
 
 import anybatch
 from anybatch._gradients.layers import layer_of
+from anybatch._scaling import Moments
 
 STEPS = 6
 
@@ -371,7 +372,7 @@ def test_what_cannot_be_measured_by_layer_is_refused(tmp_path):
 def line(i, **layers):
     names = ["tau", "iterations", "scale", "raw_variance", "raw_sqnorm", "variance", "sqnorm", "gain", "lr"]
     values = dict.fromkeys([*names, "lr_factor", "noise_scale", "seconds"], 1.5)
-    layers = {name: anybatch.Moments(*pair) for name, pair in layers.items()}
+    layers = {name: Moments(*pair) for name, pair in layers.items()}
     return anybatch.StepRecord(**{**values, "step": i, "count": 2, "tau": float(i), "per_layer": layers})
 
 
@@ -389,9 +390,9 @@ def test_a_window_is_the_mean_of_its_looks(tmp_path):
     assert [list(step.per_layer) for step in run.steps] == [["a", "b"], [], ["a"], ["a", "b"], ["a", "b"]]
     assert run.steps[0] == with_layers[0]
     assert "per_layer" not in path.read_text().splitlines()[2]
-    assert run.per_layer() == {"a": anybatch.Moments(3.75, 3.375), "b": anybatch.Moments(1.5, 1.0)}
-    assert run.per_layer(1, 4) == {"a": anybatch.Moments(1.0, 1.75)}  # of b nothing is known there
-    assert run.per_layer(begin=4) == {"a": anybatch.Moments(9.0, 9.0), "b": anybatch.Moments(1.0, 3.0)}
+    assert run.per_layer() == {"a": Moments(3.75, 3.375), "b": Moments(1.5, 1.0)}
+    assert run.per_layer(1, 4) == {"a": Moments(1.0, 1.75)}  # of b nothing is known there
+    assert run.per_layer(begin=4) == {"a": Moments(9.0, 9.0), "b": Moments(1.0, 3.0)}
     assert run.per_layer(end=0.5) == {}
 
 

@@ -4,11 +4,18 @@ import ast
 import doctest
 import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import anybatch
+from anybatch._check.check import Check, Finding
+from anybatch._forecast.forecast import Forecast, ScaleForecast
+from anybatch._forecast.steps import Estimate
+from anybatch._maps.maps import Change
+from anybatch._record.record import Run
+from anybatch._scaling.moments import Moments
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in anybatch.__all__ if not name.startswith("__")]
@@ -36,6 +43,16 @@ WITH_EXAMPLES = [
     "scale_optimizer",
     "split",
 ]
+# What functions return and nobody makes: no public names, but each documented where it is returned.
+RETURNED = {
+    "check": [Check, Finding],
+    "forecast": [Forecast, ScaleForecast, Estimate],
+    "moments": [Moments],
+    "read_record": [Run],
+    "scale_hyperparameters": [Change],
+    "scale_optimizer": [Change],
+}
+KINDS = {kind.__name__: kind for kinds in RETURNED.values() for kind in kinds}
 WITH_SOURCES = [
     "AdaScale",
     "BatchController",
@@ -55,9 +72,23 @@ WITH_SOURCES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_there_are_few_public_names():
+    assert len(anybatch.__all__) <= 38
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_is_told_where_it_is_returned(name):
+    text = re.search(r"Returns:\n(.*?)\n\n", inspect.getdoc(getattr(anybatch, name)), re.DOTALL)[1]
+    for kind in RETURNED[name]:
+        assert kind.__name__ not in anybatch.__all__
+        assert f"`{kind.__name__}`" in text
+        for field in fields(kind):
+            assert re.search(rf"`{field.name}`", text), f"{name} does not name {kind.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("name", [*NAMES, *KINDS])
 def test_is_documented_with_all_its_arguments(name):
-    thing = getattr(anybatch, name)
+    thing = KINDS.get(name) or getattr(anybatch, name)
     text = inspect.getdoc(thing)
     assert text
     if name.endswith(("Error", "Warning")) or name == "Controller":
@@ -66,19 +97,20 @@ def test_is_documented_with_all_its_arguments(name):
         assert re.search(rf"\b{argument}\b.*:", text), f"{name} does not document {argument}"
 
 
-@pytest.mark.parametrize("name", ["Controller", "Clock", "ModelEMA", "Run", "RunRecord", "Moments", "Rule"])
+@pytest.mark.parametrize("name", ["Controller", "Clock", "ModelEMA", "RunRecord", "Rule", *KINDS])
 def test_public_members_are_documented(name):
-    for member in dir(getattr(anybatch, name)):  # what it inherits too
-        value = inspect.getattr_static(getattr(anybatch, name), member)
+    kind = KINDS.get(name) or getattr(anybatch, name)
+    for member in dir(kind):  # what it inherits too
+        value = inspect.getattr_static(kind, member)
         if not member.startswith("_") and (callable(value) or isinstance(value, property)):
             assert inspect.getdoc(value), f"{name}.{member}"
 
 
 @pytest.mark.parametrize(("name", "least"), [("Controller", 5), ("Run", 1)])
 def test_examples_of_members_run(name, least, doctest_namespace):
-    found = 0
-    for member in dir(getattr(anybatch, name)):
-        value = inspect.getattr_static(getattr(anybatch, name), member)
+    found, kind = 0, KINDS.get(name) or getattr(anybatch, name)
+    for member in dir(kind):
+        value = inspect.getattr_static(kind, member)
         if member.startswith("_"):
             continue
         for test in doctest.DocTestFinder(recurse=False).find(value, member, globs=dict(doctest_namespace)):

@@ -14,8 +14,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from test_run_report import written
 
-import anybatch
 from anybatch._report.report import report
+from anybatch._scaling import Moments
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -31,7 +31,7 @@ def page(tmp_path_factory):
     """A page with all its parts, long names among them."""
     folder = tmp_path_factory.mktemp("page")
     names = ["embedding", *(f"transformer.blocks.{k}.attention.projection" for k in range(40)), "head", "<b>" * 40]
-    layers = {name: anybatch.Moments(1.0 + k**2, 1.0) for k, name in enumerate(names)}
+    layers = {name: Moments(1.0 + k**2, 1.0) for k, name in enumerate(names)}
     for i, scale in enumerate((1, 8, 32)):
         name = ["a", "x" * 120, "ein sehr langer Name <b>"][i]
         metrics = [

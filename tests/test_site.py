@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from test_public import KINDS, RETURNED
 
 import anybatch
 
@@ -17,7 +19,7 @@ CONFIG = (ROOT / "mkdocs.yml").read_text()
 
 def test_every_public_name_has_its_place():
     listed = re.findall(r"^::: anybatch\.(?!integrations\.)(?:[\w.]+\.)?(\w+)$", API, re.MULTILINE)
-    assert sorted(listed) == sorted([*(n for n in anybatch.__all__ if not n.startswith("__")), "sinks"])
+    assert sorted(listed) == sorted([*(n for n in anybatch.__all__ if not n.startswith("__")), *KINDS, "sinks"])
 
 
 def test_every_page_is_in_the_navigation():
@@ -77,3 +79,16 @@ def test_the_api_page_shows_signatures_and_examples(site):
         if not name.startswith("__"):
             assert re.search(rf'id="anybatch\.(?:[\w.]+\.)?{name}"', text), name
     assert "&gt;&gt;&gt;" in text
+
+
+def test_what_is_returned_is_linked_from_what_returns_it(site):
+    """From the function's own section, or from the section of the kind that holds it."""
+    _, *parts = re.split(r'<h3 id="([\w.]+)"', (site / "api.html").read_text())
+    sections = {name.split(".")[-1]: text for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    for function, kinds in RETURNED.items():
+        seen = sections[function]
+        for kind in kinds:
+            assert re.search(rf'href="#anybatch\.[\w.]+\.{kind.__name__}"', seen), f"{function} has no {kind.__name__}"
+            seen += sections[kind.__name__]
+            for field in fields(kind):
+                assert f">{field.name}<" in sections[kind.__name__]

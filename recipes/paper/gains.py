@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import anybatch
+from anybatch._scaling import Moments
 from recipes.paper.machine import Machine
 from recipes.paper.runs import Run, task_of
 from recipes.train import Training
@@ -85,7 +86,7 @@ def compare(base: Run, machine: Machine, *, scale: int, batches: int, points: in
     }
 
 
-def true_moments(task: Task, net: nn.Module, *, batches: int, seed: int) -> anybatch.Moments:
+def true_moments(task: Task, net: nn.Module, *, batches: int, seed: int) -> Moments:
     """Moments at the present weights, from the gradients of many base batches; the model stays as it is."""
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     parameters = [p for p in net.parameters() if p.requires_grad]

@@ -175,7 +175,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
     add("--make-data", action="store_true", help="write a small made data set to --data if nothing is there")
     add("--rule", default="adascale", choices=RULES, help="how steps are scaled (default: adascale)")
     add("--decays", type=number_or_word, help="of betas and momentum: auto, clock, constant or a number from 0 to 1")
-    add("--estimator", choices=("unbiased", "paper", "ratio"), help="how AdaScale's gain is estimated")
+    add("--estimator", choices=("unbiased", "paper"), help="how AdaScale's gain is estimated")
     add("--smoothing", type=number_or_word, help="memory of AdaScale's averages: paper, or a number from 0 to 1")
     add("--scale", default="1", help="batch of a step in base batches; 32,64@0.25 changes at a quarter of the run")
     add("--base-batch", type=int, help="the batch that the learning rate is tuned for, in place of the task's")

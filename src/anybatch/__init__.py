@@ -6,7 +6,7 @@ from anybatch._lazy import later
 from anybatch._version import __version__
 
 if TYPE_CHECKING:
-    from anybatch._check import Check, Finding, check
+    from anybatch._check import check
     from anybatch._controller import BatchController, Controller, Seesaw, attach
     from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
     from anybatch._errors import (
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from anybatch._forecast import Estimate, Forecast, ScaleForecast, forecast
-    from anybatch._maps import Change, Progressive, scale_hyperparameters, scale_optimizer
-    from anybatch._record import MetricRecord, Run, RunRecord, StepRecord, iter_record, read_record
+    from anybatch._forecast import forecast
+    from anybatch._maps import Progressive, scale_hyperparameters, scale_optimizer
+    from anybatch._record import MetricRecord, RunRecord, StepRecord, iter_record, read_record
     from anybatch._scaling import (
         AdaScale,
         Clock,
         HeldScheduler,
         Identity,
         Linear,
-        Moments,
         Rule,
         Scaling,
         SquareRoot,
@@ -45,26 +44,18 @@ __all__ = [
     "AnybatchError",
     "AnybatchWarning",
     "BatchController",
-    "Change",
-    "Check",
     "Clock",
     "Controller",
     "DivergedError",
-    "Estimate",
-    "Finding",
-    "Forecast",
     "HeldScheduler",
     "Identity",
     "InvalidValueError",
     "Linear",
     "MetricRecord",
     "ModelEMA",
-    "Moments",
     "Progressive",
     "Rule",
-    "Run",
     "RunRecord",
-    "ScaleForecast",
     "Scaling",
     "Seesaw",
     "SquareRoot",

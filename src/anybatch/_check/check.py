@@ -88,7 +88,8 @@ def check(
         options: all others of `attach`, such as `base_batch=32, micro_batch=8`; `record` is left out.
 
     Returns:
-        The findings; `print` it, or `assert anybatch.check(...).ok`.
+        A `Check`: `findings`, each a `Finding` with `part`, `right` and `text`; and `ok`, whether all of them are
+        right. `print` it, or `assert anybatch.check(...).ok`.
 
     Raises:
         InvalidValueError: `times` below 2, or no tensor in the batch.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from anybatch._forecast import Estimate, Forecast
+
 
 def forecast(
     *,
@@ -67,7 +69,7 @@ def _numbers(text: str) -> list[float]:
         raise failed(f"--scales takes positive numbers, comma-separated; got {text!r}.") from None
 
 
-def _draw(found: "anybatch.Forecast", out: Path) -> None:
+def _draw(found: "Forecast", out: Path) -> None:
     from anybatch._report import plot
 
     try:
@@ -78,7 +80,7 @@ def _draw(found: "anybatch.Forecast", out: Path) -> None:
         raise failed(f"--out: cannot write {out}: {error}") from None
 
 
-def _show(found: "anybatch.Forecast", console: "Console") -> None:
+def _show(found: "Forecast", console: "Console") -> None:
     """One table, or two where the terminal is too narrow for it."""
     from anybatch._report import duration
 
@@ -106,12 +108,12 @@ def _table(columns: dict[str, list[str]]) -> "Table":
     return table(list(columns), list(zip(*columns.values(), strict=True)), left=0)
 
 
-def _with_band(value: "anybatch.Estimate") -> str:
+def _with_band(value: "Estimate") -> str:
     exact = value.low == value.high
     return f"{value.value:,.0f}" + ("" if exact else f" ({value.low:,.0f} to {value.high:,.0f})")
 
 
-def _sentence(found: "anybatch.Forecast") -> str:
+def _sentence(found: "Forecast") -> str:
     c = found.critical
     return (
         f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "

@@ -7,12 +7,15 @@ from math import ceil, inf
 from os import PathLike
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import anybatch
 from anybatch._commands.terminal import failed, table, words
+
+if TYPE_CHECKING:
+    from anybatch._maps import Change
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Plan:
     base_batch: int
     batch: int
     kappa: float
-    changes: "dict[str, anybatch.Change]"
+    changes: "dict[str, Change]"
     limits: list[str]
     adascale: str
     noise_scale: float | None
@@ -116,6 +119,7 @@ def planned(
         StateError: a record of a newer anybatch.
         UnsupportedError: the optimizer cannot be scaled.
     """
+    from anybatch._maps import Change
     from anybatch._numbers import MOST, shown
 
     for name, number in {"base-batch": base_batch, "batch": batch, **steps}.items():
@@ -125,9 +129,7 @@ def planned(
     changes = anybatch.scale_hyperparameters(optimizer, kappa, **values)
     for name, number in steps.items():
         why = "steps / kappa: the same examples"
-        changes[name] = anybatch.Change(
-            number, number if kappa == 1 else ceil(number / kappa), why, "Goyal et al. 2017"
-        )
+        changes[name] = Change(number, number if kappa == 1 else ceil(number / kappa), why, "Goyal et al. 2017")
     noise_scale = None if record is None else _noise_scale(record, base_batch)
     gain = None if noise_scale is None else _gain(noise_scale / base_batch, kappa)
     return Plan(
@@ -179,7 +181,7 @@ def _adascale(base_batch: int, kappa: float, gain: float | None) -> str:
 
 
 def _limits(
-    optimizer: str, kappa: float, batch: int, changes: "Mapping[str, anybatch.Change]", noise_scale: float | None
+    optimizer: str, kappa: float, batch: int, changes: "Mapping[str, Change]", noise_scale: float | None
 ) -> list[str]:
     limits = []
     if noise_scale is not None and batch > noise_scale:

@@ -172,7 +172,7 @@ class GainEstimator:
         if self._measurement is not None:
             weighed = self._measurement.metric == "adam" and running.metric.samples > 0
             averages = running.metric if weighed else running.averages
-            gain = averages.gain(scale, estimator=self._measurement.estimator, noise_factor=self.noise_factor)
+            gain = averages.gain(scale, noise_factor=self.noise_factor)
             if self._measurement.estimator == "unbiased":  # the paper starts with r_0 = 1
                 gain = careful(gain, running.averages.samples)
         scaling = _checked(self._rule, scale=scale, gain=gain, clock=self._clock, exponent=self._exponent(gain))

@@ -1,11 +1,10 @@
 """One run tells all: steps, time and cost at other batch sizes, from one record."""
 
-from anybatch._forecast.forecast import Forecast, ScaleForecast, forecast
+from anybatch._forecast.forecast import Forecast, forecast
 from anybatch._forecast.steps import Estimate
 
 __all__ = [
     "Estimate",
     "Forecast",
-    "ScaleForecast",
     "forecast",
 ]

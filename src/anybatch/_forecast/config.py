@@ -43,7 +43,7 @@ def rule_of(config: Mapping[str, Any], *, noise_factor: float) -> RuleConfig:
     theta: Smoothing = number if number is not None and 0 <= number < 1 else None
     return RuleConfig(
         adascale=estimator is not None or (isinstance(rule, str) and "AdaScale" in rule),
-        estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper", "ratio") else "unbiased",
+        estimator=cast("Estimator", estimator) if estimator in ("unbiased", "paper") else "unbiased",
         smoothing="paper" if smoothing == "paper" else theta,
         noise_factor=noise_factor,
     )

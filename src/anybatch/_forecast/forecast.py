@@ -106,7 +106,10 @@ def forecast(
         price_per_device_hour: price, in any currency, not negative.
 
     Returns:
-        The forecast. Its notes say what it rests on, an unfinished run among others.
+        A `Forecast`: `scales`, `critical`, `total`, `recorded`, `unit`, and `notes`, which say what it rests on, an
+        unfinished run among others. Each of its scales is a `ScaleForecast`: `scale`, `devices`, `iterations`,
+        `examples`, `efficiency`, `seconds`, `device_hours` and `cost`. The last six are each an `Estimate` with
+        `value`, `low` and `high`, and so is `critical`.
 
     Raises:
         InvalidValueError: no step of the record shows a variance, a value is out of range, the file is no record, or a
@@ -116,8 +119,12 @@ def forecast(
     Example:
         >>> def step(i):                         # a run at S = 2 with sigma^2 = mu^2 = 1 all the time: gain 4/3
         ...     return anybatch.StepRecord(i, 4 / 3 * i, 4 / 3, 2, 2, 1, 1, 1, 1, 4 / 3, 0.1, 4 / 3, 1, 0.5)
-        >>> run = anybatch.Run({"total": 100, "base_batch": 32}, [step(i + 1) for i in range(75)], 0)
-        >>> found = anybatch.forecast(run, [1, 8])
+        >>> path = tmp_path / "run.jsonl"
+        >>> record = anybatch.RunRecord(path, config={"total": 100, "base_batch": 32})
+        >>> for i in range(75):
+        ...     record.write(step(i + 1))
+        >>> record.close()
+        >>> found = anybatch.forecast(path, [1, 8])
         >>> [(s.scale, s.iterations.value, round(s.efficiency.value, 2)) for s in found.scales]
         [(1.0, 100.0, 1.0), (8.0, 58.0, 0.22)]
 

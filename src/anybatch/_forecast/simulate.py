@@ -69,11 +69,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
 
 
 def _gain(variance: Tensor, sqnorm: Tensor, scale: Tensor, *, rule: RuleConfig) -> Tensor:
-    """`anybatch.gain`, or the ratio of the paper's recommendation."""
-    variance = rule.noise_factor * variance
-    if rule.estimator == "ratio":
-        ratio = ((variance + sqnorm + EPSILON) / (variance / scale + sqnorm + EPSILON)).nan_to_num(nan=1.0)
-    else:
-        variance, sqnorm = variance.clamp(min=0), sqnorm.clamp(min=0)
-        ratio = ((variance + sqnorm) / (variance / scale + sqnorm)).nan_to_num(nan=1.0)
+    """`anybatch.gain`."""
+    variance, sqnorm = (rule.noise_factor * variance).clamp(min=0), sqnorm.clamp(min=0)
+    ratio = ((variance + sqnorm) / (variance / scale + sqnorm)).nan_to_num(nan=1.0)
     return torch.minimum(torch.maximum(ratio, scale.clamp(max=1)), scale.clamp(min=1))

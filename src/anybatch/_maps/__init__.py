@@ -1,13 +1,12 @@
 """Other batches on paper: every hyperparameter at another batch size, before or during a run."""
 
 from anybatch._maps.maps import Change, scale_hyperparameters
-from anybatch._maps.progressive import Progressive, check_base
+from anybatch._maps.progressive import Progressive
 from anybatch._maps.rescale import scale_optimizer
 
 __all__ = [
     "Change",
     "Progressive",
-    "check_base",
     "scale_hyperparameters",
     "scale_optimizer",
 ]

@@ -86,7 +86,7 @@ def scale_hyperparameters(
             not given.
 
     Returns:
-        A `Change` for each value, by name; values that are 0 are left out.
+        A `Change` for each value, by name: `before`, `after`, `why` and `source`. Values that are 0 are left out.
 
     Raises:
         InvalidValueError: a value out of range; with `"sde"`, a kappa so large that a beta leaves (0, 1): the message

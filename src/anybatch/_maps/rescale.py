@@ -1,6 +1,5 @@
 """The hyperparameter maps, applied to an optimizer in place."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
     forget the noise of the old batch.
 
     A scheduler that exists already computes the learning rate from its own base values and overwrites this: make it
-    afterwards, or let `Progressive` drive it. `initial_lr`, which one made afterwards starts from, is scaled as well.
+    afterwards. `initial_lr`, which one made afterwards starts from, is scaled as well. For a batch that changes in the
+    middle of a schedule use `attach`, which scales at each step.
 
     Args:
         optimizer: of a class in torch.optim, or derived from one; without a controller.
@@ -29,7 +29,7 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
         betas_rule: as in `scale_hyperparameters`.
 
     Returns:
-        The changes of each parameter group.
+        For each parameter group a `Change` for each value, by name: `before`, `after`, `why` and `source`.
 
     Raises:
         InvalidValueError: a value out of range; nothing was changed.
@@ -46,40 +46,22 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
         Goyal et al. 2017; Malladi et al. 2022; otherwise as for `scale_hyperparameters`.
     """
     kappa = check_positive("kappa", kappa)
-    family = map_family(optimizer)
-    factors = [kappa ** lr_exponent(group, family, kappa) for group in optimizer.param_groups]
-    changes = rescale(optimizer, [kappa] * len(optimizer.param_groups), betas_rule=betas_rule)
-    for group, factor in zip(optimizer.param_groups, factors, strict=True):
-        if "initial_lr" in group:
-            group["initial_lr"] = group["initial_lr"] * factor
-    return changes
-
-
-def rescale(
-    optimizer: Optimizer, factors: Sequence[float], *, betas_rule: BetasRule, state: bool = True
-) -> list[dict[str, Change]]:
-    """Edit each group by its own factor, its state's counters too where `state`; all or nothing."""
-    check_free(optimizer)
-    family = map_family(optimizer)
-    groups = optimizer.param_groups
-    changes = [map_group(group, family, k, betas_rule) for group, k in zip(groups, factors, strict=True)]
-    for group, k, changed in zip(groups, factors, changes, strict=True):
-        if k == 1:
-            continue
-        for name, change in changed.items():
-            _write(group, name, change.after)
-        if state:
-            _rescale_state(local_of(optimizer), group, family, k)
-    return changes
-
-
-def check_free(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that a controller scales."""
     if optimizer in attached:
         raise UsageError(
             "This optimizer has a controller, which scales it at every step: leave its values as tuned for the base "
             "batch, or detach() the controller first."
         )
+    family = map_family(optimizer)
+    changes = [map_group(group, family, kappa, betas_rule) for group in optimizer.param_groups]
+    if kappa == 1:
+        return changes
+    for group, changed in zip(optimizer.param_groups, changes, strict=True):
+        if "initial_lr" in group:
+            group["initial_lr"] = group["initial_lr"] * kappa ** lr_exponent(group, family, kappa)
+        for name, change in changed.items():
+            _write(group, name, change.after)
+        _rescale_state(local_of(optimizer), group, family, kappa)
+    return changes
 
 
 def _rescale_state(local: Optimizer, group: dict[str, Any], family: Family, kappa: float) -> None:

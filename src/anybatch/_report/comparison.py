@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import anybatch
+from anybatch._forecast import Estimate
 from anybatch._report.summary import Summary
 
 # What may differ between two runs of one configuration: the batch and its parts, chance and the machine.
@@ -31,7 +32,7 @@ class Comparison:
 
     happened: dict[float, float]
     counts: dict[float, int]
-    forecasts: list[tuple[Summary, dict[float, anybatch.Estimate]]]
+    forecasts: list[tuple[Summary, dict[float, Estimate]]]
     notes: list[str]
 
 

@@ -7,12 +7,13 @@ from math import ceil, floor, log10, nan
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-import anybatch
+from anybatch._record import Run
 from anybatch._report.chart import WIDTH, Legend
 from anybatch._report.figure import blank, colour, house, inline, numbers, widest
 from anybatch._report.page import inert, visible
 from anybatch._report.points import seen
 from anybatch._report.words import short_number
+from anybatch._scaling import Moments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ class LayerMap:
     end: float
 
 
-def layer_map(run: anybatch.Run, *, unit: float) -> LayerMap | None:
+def layer_map(run: Run, *, unit: float) -> LayerMap | None:
     """The map of a run, in units of `unit` base batches; `None` where no step was looked at.
 
     A cell grows, a twenty-fourth of the run at a time, until the mean of its looks' sqnorm is two standard errors above
@@ -60,7 +61,7 @@ def layer_map(run: anybatch.Run, *, unit: float) -> LayerMap | None:
     if not looks:
         return None
     end = max(step.tau for step in looks)
-    windows: list[list[Mapping[str, anybatch.Moments]]] = [[] for _ in range(_WINDOWS)]
+    windows: list[list[Mapping[str, Moments]]] = [[] for _ in range(_WINDOWS)]
     for step in looks:
         windows[min(max(ceil(step.tau / end * _WINDOWS), 1), _WINDOWS) - 1].append(step.per_layer)
     edges = [end * i / _WINDOWS for i in range(_WINDOWS + 1)]
@@ -69,9 +70,9 @@ def layer_map(run: anybatch.Run, *, unit: float) -> LayerMap | None:
 
 
 def _grown(
-    name: str, windows: Sequence[Sequence[Mapping[str, anybatch.Moments]]], edges: Sequence[float], unit: float
+    name: str, windows: Sequence[Sequence[Mapping[str, Moments]]], edges: Sequence[float], unit: float
 ) -> Iterator[Cell]:
-    begin, held = edges[0], list[anybatch.Moments]()
+    begin, held = edges[0], list[Moments]()
     for window, edge in zip(windows, edges[1:], strict=True):
         held += [look[name] for look in window if name in look and look[name].finite]
         noise = _noise(held) * unit
@@ -80,14 +81,14 @@ def _grown(
             begin, held = edge, []
 
 
-def _noise(looks: Sequence[anybatch.Moments]) -> float:
+def _noise(looks: Sequence[Moments]) -> float:
     """The noise scale in base batches, if these looks tell it."""
     if len(looks) < 2 or not all(seen(m.variance) and seen(m.sqnorm) for m in looks):
         return nan
     sqnorms = [m.sqnorm for m in looks]
     if fmean(sqnorms) <= _SURE * stdev(sqnorms) / len(looks) ** 0.5:
         return nan
-    return anybatch.Moments(fmean(m.variance for m in looks), fmean(sqnorms)).noise_scale
+    return Moments(fmean(m.variance for m in looks), fmean(sqnorms)).noise_scale
 
 
 def levels(maps: Iterable[LayerMap]) -> list[float]:

@@ -18,7 +18,7 @@ from anybatch._scaling.moments import (
 )
 from anybatch._scaling.momentum import averaged_exponent
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot, measurement_of
-from anybatch._scaling.schedules import ScheduleDriver, position_of
+from anybatch._scaling.schedules import ScheduleDriver
 from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "local_of",
     "measurement_of",
     "moments",
-    "position_of",
     "refuse_deepspeed",
     "row_of",
     "second_moment_of",

@@ -12,10 +12,10 @@ from typing import Literal
 from anybatch._errors import InvalidValueError
 from anybatch._scaling.batch import check_positive
 
-Estimator = Literal["unbiased", "paper", "ratio"]
+Estimator = Literal["unbiased", "paper"]
 Smoothing = float | Literal["paper"] | None
 
-# Johnson et al. 2020: the floor of the variance before averaging, and the number added to both sides of the ratio.
+# Johnson et al. 2020: the floor of the variance before averaging.
 EPSILON = 1e-6
 # Share of the whole run, in tau, over which the averages look back (measured on the digits: benchmarks/smoothing.py).
 _HORIZON = 0.01
@@ -78,7 +78,8 @@ def moments(mean_square: float, square_mean: float, *, sample: float, batch: flo
         batch: size of the mean in base batches, larger than `sample`: one sample alone shows no variance.
 
     Returns:
-        The raw moments; either may be negative by chance. Average them first, clip last.
+        The raw `Moments`: `variance` and `sqnorm`, of which either may be negative by chance. Average them first, clip
+        last.
 
     Raises:
         InvalidValueError: a size is not positive, or `batch <= sample`.
@@ -143,7 +144,7 @@ def gain(variance: float, sqnorm: float, scale: float) -> float:
     # the law against the last bit of rounding.
     noise, signal = (1.0, sqnorm / variance) if variance > sqnorm else (variance / sqnorm, 1.0)
     ratio = (noise + signal) / (noise / scale + signal)
-    return _within(ratio, scale)
+    return min(max(ratio, min(1.0, scale)), max(1.0, scale))
 
 
 def careful(gain: float, samples: int) -> float:
@@ -225,7 +226,7 @@ class Averages:
         step = (iterations > 0) - (iterations < 0)
         return replace(self, iterations=self.iterations + iterations, age=self.age + step)
 
-    def gain(self, scale: float, *, estimator: Estimator, noise_factor: float = 1.0) -> float:
+    def gain(self, scale: float, *, noise_factor: float = 1.0) -> float:
         """The gain at `scale` with `noise_factor` times the variance; `min(1, S)`, the careful end, where nothing is
         known yet.
         """
@@ -233,11 +234,7 @@ class Averages:
             return 1.0
         if self.samples == 0:
             return min(1.0, scale)
-        now = Moments(noise_factor * self.moments.variance, self.moments.sqnorm)
-        if estimator != "ratio":
-            return gain(now.variance, now.sqnorm, scale)
-        ratio = (now.variance + now.sqnorm + EPSILON) / (now.variance / scale + now.sqnorm + EPSILON)
-        return _within(ratio, scale)
+        return gain(noise_factor * self.moments.variance, self.moments.sqnorm, scale)
 
 
 def smoothing_factor(
@@ -275,7 +272,3 @@ def thetas(smoothing: Smoothing, *, scale: float, total: float | None) -> tuple[
 def horizon_of(smoothing: Smoothing, *, total: float | None) -> float:
     """Base iterations over which the averages look back by the clock; infinite where steps alone make them forget."""
     return inf if smoothing is not None or total is None else _HORIZON * total
-
-
-def _within(ratio: float, scale: float) -> float:
-    return min(max(ratio, min(1.0, scale)), max(1.0, scale))

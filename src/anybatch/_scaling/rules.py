@@ -182,7 +182,6 @@ class AdaScale(Rule):
             `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0); the gain is that of the
             averages over the steps before, the first is 1; a plain mean before the exponential one. Biased low when the
             noise is high: at S=8 and variance/sqnorm = 1000 it gives 7.69 where 7.94 is right.
-            `"ratio"`: the paper's recommendation to practitioners, `(avg m1 + 1e-6) / (avg m2 + 1e-6)`.
         smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for the
             shorter memory of the paper's and 1 % of the run on the clock (`"paper"` where no `total` is given).
         noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
@@ -232,11 +231,10 @@ class AdaScale(Rule):
         1. The default estimator clips after averaging, and comes to the full gain step by step instead of after a
            first gain of 1.
         2. The default averages have a horizon on the clock where that is shorter than the paper's in iterations.
-        3. `"ratio"` is kept within [min(1, S), max(1, S)], which the paper's fraction can leave.
-        4. S may be fractional or below 1, change at any step, and differ from the number of samples.
-        5. Optimizers other than SGD, with their decays on the clock.
-        6. `every` measures some of the steps.
-        7. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
+        3. S may be fractional or below 1, change at any step, and differ from the number of samples.
+        4. Optimizers other than SGD, with their decays on the clock.
+        5. `every` measures some of the steps.
+        6. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
     """
 
     measures: ClassVar[bool] = True
@@ -252,8 +250,8 @@ class AdaScale(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimator not in ("unbiased", "paper", "ratio"):
-            raise InvalidValueError(f'estimator must be "unbiased", "paper" or "ratio", got {self.estimator!r}.')
+        if self.estimator not in ("unbiased", "paper"):
+            raise InvalidValueError(f'estimator must be "unbiased" or "paper", got {self.estimator!r}.')
         numeric = isinstance(self.smoothing, int | float) and 0 <= self.smoothing < 1
         if self.smoothing is not None and self.smoothing != "paper" and not numeric:
             raise InvalidValueError(f'smoothing must be None, "paper" or in [0, 1), got {self.smoothing!r}.')
