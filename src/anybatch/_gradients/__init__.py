@@ -16,7 +16,6 @@ from anybatch._gradients.parameters import (
 )
 from anybatch._gradients.probe import Probe
 from anybatch._gradients.reduce import (
-    Ranks,
     ReducedWindow,
     Reduction,
     Share,
@@ -37,7 +36,6 @@ __all__ = [
     "LayerNorms",
     "Norms",
     "Probe",
-    "Ranks",
     "ReducedWindow",
     "Reduction",
     "Share",
