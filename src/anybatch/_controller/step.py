@@ -236,7 +236,13 @@ class Stepper:
             held.enter_context(withheld(values.optimizer))
             return
         scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
-        held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
+        factors = [
+            scaling.lr_factor
+            if same
+            else self._judge.scaling(step, exponent=partial(values.exponent, group=i)).lr_factor
+            for i, same in enumerate(values.same_law)
+        ]
+        held.enter_context(values.scaled(lr_factor=factors, iterations=scaling.iterations, scale=step.scale))
 
     @property
     def _stamp(self) -> int | None:
