@@ -234,6 +234,7 @@ class Stepper:
         self._restore_values = held.close
         if step.skipped:
             held.enter_context(withheld(values.optimizer))
+            held.enter_context(values.uncounted())
             return
         scaling = step.scaling if index == 0 else self._judge.scaling(step, exponent=values.exponent)
         factors = [

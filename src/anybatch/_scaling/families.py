@@ -76,6 +76,9 @@ _SOAP = Family(
     0.5, "constant", eps=0.5, off_clock="it renews its basis by the count of steps that debiases its averages"
 )
 _ADAM_LIKE = replace(_ADAM, noise_factor=1.0, second_moment="", source="")
+_BELIEF = Family(
+    0.5, "constant", eps=0.5, off_clock="it divides by distances from an average, which are too small if it is short"
+)
 
 _FREE = (
     "its beta1 interpolates between two sequences of weights, so it is no memory, and its average weighs each step by "
@@ -156,7 +159,8 @@ _TABLE: dict[str, Family | str] = {
         for name in ("Adam", "AdamW")
         for bits in ("", "8bit", "32bit")
     },
-    **{f"pytorch_optimizer.{name}": _ADAM_LIKE for name in ("AdaBelief", "AdamP", "StableAdamW")},
+    **{f"pytorch_optimizer.{name}": _ADAM_LIKE for name in ("AdamP", "StableAdamW")},
+    "pytorch_optimizer.AdaBelief": _BELIEF,
     **dict.fromkeys(("soap.SOAP", "pytorch_optimizer.SOAP"), _SOAP),
     **dict.fromkeys(("sophia.SophiaG", "pytorch_optimizer.SophiaH"), _SOPHIA),
     **{

@@ -134,6 +134,8 @@ class Hyperparameters:
         if not any(changes):
             yield  # nothing changes, bit for bit
             return
+        laws = [(f, m, group.get("momentum")) for group, f, m in zip(groups, factors, momenta, strict=True)]
+        shared = _separated(groups, laws)
         # All are read before any is written: groups may share one tensor.
         saved = [{name: _copy(group[name]) for name in values} for group, values in zip(groups, changes, strict=True)]
         own = momenta[-len(local.param_groups) :]  # those of the groups that hold the state
@@ -158,7 +160,22 @@ class Hyperparameters:
             for entries, divisor in self._state_entries(k, own):
                 torch._foreach_mul_(entries, divisor)
             self._count_numbers(lambda count, unit: float(count) * unit, k)
+            for group, own_lr, common in shared:
+                if group["lr"] is own_lr:
+                    group["lr"] = common
         self._check_running(before)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Put the groups' counts back after a step without gradients, which leaves those at the parameters alone."""
+        groups = local_of(self.optimizer).param_groups
+        saved = [(group, name, group.get(name)) for group in groups for name in self.family.state]
+        yield
+        for group, name, count in saved:
+            if count is not None:
+                group[name] = count
+            else:
+                group.pop(name, None)
 
     @property
     def _on_clock(self) -> bool:
@@ -235,7 +252,11 @@ class Hyperparameters:
         """State that is kept in another unit than this step's, with what divides it."""
         local = local_of(self.optimizer)
         for name, power in self.family.state.items() if k != 1 else ():
-            entries = [s[name] for s in _holders(local) if isinstance(s.get(name), Tensor)]
+            holders = [holder for holder in _holders(local) if isinstance(holder.get(name), Tensor)]
+            for holder in holders:
+                if not holder[name].is_floating_point():
+                    holder[name] = holder[name].float()
+            entries = [holder[name] for holder in holders]
             if entries:
                 yield entries, k**power
         if self.family.momentum != "sum":
@@ -307,6 +328,22 @@ class _Count(float):
         )
 
     __mod__ = __floordiv__ = __divmod__ = __int__ = __trunc__ = __floor__ = __ceil__ = __round__ = _refuse
+
+
+def _separated(groups: Sequence[dict[str, Any]], laws: Sequence[object]) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
+    """Give groups that share a tensor learning rate, but not the law that it follows, a copy each.
+
+    Returns:
+        Each such group with its own tensor and the common one.
+    """
+    first: dict[int, object] = {}
+    separated = []
+    for group, law in zip(groups, laws, strict=True):
+        common = group["lr"]
+        if isinstance(common, Tensor) and first.setdefault(id(common), law) != law:
+            group["lr"] = common.clone()
+            separated.append((group, group["lr"], common))
+    return separated
 
 
 def _holders(local: Optimizer) -> list[dict[str, Any]]:
