@@ -606,7 +606,7 @@ class Counting(torch.optim.Optimizer):
                     state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
                 if p.grad is None and self.place == "state":
                     continue
-                holder = {"state": state, "group": group, "self": vars(self)}[self.place]
+                holder = {"state": state, "group": group, "global": self.state, "self": vars(self)}[self.place]
                 holder.setdefault(self.entry, self.kind(0))
                 holder[self.entry] += 1
                 if p.grad is None:  # counted all the same, as pytorch-optimizer does
@@ -632,7 +632,7 @@ def trained(optimizer_of, rule):
     return torch.stack(weights), optimizer
 
 
-@pytest.mark.parametrize("place", ["state", "group"])
+@pytest.mark.parametrize("place", ["state", "group", "global"])
 @pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda n: torch.tensor(n, dtype=torch.float64)])
 def test_a_count_of_steps_is_on_the_clock_wherever_and_whatever_it_is(place, kind):
     """Against a plain loop: averages over base iterations, debiased by 1 - beta ** tau."""
@@ -643,7 +643,8 @@ def test_a_count_of_steps_is_on_the_clock_wherever_and_whatever_it_is(place, kin
         m, v, tau = 0.9**k * m + (1 - 0.9**k) * g, 0.99**k * v + (1 - 0.99**k) * g * g, tau + k
         w = w - 0.01 * k**0.5 * (m / (1 - 0.9**tau)) / ((v / (1 - 0.99**tau)).sqrt() + 1e-8)
         torch.testing.assert_close(weights[t], w, rtol=1e-6, atol=1e-9)
-    holder = optimizer.param_groups[0] if place == "group" else optimizer.state[optimizer.param_groups[0]["params"][0]]
+    (p,) = optimizer.param_groups[0]["params"]
+    holder = {"state": optimizer.state[p], "group": optimizer.param_groups[0], "global": optimizer.state}[place]
     assert float(holder["step"]) == pytest.approx(tau)
     assert type(holder["step"]) in (float, torch.Tensor)
 
@@ -664,7 +665,14 @@ def test_who_needs_a_whole_number_of_steps_gets_an_error(whole):
 
 @pytest.mark.parametrize(
     ("place", "entry", "kind"),
-    [("state", "t", int), ("group", "k", int), ("self", "iterations", int), ("state", "t", torch.tensor)],
+    [
+        ("state", "t", int),
+        ("group", "k", float),
+        ("self", "iterations", int),
+        ("global", "k", int),
+        ("state", "t", torch.tensor),
+        ("group", "t", torch.tensor),
+    ],
 )
 def test_a_number_that_a_step_changes_and_that_is_not_on_the_clock_is_an_error(place, entry, kind):
     """A count of another name, or a sum over steps, would be silently wrong."""
@@ -712,6 +720,15 @@ def test_groups_that_share_a_tensor_learning_rate_follow_their_own_momentum():
         assert not shared or all(group["lr"] is lr for group in optimizer.param_groups)
         moved.append(torch.stack([p.detach() for p in ps]))
     torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize("like", ["Muon", "SGD"])
+def test_a_count_that_nothing_uses_is_no_error(like):
+    """Most of pytorch-optimizer's classes have one."""
+    sign = foreign("pytorch_optimizer.SignSGD")
+    weights, optimizer = trained(lambda p: sign(p, lr=0.01), of_steps(like=getattr(torch.optim, like), decays="clock"))
+    assert weights.isfinite().all()
+    assert optimizer.param_groups[0]["step"] == pytest.approx(sum(KS))
 
 
 def test_a_count_stays_an_int_at_scale_one():

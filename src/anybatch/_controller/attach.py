@@ -52,8 +52,9 @@ def attach(
     its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
 
     Args:
-        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
-            another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like. Several that train one model,
+        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; Lion
+            and others of docs/hyperparameters.md; of another class with `rule=AdaScale(like=torch.optim.AdamW)` or the
+            like. Several that train one model,
             Muon for its matrices and AdamW for the rest say, are a list: one gain, one clock, and a step of each after
             the last backward. What Accelerate, Fabric or Lightning put around it is seen through.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.

@@ -67,8 +67,8 @@ _ADAM = Family(
 
 _ADAFACTOR = Family(0.5, "clock", state={"step": 1}, decoupled=True)
 _MUON = Family(0.5, "clock", momentum="mean", decoupled=True)
-# u = beta1 * m + (1 - beta1) * g, a step along sign(u), then m = beta2 * m + (1 - beta2) * g: a Muon whose beta2 is the
-# memory, and whose beta1 is the share of that memory in u, at any batch (`momentum.interpolated_exponent`).
+# A step along the signs of beta1 * m + (1 - beta1) * g, then m = beta2 * m + (1 - beta2) * g. So beta2 is a memory.
+# Over r base iterations the mean share of m stays near beta1, which is constant (`momentum.interpolated_exponent`).
 _LION = Family(0.5, "clock", momentum="lion", decoupled=True)
 _WHOLE = replace(_ADAM, decays="constant", off_clock="its kernels take a whole number of steps for the debiasing")
 # Each column of its basis is an Adam. Its first step only fills the averages.
@@ -275,9 +275,10 @@ def _family_like(optimizer: Optimizer, like: type[Optimizer]) -> Family:
             f"{own} is said to be like {like.__name__}, but its groups have no {entries}: name the entries so, or "
             "state an exponent."
         )
-    # Of torch's own a group says so; nobody else's does. Where its second moment lies is not said.
+    # Of torch's own a group says so; nobody else's does. Where its second moment lies is not said. Most classes of
+    # pytorch-optimizer count their steps, whether they use the count or not.
     decoupled = row.decoupled or issubclass(like, torch.optim.AdamW)
-    return replace(row, decoupled=decoupled, second_moment="", stated=True)
+    return replace(row, decoupled=decoupled, second_moment="", state={"step": 1} | dict(row.state), stated=True)
 
 
 def _known() -> str:

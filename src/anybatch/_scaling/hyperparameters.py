@@ -280,13 +280,15 @@ class Hyperparameters:
         """The numbers that a step may change: in the groups, the state and the optimizer itself, by where they are."""
         local = local_of(self.optimizer)
         known = {*self.family.state, *self.family.names, *self.family.rates, "lr", "momentum", "weight_decay"}
-        holders = [vars(local), *local.param_groups]
-        holders += [state for p, state in local.state.items() if p.dim()]  # all that a scalar has is of its shape
+        scalars = [state for p, state in local.state.items() if isinstance(p, Tensor) and not p.dim()]
+        holders = [vars(local), *(holder for holder in _holders(local) if all(holder is not each for each in scalars))]
         return {
             (id(holder), name): _mark(value)
             for holder in holders
             for name, value in holder.items()
-            if name not in known and (_is_number(value) or (isinstance(value, Tensor) and not value.dim()))
+            if isinstance(name, str)
+            and name not in known
+            and (_is_number(value) or (isinstance(value, Tensor) and not value.dim()))
         }
 
     def _check_running(self, before: Mapping[tuple[int, str], Any]) -> None:
@@ -347,12 +349,13 @@ def _separated(groups: Sequence[dict[str, Any]], laws: Sequence[object]) -> list
 
 
 def _holders(local: Optimizer) -> list[dict[str, Any]]:
-    """Where a count of steps may be: at each parameter, as torch has it, or once in a group."""
-    return [*local.state.values(), *local.param_groups]
+    """Where a count of steps may be: at each parameter, as torch has it, once in a group, or once in the state."""
+    states: dict[Any, Any] = local.state
+    return [states, *(state for state in states.values() if isinstance(state, dict)), *local.param_groups]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _centered(group: Mapping[str, Any]) -> bool:

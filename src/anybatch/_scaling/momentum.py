@@ -13,8 +13,9 @@ On the clock that is up to `r * (1 + m) / (1 - m)` times closer than at scale 1 
 
 Muon normalises what its buffer holds, so the buffer's length does not matter, and its direction does: with `m ** r` it
 is as noisy as at scale 1. Steps must then go as far as those of scale 1 in the same base iterations:
-`averaged_exponent`. Lion's buffer is such a mean too, with beta2 as its memory, and a step is along the signs of
-`beta1 * buffer + (1 - beta1) * gradient`: beta1 is a share, not a memory, and stays. `interpolated_exponent`.
+`averaged_exponent`. Lion's buffer is such a mean too, with beta2 as its memory. A step is along the signs of
+`beta1 * buffer + (1 - beta1) * gradient`. So beta1 is a share and not a memory, and is constant:
+`interpolated_exponent`.
 """
 
 from math import log
