@@ -843,10 +843,12 @@ def test_law_classes_of_other_packages_go_equally_far_per_base_iteration(name):
 def test_rows_of_other_packages_are_run_or_share_the_row_of_one_that_is():
     run = [_TABLE[name] for name in FOREIGN] + list(ROW.values())
     for name, row in _TABLE.items():
-        assert isinstance(row, str) or any(Hyper(row) == Hyper(each) for each in run if isinstance(each, Family)), name
+        assert isinstance(row, str) or any(
+            how_scaled(row) == how_scaled(each) for each in run if isinstance(each, Family)
+        ), name
 
 
-def Hyper(row):
+def how_scaled(row):
     """What of a row says how a step is scaled."""
     return row.exponent, row.decays, row.names, row.momentum, row.rates, dict(row.state)
 
