@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._scaling.momentum import automatic, averaged_exponent, momentum_at
+from anybatch._scaling.momentum import automatic, averaged_exponent, interpolated_exponent, momentum_at
 
 K = (1.0, 6.0, 2.5, 11.0, 3.0, 7.0)
 
@@ -35,6 +35,26 @@ def test_sgd_against_a_plain_loop(decays, options):
         buffer = c * entering if buffer is None else now * buffer + c * kept * g
         w = w - lr * r * (c * g + now * buffer if options.get("nesterov") else buffer)
         assert torch.allclose(p.detach(), w, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decays", ["clock", "constant", 0.5])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.3}])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 2, 2]])
+def test_sparse_gradients_have_the_momentum_of_dense_ones(decays, options, rows):
+    """A row that is not used has a gradient of 0, and its buffer moves it all the same, as in torch."""
+    runs = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(3, 2, sparse=sparse, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, **options)
+        anybatch.attach(optimizer, model=model, scale=1, rule=steps_of(decays))
+        for _ in K:
+            (model(torch.tensor(rows)) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            runs.append(model.weight.detach().clone())
+    for dense, sparse in zip(runs[: len(K)], runs[len(K) :], strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("decays", ["clock", 0.5])
@@ -143,6 +163,31 @@ def test_averaged_exponent_against_the_sum_over_all_pairs(m, r):
     assert r ** averaged_exponent(r, m) == pytest.approx(far(m, n) / far(m**r, n // r), rel=0.01)
     assert 0.5 <= averaged_exponent(1 / r, m) <= 1
     assert averaged_exponent(r, m) == pytest.approx(averaged_exponent(1 / r, m**r))  # there and back
+
+
+@pytest.mark.parametrize(("share", "memory"), [(0.9, 0.99), (0.95, 0.98), (0.5, 0.9), (0.0, 0.9)])
+@pytest.mark.parametrize("r", [2, 8, 100])
+def test_interpolated_exponent_against_the_sum_over_all_pairs(share, memory, r):
+    """Many directions `share * average + (1 - share) * g`, over their own size: the sums of all pairs' correlations."""
+
+    def far(b, steps):
+        weights = [1 - share, *(share * (1 - b) * b**j for j in range(int(40 / (1 - b))))]
+        size = sum(w * w for w in weights)
+        # Sum over all pairs of steps = sum over gradients of (all the weight that each has in the end)^2.
+        reach, total = 0.0, 0.0
+        for w in weights[:steps]:
+            reach += w
+            total += reach * reach
+        return math.sqrt((total + reach * reach * max(steps - len(weights), 0)) / size)
+
+    n = 40_000
+    assert r ** interpolated_exponent(r, share, memory) == pytest.approx(
+        far(memory, n) / far(memory**r, n // r), rel=0.02
+    )
+    there = r ** interpolated_exponent(r, share, memory)
+    assert there * 3 ** interpolated_exponent(3, share, memory**r) == pytest.approx(
+        (3 * r) ** interpolated_exponent(3 * r, share, memory)  # a batch times r, then times 3
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])

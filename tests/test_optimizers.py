@@ -1,4 +1,4 @@
-"""Every class of torch.optim: what the table says of it, and that a controller at scale 1 changes not one bit."""
+"""Every class in the table: what it says of it, and that a controller at scale 1 changes not one bit of torch's own."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch._scaling.families import _CLASSES, _TABLE, Family
+from anybatch._scaling.families import _TABLE, Family, family_of
 from anybatch._scaling.hyperparameters import Hyperparameters
 
 EXPORTED = {
@@ -21,15 +21,15 @@ EXPORTED = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
-SUPPORTED = [name for name in EXPORTED if isinstance(_TABLE.get(name), Family)]
+ROW = {name.removeprefix("torch."): row for name, row in _TABLE.items() if name.startswith("torch.")}
+SUPPORTED = [name for name in EXPORTED if isinstance(ROW.get(name), Family)]
 REFUSED = ["ASGD", "LBFGS", "Rprop"]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, in its own sparse steps
 
 
 def test_every_class_of_torch_optim_stands_in_the_table():
     """A new class in torch fails here: think it through, and give it a row."""
-    assert set(EXPORTED) <= set(_TABLE)
-    assert {cls: _TABLE[name] for name, cls in EXPORTED.items()} == _CLASSES
+    assert set(EXPORTED) <= set(ROW)
     assert sorted(set(EXPORTED) - set(SUPPORTED)) == REFUSED
 
 
@@ -261,7 +261,7 @@ def test_values_inside_of_the_step_are_the_tables_and_are_put_back(name):
         optimizer.zero_grad()
         r = controller.gain
         assert 1 < r < 4
-        assert controller.lr_factor == pytest.approx(far(r, 0.95) if name == "Muon" else r ** _TABLE[name].exponent)
+        assert controller.lr_factor == pytest.approx(far(r, 0.95) if name == "Muon" else r ** ROW[name].exponent)
         expected = {**base, **EXPECTED[name](base, r)}
         assert inside[-1] == {k: pytest.approx(v) if isinstance(v, float | tuple) else v for k, v in expected.items()}
         assert optimizer.param_groups[0] == base
@@ -276,7 +276,7 @@ def drift(name, k_of, *, exponent=None, base=3000, snr=0.05, **options):
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(24, 100))
     optimizer = EXPORTED[name]([p], **{"lr": 1e-3, **options})
-    family = _TABLE[name]
+    family = ROW[name]
     exponent = family.exponent if exponent is None else exponent
     p.grad = torch.empty_like(p)
     tau, t = 0.0, 0
@@ -309,7 +309,7 @@ def test_law_noisy_gradients_go_equally_far_per_base_iteration_at_any_batch(name
     """What the exponent and the clock mean, and why Adagrad's exponent is 0: its own sum does the scaling."""
     bare = drift(name, lambda t: 1.0, **ROWS[name])
     assert drift(name, lambda t: 8.0, **ROWS[name]) == pytest.approx(bare, rel=0.08)
-    assert drift(name, lambda t: 8.0, exponent=_TABLE[name].exponent + 0.5, **ROWS[name]) > 2 * bare
+    assert drift(name, lambda t: 8.0, exponent=ROW[name].exponent + 0.5, **ROWS[name]) > 2 * bare
     # While the gain grows, averages of squares lag behind, and the steps are up to a sixth too short.
     assert drift(name, lambda t: min(1 + t / 100, 8.0), **ROWS[name]) == pytest.approx(bare, rel=0.18)
 
@@ -329,7 +329,7 @@ def test_adagrads_sum_is_one_of_base_iterations_while_the_gain_changes():
     for k in (1.0, 4.0, 2.5, 16.0):
         p.grad = torch.full_like(p, k**-0.5)
         before = p.detach().clone()
-        with Hyperparameters(optimizer, _TABLE["Adagrad"], "clock", None).scaled(lr_factor=1.0, iterations=k):
+        with Hyperparameters(optimizer, ROW["Adagrad"], "clock", None).scaled(lr_factor=1.0, iterations=k):
             optimizer.step()
         applied = 0.1 / (1 + 0.5 * tau)
         tau += k
@@ -525,8 +525,517 @@ def test_a_class_of_ones_own_that_is_like_adamw_is_scaled_as_it_is():
         torch.testing.assert_close(own, theirs, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, Own, "AdamW"])
+@pytest.mark.parametrize("like", [torch.optim.LBFGS, torch.optim.Muon, torch.optim.RMSprop, Own, "AdamW"])
 def test_what_a_class_is_said_to_be_like_must_be_known_and_have_the_entries(like):
     model = oracle.make_model()
     with pytest.raises(anybatch.InvalidValueError, match="like"):
         anybatch.attach(Own(model.parameters()), model=model, scale=2, rule=anybatch.AdaScale(like=like))
+
+
+class TwoKinds(torch.optim.Optimizer):
+    """Groups with a momentum, and groups with betas."""
+
+    def __init__(self, parameters):
+        first, *rest = parameters
+        groups = [{"params": [first], "momentum": 0.9}, {"params": rest, "betas": (0.9, 0.99)}]
+        super().__init__(groups, {"lr": 0.01})
+
+    def step(self, closure=None):
+        """Nothing: attach refuses it."""
+
+
+def test_groups_of_two_kinds_are_an_error_that_says_to_make_two_optimizers_of_them():
+    model = oracle.make_model()
+    rule = anybatch.AdaScale(like=torch.optim.Muon)
+    with pytest.raises(anybatch.InvalidValueError, match=r"only some of its groups have momentum.*Make two optimizers"):
+        anybatch.attach(TwoKinds(model.parameters()), model=model, scale=2, rule=rule)
+
+
+def test_of_several_optimizers_like_is_about_the_one_that_is_not_torchs():
+    """Else the way out of two kinds in one optimizer would be none: a list has one rule."""
+    model = oracle.make_model()
+    first, *rest = model.parameters()
+    own, torchs = Own([first]), torch.optim.SGD(rest, lr=0.01)
+    controller = anybatch.attach([own, torchs], model=model, scale=16, rule=anybatch.AdaScale(like=torch.optim.AdamW))
+    inside = []
+    for optimizer in (own, torchs):
+        optimizer.register_step_pre_hook(lambda o, *_: inside.append(o.param_groups[0]["lr"] / 0.01))
+    for i in range(2):
+        (oracle.loss_fn(*forward(model, i)) / 2).backward()
+    own.step()
+    torchs.step()
+    assert controller.gain > 1
+    assert inside == pytest.approx([controller.gain**0.5, controller.gain])
+
+
+def forward(model, i):
+    x, y = oracle.micro_batch(0, i)
+    return model(x), y
+
+
+# ---- where a class counts its steps ----
+
+KS = (3.0, 1.0, 7.5, 2.25, 1.0, 12.0, 5.5)  # base iterations of each step
+
+
+def of_steps(**options):
+    """A rule whose step t is of KS[t] base iterations, with a learning rate times their root."""
+
+    class Steps(anybatch.AdaScale):
+        def __call__(self, *, scale, gain, clock, exponent):
+            at = next(i for i in range(len(KS)) if math.isclose(sum(KS[:i]), clock.tau, abs_tol=1e-6))
+            return anybatch.Scaling(KS[at] ** exponent, KS[at])
+
+    return Steps(**options)
+
+
+class Counting(torch.optim.Optimizer):
+    """Adam, with its count of steps where `place` says, and as `kind` says."""
+
+    def __init__(self, parameters, *, place="state", kind=int, entry="step"):
+        super().__init__(parameters, {"lr": 0.01, "betas": (0.9, 0.99)})
+        self.place, self.kind, self.entry = place, kind, entry
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                if p.grad is None and self.place == "state":
+                    continue
+                holder = {"state": state, "group": group, "global": self.state, "self": vars(self)}[self.place]
+                holder.setdefault(self.entry, self.kind(0))
+                holder[self.entry] += 1
+                if p.grad is None:  # counted all the same, as pytorch-optimizer does
+                    continue
+                n = float(holder[self.entry])
+                state["m"].lerp_(p.grad, 1 - beta1)
+                state["v"].lerp_(p.grad.square(), 1 - beta2)
+                p.addcdiv_(state["m"] / (1 - beta1**n), (state["v"] / (1 - beta2**n)).sqrt() + 1e-8, value=-group["lr"])
+
+
+def trained(optimizer_of, rule):
+    """The weights after each of the steps KS, whose gradients are the weights plus their number."""
+    p = nn.Parameter(torch.tensor([1.5, -0.4], dtype=torch.float64))
+    optimizer = optimizer_of([p])
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale="count", rule=rule)
+    weights = []
+    for t in range(len(KS)):
+        for sign in (-1, 1):
+            ((0.5 * p.square().sum() + (t + sign) * p.sum()) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(p.detach().clone())
+    return torch.stack(weights), optimizer
+
+
+@pytest.mark.parametrize("place", ["state", "group", "global"])
+@pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda n: torch.tensor(n, dtype=torch.float64)])
+def test_a_count_of_steps_is_on_the_clock_wherever_and_whatever_it_is(place, kind):
+    """Against a plain loop: averages over base iterations, debiased by 1 - beta ** tau."""
+    weights, optimizer = trained(lambda p: Counting(p, place=place, kind=kind), of_steps(like=torch.optim.AdamW))
+    w, m, v, tau = torch.tensor([1.5, -0.4], dtype=torch.float64), 0.0, 0.0, 0.0
+    for t, k in enumerate(KS):
+        g = w + t
+        m, v, tau = 0.9**k * m + (1 - 0.9**k) * g, 0.99**k * v + (1 - 0.99**k) * g * g, tau + k
+        w = w - 0.01 * k**0.5 * (m / (1 - 0.9**tau)) / ((v / (1 - 0.99**tau)).sqrt() + 1e-8)
+        torch.testing.assert_close(weights[t], w, rtol=1e-6, atol=1e-9)
+    (p,) = optimizer.param_groups[0]["params"]
+    holder = {"state": optimizer.state[p], "group": optimizer.param_groups[0], "global": optimizer.state}[place]
+    assert float(holder["step"]) == pytest.approx(tau)
+    assert type(holder["step"]) in (float, torch.Tensor)
+
+
+@pytest.mark.parametrize("whole", [lambda n: n % 2, int, lambda n: n // 2, math.floor, round])
+def test_who_needs_a_whole_number_of_steps_gets_an_error(whole):
+    class Periodic(Counting):
+        def step(self, closure=None):
+            for state in self.state.values():
+                whole(state["step"])
+            super().step(closure)
+
+    with pytest.raises(anybatch.UnsupportedError, match=r"whole number of steps.*decays='constant'"):
+        trained(Periodic, of_steps(like=torch.optim.AdamW))
+    weights, _ = trained(Periodic, of_steps(like=torch.optim.AdamW, decays="constant"))
+    assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("place", "entry", "kind"),
+    [
+        ("state", "t", int),
+        ("group", "k", float),
+        ("self", "iterations", int),
+        ("global", "k", int),
+        ("state", "t", torch.tensor),
+        ("group", "t", torch.tensor),
+    ],
+)
+def test_a_number_that_a_step_changes_and_that_is_not_on_the_clock_is_an_error(place, entry, kind):
+    """A count of another name, or a sum over steps, would be silently wrong."""
+
+    def make(p):
+        return Counting(p, place=place, entry=entry, kind=kind)
+
+    with pytest.raises(anybatch.UnsupportedError, match=rf"Counting changes .*{entry}.* in its step.*'step'"):
+        trained(make, of_steps(like=torch.optim.AdamW))
+    constant, _ = trained(make, of_steps(like=torch.optim.AdamW, decays="constant"))
+    other, _ = trained(Counting, of_steps(like=torch.optim.AdamW, decays="constant"))
+    assert torch.equal(constant, other)
+
+
+@pytest.mark.parametrize("place", ["state", "group"])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_step_that_is_skipped_is_not_counted(place, before):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Counting([p], place=place)
+    rule = anybatch.AdaScale(like=torch.optim.AdamW)
+    controller = anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=1, rule=rule)
+    for factor in [1.0] * before + [math.nan]:
+        for _ in range(2):
+            (factor * p).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (controller.steps, controller.skipped) == (before, 1)
+    holder = optimizer.param_groups[0] if place == "group" else optimizer.state.get(p, {})
+    assert holder.get("step", 0) == before
+
+
+def test_groups_that_share_a_tensor_learning_rate_follow_their_own_momentum():
+    """Nesterov's weight of a gradient goes into the learning rate, and it is another one for each momentum."""
+    moved = []
+    for shared in (True, False):
+        ps = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
+        groups = [{"params": [p], "momentum": m} for p, m in zip(ps, (0.9, 0.5))]
+        lr = torch.tensor(0.1) if shared else 0.1
+        optimizer = torch.optim.SGD(groups, lr=lr, nesterov=True, momentum=0.9)
+        anybatch.attach(optimizer, model=ps, scale=8, rule=anybatch.Linear(decays="clock"))
+        for _ in range(2):
+            (ps[0].square().sum() + ps[1].square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not shared or all(group["lr"] is lr for group in optimizer.param_groups)
+        moved.append(torch.stack([p.detach() for p in ps]))
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize("like", ["Muon", "SGD"])
+def test_a_count_that_nothing_uses_is_no_error(like):
+    """Most of pytorch-optimizer's classes have one."""
+    sign = foreign("pytorch_optimizer.SignSGD")
+    weights, optimizer = trained(lambda p: sign(p, lr=0.01), of_steps(like=getattr(torch.optim, like), decays="clock"))
+    assert weights.isfinite().all()
+    assert optimizer.param_groups[0]["step"] == pytest.approx(sum(KS))
+
+
+def test_a_count_stays_an_int_at_scale_one():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Counting([p])
+    rule = anybatch.AdaScale(like=torch.optim.AdamW)
+    anybatch.attach(optimizer, model=nn.ParameterList([p]), scale=1, rule=rule)
+    p.sum().backward()
+    optimizer.step()
+    assert type(optimizer.state[p]["step"]) is int
+
+
+# ---- classes of other packages, by name ----
+
+
+def stand_in(module, name, base=torch.optim.Optimizer, **members):
+    """A class of that name in a module of that name, of a package that need not be installed."""
+    return type(name, (base,), {"__module__": module, "step": lambda self, closure=None: None, **members})
+
+
+class Lion(torch.optim.Optimizer):
+    """The algorithm of lion_pytorch, and of bitsandbytes but for the eight bits."""
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p))
+                state["step"] += 1
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(beta1 * state["exp_avg"] + (1 - beta1) * p.grad))
+                state["exp_avg"].lerp_(p.grad, 1 - beta2)
+
+
+class WholeAdam(torch.optim.Optimizer):
+    """bitsandbytes' AdamW but for the eight bits: its kernel takes a whole number of steps."""
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, state1=torch.zeros_like(p), state2=torch.zeros_like(p))
+                state["step"] += 1
+                n = state["step"]
+                assert type(n) is int
+                state["state1"].lerp_(p.grad, 1 - beta1)
+                state["state2"].lerp_(p.grad.square(), 1 - beta2)
+                size = (1 - beta2**n) ** 0.5 / (1 - beta1**n)
+                p.addcdiv_(state["state1"], state["state2"].sqrt() + 1e-8, value=-group["lr"] * size)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def foreign(name):
+    """The class of that name: the real one where the package is among those for development."""
+    package, _, cls = name.partition(".")
+    if package == "pytorch_optimizer":
+        return getattr(pytest.importorskip("pytorch_optimizer"), cls)
+    if package == "transformers":
+        return pytest.importorskip("transformers.optimization").Adafactor
+    base = {"muon": torch.optim.Muon, "lion_pytorch": Lion}.get(package, Lion if "Lion" in cls else WholeAdam)
+    return type(cls, (base,), {"__module__": f"{package}.optim"})
+
+
+FOREIGN = {  # the class, with what it is made with and how far noise may dominate: signal to noise, base iterations
+    "pytorch_optimizer.Lion": ({}, 0.05, 3000),
+    "pytorch_optimizer.AdamP": ({}, 0.05, 3000),
+    "pytorch_optimizer.StableAdamW": ({}, 0.05, 3000),
+    "pytorch_optimizer.AdaBelief": ({}, 0.05, 3000),
+    "pytorch_optimizer.SOAP": ({}, 0.01, 4000),
+    "transformers.Adafactor": ({"relative_step": False, "scale_parameter": False, "beta1": 0.9}, 0.05, 3000),
+    "lion_pytorch.Lion": ({"betas": (0.95, 0.98)}, 0.05, 3000),
+    "bitsandbytes.Lion8bit": ({}, 0.05, 3000),
+    "bitsandbytes.AdamW8bit": ({}, 0.05, 3000),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_law_classes_of_other_packages_go_equally_far_per_base_iteration(name):
+    """The same law as that of torch's own, above."""
+    options, snr, base = FOREIGN[name]
+
+    def far(k, wrong=0.0):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(24, 100))
+        optimizer = foreign(name)([p], **{"lr": 1e-3, **options})
+        values = Hyperparameters(optimizer, family_of(optimizer, exponent=None), "auto", None)
+        p.grad = torch.empty_like(p)
+        for _ in range(int(base / k)):
+            p.grad.normal_(snr, k**-0.5)
+            with values.scaled(lr_factor=k ** (values.exponent(k) + wrong), iterations=k):
+                optimizer.step()
+        return -float(p.detach().mean())
+
+    bare = far(1.0)
+    assert far(8.0) == pytest.approx(bare, rel=0.1)
+    assert abs(math.log(far(8.0, wrong=0.25) / bare)) > 0.3
+    assert abs(math.log(far(8.0, wrong=-0.25) / bare)) > 0.3
+
+
+def test_rows_of_other_packages_are_run_or_share_the_row_of_one_that_is():
+    run = [_TABLE[name] for name in FOREIGN] + list(ROW.values())
+    for name, row in _TABLE.items():
+        assert isinstance(row, str) or any(
+            how_scaled(row) == how_scaled(each) for each in run if isinstance(each, Family)
+        ), name
+
+
+def how_scaled(row):
+    """What of a row says how a step is scaled."""
+    return row.exponent, row.decays, row.names, row.momentum, row.rates, dict(row.state)
+
+
+@pytest.mark.parametrize("name", ["lion_pytorch.Lion", "bitsandbytes.PagedLion32bit"])
+def test_values_inside_of_a_step_of_lion(name):
+    """Its beta1 is a share of the average in a step, and stays; its beta2 is a memory."""
+    model = Regression()
+    optimizer = foreign(name)(model.parameters(), lr=0.02, weight_decay=0.1)
+    controller = anybatch.attach(optimizer, model=model, scale=16)
+    inside = []
+    optimizer.register_step_pre_hook(lambda o, *_: inside.append({**o.param_groups[0]}))
+    for i in range(2):
+        (model(0, i) / 2).backward()
+    optimizer.step()
+    r = controller.gain
+
+    def spread(share, memory):
+        """The variance of share * average + (1 - share) * g, summed over 20,000 gradients of variance 1."""
+        return (1 - share) ** 2 + sum((share * (1 - memory) * memory**j) ** 2 for j in range(20_000))
+
+    f = (r * spread(0.9, 0.99**r) / spread(0.9, 0.99)) ** 0.5
+    assert 2 < r < 16
+    assert inside[0]["lr"] == pytest.approx(0.02 * f)
+    assert inside[0]["betas"] == pytest.approx((0.9, 0.99**r))
+    assert inside[0]["weight_decay"] == pytest.approx(0.1 * r / f)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(("fixed", "coupled"), [(False, False), (True, False), (False, True)])
+def test_weight_decay_of_pytorch_optimizer_follows_the_clock(fixed, coupled):
+    """Decoupled, weights shrink by lr * weight_decay a step, or by weight_decay alone where it is fixed."""
+    model = Regression()
+    options = {"weight_decay": 0.1, "fixed_decay": fixed, "weight_decouple": not coupled}
+    optimizer = foreign("pytorch_optimizer.AdamP")(model.parameters(), lr=0.02, **options)
+    controller = anybatch.attach(optimizer, model=model, scale=16)
+    inside = []
+    optimizer.register_step_pre_hook(lambda o, *_: inside.append({**o.param_groups[0]}))
+    for i in range(2):
+        (model(0, i) / 2).backward()
+    optimizer.step()
+    shrinks = inside[0]["weight_decay"] * (1 if fixed or coupled else inside[0]["lr"])
+    assert shrinks == pytest.approx(0.1 if coupled else 0.1 * controller.gain * (1 if fixed else 0.02))
+
+
+REFUSALS = {
+    "schedulefree.AdamWScheduleFree": "interpolates.*anybatch.ModelEMA",
+    "schedulefree.SGDScheduleFreeClosure": "interpolates.*anybatch.ModelEMA",
+    "pytorch_optimizer.ScheduleFreeAdamW": "interpolates.*anybatch.ModelEMA",
+    "prodigyopt.Prodigy": "estimates its learning rate.*AdamW",
+    "dadaptation.DAdaptAdam": "estimates its learning rate.*AdamW",
+    "pytorch_optimizer.DAdaptLion": "estimates its learning rate.*AdamW",
+    "muon.MuonWithAuxAdam": r"two laws.*anybatch.attach\(\[muon, adamw\]",
+    "muon.SingleDeviceMuonWithAuxAdam": r"two laws.*anybatch.attach\(\[muon, adamw\]",
+    "pytorch_optimizer.Muon": r"two laws.*anybatch.attach\(\[muon, adamw\]",
+    "sophia.SophiaG": "curvature.*AdamW",
+    "torch_optimizer.Lookahead": "once in k steps.*inside of it",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize(
+    "rule", [anybatch.AdaScale(), anybatch.AdaScale(like=torch.optim.AdamW), anybatch.AdaScale(exponent=0.5)], ids=str
+)
+def test_classes_of_other_packages_that_cannot_be_scaled_say_what_to_do(name, rule):
+    """Whatever the user says: their steps would be wrong in silence. A class derived from one is one."""
+    module, _, cls = name.rpartition(".")
+    base = stand_in(f"{module}.some.module", cls)
+    for kind in (base, stand_in("mine", "Mine", base)):
+        model = Regression()
+        optimizer = kind(model.parameters(), {"lr": 0.1, "betas": (0.9, 0.99), "momentum": 0.9})
+        with pytest.raises(anybatch.UnsupportedError, match=f"{kind.__name__} cannot be scaled: .*{REFUSALS[name]}"):
+            anybatch.attach(optimizer, model=model, scale=2, rule=rule)
+
+
+def test_a_class_of_the_same_name_elsewhere_is_unknown():
+    model = Regression()
+    optimizer = stand_in("mine.prodigyopt", "Prodigy")(model.parameters(), {"lr": 0.1})
+    with pytest.raises(anybatch.UnsupportedError, match=r"rate of Prodigy .* not known"):
+        anybatch.attach(optimizer, model=model, scale=2)
+
+
+def test_what_is_known_keeps_its_row_whatever_it_is_said_to_be_like():
+    model = Regression()
+    optimizer = foreign("lion_pytorch.Lion")(model.parameters())
+    assert family_of(optimizer, exponent=None, like=torch.optim.AdamW) is _TABLE["lion_pytorch.Lion"]
+
+
+@pytest.mark.parametrize("rule", [anybatch.AdaScale(), anybatch.AdaScale(exponent=0.5), anybatch.SquareRoot()])
+def test_a_learning_rate_that_the_optimizer_sets_by_itself_is_an_error(rule):
+    model = Regression()
+    optimizer = foreign("transformers.Adafactor")(model.parameters(), lr=None)
+    with pytest.raises(anybatch.UnsupportedError, match=r"relative_step=True.*relative_step=False"):
+        anybatch.attach(optimizer, model=model, scale=2, rule=rule)
+
+
+@pytest.mark.parametrize("lr", [None, "auto", True])
+def test_a_learning_rate_that_is_no_number_is_an_error(lr):
+    model = Regression()
+    optimizer = stand_in("mine", "Mine")(model.parameters(), {"lr": lr})
+    with pytest.raises(anybatch.UnsupportedError, match=f"Mine has the learning rate lr={lr!r}"):
+        anybatch.attach(optimizer, model=model, scale=2, rule=anybatch.AdaScale(exponent=0.5))
+
+
+def test_sam_is_refused_and_the_optimizer_inside_of_it_is_what_to_attach_to():
+    """The gradients at the moved weights are those of the step, so they are what is measured."""
+    sam = foreign("pytorch_optimizer.SAM")
+    runs = []
+    for scaled in (True, False):
+        model = oracle.make_model()
+        optimizer = sam(model.parameters(), torch.optim.SGD, lr=0.01)
+        if scaled:
+            with pytest.raises(anybatch.UnsupportedError, match=r"in two halves.*optimizer\.base_optimizer"):
+                anybatch.attach(optimizer, model=model, scale=4)
+            controller = anybatch.attach(optimizer.base_optimizer, model=model, scale=4, rule=anybatch.AdaScale())
+        gradients = []
+        for half in (optimizer.first_step, optimizer.second_step):
+            for i in range(2):
+                if half == optimizer.second_step and not scaled:  # each gradient of the second half by itself
+                    g = torch.autograd.grad(oracle.loss_fn(*forward(model, i)), list(model.parameters()))
+                    gradients.append(torch.cat([each.flatten() for each in g]).double())
+                (oracle.loss_fn(*forward(model, i)) / 2).backward()
+            half(zero_grad=True)
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    first, second = gradients
+    mean, start = (first + second) / 2, torch.cat([p.detach().flatten() for p in oracle.make_model().parameters()])
+    moved = (runs[0] - start).norm() / (runs[1] - start).norm()  # plain SGD: by what the rate was multiplied
+    variance = (first - second).square().sum() / 2  # of one micro-batch
+    batch = 4 * variance / 2  # two micro-batches at scale 4: a base batch is half of a micro-batch
+    assert controller.steps == 1
+    assert controller.variance == pytest.approx(float(batch), rel=1e-4)
+    assert controller.sqnorm == pytest.approx(max(0.0, float(mean.square().sum() - variance / 2)), rel=1e-4)
+    assert float(moved) == pytest.approx(controller.gain, rel=1e-4)
+
+
+# ---- groups with laws of their own ----
+
+
+@pytest.mark.parametrize("momenta", [(0.95, 0.5), (0.5, 0.95), (0.0, 0.9)])
+@pytest.mark.parametrize(
+    "rule", [anybatch.AdaScale(), anybatch.AdaScale(exponent=0.5), anybatch.Linear(), anybatch.SquareRoot()], ids=str
+)
+def test_each_group_of_muon_follows_its_own_momentum_where_the_rule_does(momenta, rule):
+    torch.manual_seed(0)
+    ps = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in momenta])
+    groups = [{"params": [p], "momentum": m} for p, m in zip(ps, momenta)]
+    optimizer = torch.optim.Muon(groups, lr=torch.tensor(0.01) if momenta[0] == 0.95 else 0.01, weight_decay=0.1)
+    controller = anybatch.attach(optimizer, model=ps, scale=16, rule=rule)
+    inside = []
+    optimizer.register_step_pre_hook(lambda o, *_: inside.extend({**g, "lr": float(g["lr"])} for g in o.param_groups))
+    for _ in range(2):
+        (sum((p * torch.randn(4, 4)).sum() for p in ps) / 2).backward()
+    optimizer.step()
+    r = controller.tau
+    for group, m in zip(inside, momenta):
+        f = {"Linear": 16, "SquareRoot": 4}.get(
+            type(rule).__name__, r**0.5 if rule == anybatch.AdaScale(exponent=0.5) else far(r, m)
+        )
+        assert group["lr"] == pytest.approx(0.01 * f)
+        assert group["momentum"] == pytest.approx(m**r)
+        assert group["lr"] * group["weight_decay"] == pytest.approx(0.01 * 0.1 * r)
+
+
+# ---- a variance as a difference of averages ----
+
+
+@pytest.mark.parametrize("k", [8.0, 128.0, 2000.0])
+def test_rmsprops_variance_stays_one_at_any_gain(k):
+    """With alpha ** k it was too small at first and, below the rounding, the root of a negative number."""
+    far = []
+    for r in (1.0, k):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(24, 100))
+        optimizer = torch.optim.RMSprop([p], lr=1e-3, centered=True)
+        values = Hyperparameters(optimizer, ROW["RMSprop"], "auto", None)
+        p.grad = torch.empty_like(p)
+        for _ in range(600):
+            p.grad.normal_(0.05 * r**-0.5, r**-0.5)  # a mean that the noise dominates alike
+            with values.scaled(lr_factor=r**0.5, iterations=r):
+                optimizer.step()
+        far.append(-float(p.detach().mean()) / r**0.5)
+    assert far[1] == pytest.approx(far[0], rel=0.02)
+
+
+def test_rmsprops_variance_cannot_be_on_the_clock():
+    model = Regression()
+    optimizer = torch.optim.RMSprop(model.parameters(), centered=True)
+    for decays in ("clock", 0.5):
+        with pytest.raises(anybatch.UnsupportedError, match=r"RMSprop\(centered=True\).*'constant' or 'auto'"):
+            anybatch.attach(optimizer, model=model, scale=2, rule=anybatch.AdaScale(decays=decays))

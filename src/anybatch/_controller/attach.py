@@ -49,10 +49,11 @@ def attach(
     its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
 
     Args:
-        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; of
-            another class with `rule=AdaScale(like=torch.optim.AdamW)` or the like. Several that train one model,
-            Muon for its matrices and AdamW for the rest say, are a list: one gain, one clock, and a step of each after
-            the last backward. What Accelerate, Fabric or Lightning put around it is seen through.
+        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; Lion
+            and others of docs/hyperparameters.md; of another class with `rule=AdaScale(like=torch.optim.AdamW)`, for
+            example. Several that train one model, such as Muon for its matrices and AdamW for the rest, are a list:
+            one gain, one clock, and a step of each after the last backward. Wrappers of Accelerate, Fabric and
+            Lightning are seen through.
         model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: a torch scheduler, one of timm's, or a list of them, written for the base batch; driven to

@@ -190,9 +190,16 @@ class StepHooks:
         self._restore_values = held.close
         if step.skipped:
             held.enter_context(withheld(values.optimizer))
+            held.enter_context(values.uncounted())
             return
         scaling = step.scaling if index == 0 else self._estimator.scaling(step, exponent=values.exponent)
-        held.enter_context(values.scaled(lr_factor=scaling.lr_factor, iterations=scaling.iterations, scale=step.scale))
+        factors = [
+            scaling.lr_factor
+            if same
+            else self._estimator.scaling(step, exponent=partial(values.exponent, group=i)).lr_factor
+            for i, same in enumerate(values.same_law)
+        ]
+        held.enter_context(values.scaled(lr_factor=factors, iterations=scaling.iterations, scale=step.scale))
 
     def _check_turn(self, index: int) -> None:
         """Raise if this optimizer steps out of turn: a window is one step of each, after its last backward."""

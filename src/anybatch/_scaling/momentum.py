@@ -13,7 +13,9 @@ On the clock that is up to `r * (1 + m) / (1 - m)` times closer than at scale 1 
 
 Muon normalises what its buffer holds, so the buffer's length does not matter, and its direction does: with `m ** r` it
 is as noisy as at scale 1. Steps must then go as far as those of scale 1 in the same base iterations:
-`averaged_exponent`.
+`averaged_exponent`. Lion's buffer is such a mean too, with beta2 as its memory. A step is along the signs of
+`beta1 * buffer + (1 - beta1) * gradient`. So beta1 is a share and not a memory, and is constant:
+`interpolated_exponent`.
 """
 
 from math import log
@@ -72,6 +74,23 @@ def averaged_exponent(iterations: float, momentum: float) -> float:
         return (1 + m) / (1 - m)
 
     return log(iterations * psi(momentum) / psi(_power(momentum, iterations))) / (2 * log(iterations))
+
+
+def interpolated_exponent(iterations: float, share: float, memory: float) -> float:
+    """The power of r that multiplies the rate of a step along `share * average + (1 - share) * gradient`.
+
+        f^2 = r * v(b ** r) / v(b)      v(b) = (1 - share)^2 + share^2 * (1 - b) / (1 + b)      r ** exponent = f
+
+    The average has the memory b before this gradient enters it, and v is the variance of the direction in units of a
+    gradient's. As in `averaged_exponent`, steps of the same length along it then go equally far.
+    """
+    if iterations == 1:
+        return 0.5
+
+    def variance(b: float) -> float:
+        return (1 - share) ** 2 + share**2 * (1 - b) / (1 + b)
+
+    return 0.5 + log(variance(_power(memory, iterations)) / variance(memory)) / (2 * log(iterations))
 
 
 def _power(base: float, exponent: float) -> float:

@@ -187,10 +187,11 @@ class AdaScale(Rule):
         noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
             quality; the bounds and laws of the gain hold for any. `None` for the optimizer's own: 1, but for Adam and
             AdamW, which need fewer steps than Euclidean norms say, 2 (docs/same-training.md).
-        like: for an optimizer class that anybatch does not know, one of torch.optim whose rate and decays follow the
-            batch as its do: `torch.optim.Muon` for what normalises after its momentum (Signum, other Muons), `AdamW`
-            for what divides by a running size of the gradient, `SGD` for what does neither. The entries of its groups
-            must have that class's names; a tensor `step` in its state is kept on the clock.
+        like: for an optimizer class that anybatch does not know, the one of `torch.optim.SGD`, `Adam`, `AdamW` and
+            `Muon` whose rate and decays follow the batch as its do: `Muon` for what normalises after its momentum
+            (Signum, other Muons), `AdamW` for what divides by a running size of the gradient, `SGD` for what does
+            neither. The entries of its groups must have that class's names. A count `step` in its state or its groups,
+            a tensor or a number, is kept on the clock; a step that changes any other number raises.
         exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. Alone it is
             enough for an unknown class, whose decays then stay constant.
         consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
