@@ -17,8 +17,9 @@ from anybatch._scaling.moments import (
     thetas,
 )
 from anybatch._scaling.momentum import averaged_exponent
+from anybatch._scaling.preview import position_of
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot
-from anybatch._scaling.schedules import ScheduleDriver, position_of
+from anybatch._scaling.schedules import ScheduleDriver, drivers_of
 from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "careful",
     "check_positive",
     "check_steps",
+    "drivers_of",
     "family_of",
     "gain",
     "held_by",
