@@ -334,3 +334,10 @@ def test_without_a_total_a_schedule_may_begin_in_its_middle():
     model, optimizer, controller = in_the_middle(lambda o: LambdaLR(o, lambda i: 1 - i / 40))
     step(model, optimizer)
     assert controller.tau == 4
+
+
+def test_a_run_that_takes_over_a_schedule_half_way_is_silent_where_they_fit():
+    model, optimizer, controller = in_the_middle(lambda o: CosineAnnealingLR(o, 50), total=40)
+    while not controller.done:
+        step(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)

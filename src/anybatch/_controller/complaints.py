@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from anybatch._controller.judge import Step
 from anybatch._controller.tally import Tally
 from anybatch._errors import AnybatchWarning, DivergedError
+from anybatch._scaling import bare_optimizer, drivers_of
 
 _PATIENT = 10  # steps in a row that do not count before a warning: a GradScaler may take some to find its factor
 
@@ -62,6 +63,7 @@ class Complaints:
             )
         # At a scale fixed at 1, where the training is only measured, a scheduler comes to its end by itself.
         left = () if tally.batch.scale == 1 else self._undriven
+        left = [each for each in left if not drivers_of(bare_optimizer(each))]  # a later scheduler may be driven
         if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in left):  # by torch's schedulers
             self.once(
                 "This optimizer has a scheduler that attach was not given: a large batch takes fewer steps, so stepped "

@@ -18,9 +18,7 @@ _LOW, _HIGH, _JUMP = 0.01, 0.1, 0.5  # of the highest rate: fallen, risen again,
 _POINTS = 512  # at which a schedule is asked, and as many in the first 32nd of a long run
 
 
-def misfit(
-    scheduler: Any, *, length: float, optimizer: Optimizer | None = None, jump: str | None = None
-) -> str | None:
+def misfit(scheduler: Any, *, length: float, optimizer: Optimizer | None = None, jump: str | None = None) -> str | None:
     """In what a schedule does not fit a run that ends at its step `length`; empty where it does, `None` if unknown.
 
     A class of torch's with an end is compared with the length. Of any other schedule, the rates over the whole run

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as ls
 
 Rates = list[float]
 
-# Scheduler steps times groups that a copy may take. One takes about 5 µs, so this is half a second at most.
+# Scheduler steps times groups that a copy may take: one takes 5 to 15 µs, so all of them about a second.
 _AFFORDABLE = 100_000
 
 

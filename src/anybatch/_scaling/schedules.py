@@ -137,8 +137,8 @@ class ScheduleDriver:
         if not ahead or self._clock.tau or self._clock.total is None or not self._driven:
             self._warn_of_misfit()
             return
-        if self._misfit(offset=0):  # a new run that takes over a schedule half way, if it fits; else it fits neither way
-            self._warn_of_misfit()
+        if self._misfit(offset=0):
+            self._warn_of_misfit()  # silent where a new run takes over a schedule half way
             return
         warnings.warn(
             f"The schedule is ahead of the clock: attach found the scheduler at {ahead}, and the clock begins at 0, so "
@@ -234,11 +234,10 @@ class _Rates:
     def keep(self) -> None:
         """Note the rates as they are, unless a metric moves them as well."""
         optimizer = self._optimizer()
+        self._left = []
         if optimizer is None or self._said or not all(driver.driven for driver in self._drivers):
             return
-        # Groups that were added since the scheduler was made are not its own.
-        size = min(len(getattr(each.scheduler, "base_lrs", optimizer.param_groups)) for each in self._drivers)
-        self._left = list(zip(optimizer.param_groups[:size], _rates_of(optimizer), strict=False))
+        self._left = list(zip(optimizer.param_groups, _rates_of(optimizer), strict=False))
 
     def check(self) -> None:
         """Warn once if a rate is not what it was left at."""

@@ -26,9 +26,10 @@ class AnyBatch(Callback):
     `configure_optimizers` is T. The run ends when tau has come to T, `min_steps` and `min_epochs` notwithstanding.
     Lightning's own steps of the schedulers do nothing, and their `frequency` and `interval` count base iterations, or
     epochs of them. A scheduler that another callback puts in the place of one, as `StochasticWeightAveraging` does, is
-    driven from then on, and the old one no more. The numbers of each step are logged as `anybatch/gain` and so on where they are finite, and all that
-    a resumed run needs is in Lightning's checkpoints. All optimizers of the module share one gain and one clock, also
-    in manual optimization; two that train against each other need a controller each: `attach` them yourself.
+    driven from then on, and the old one no more. The numbers of each step are logged as `anybatch/gain` and so on where
+    they are finite, and all that a resumed run needs is in Lightning's checkpoints. All optimizers of the module share
+    one gain and one clock, also in manual optimization; two that train against each other need a controller each:
+    `attach` them yourself.
 
     Args:
         base_batch: the batch that the hyperparameters were tuned for, in examples or tokens, on all devices together.
