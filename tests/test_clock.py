@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -25,6 +26,33 @@ def test_the_iteration_is_the_floor_up_to_rounding(parts, n):
     for i in range(1, n + 1):
         clock.advance(1 / parts)
         assert clock.iteration == i // parts
+
+
+@given(
+    whole=st.integers(0, 10**11),
+    part=st.fractions(0, 1, max_denominator=1000).filter(lambda part: part < 1),
+    length=st.sampled_from([Fraction(1), Fraction(1, 4), Fraction(3, 2), Fraction(390), Fraction(1000, 3)]),
+)
+def test_what_is_counted_is_exact_however_far_the_clock_is(whole, part, length):
+    """At a tau of 1e9, and for a part of a stretch that is no rounding of a whole one."""
+    clock = anybatch.Clock()
+    clock.advance(float((whole + part) * length))
+    assert clock.count(float(length)) == whole
+
+
+@given(
+    moves=st.lists(st.integers(10, 5000), min_size=1, max_size=60),
+    parts=st.integers(1, 97),
+    times=st.integers(1, 20),
+    begin=st.integers(0, 10**9),
+)
+def test_a_long_sum_of_moves_counts_what_their_exact_sum_does(moves, parts, times, begin):
+    clock, exact = anybatch.Clock(), Fraction(begin)
+    clock.advance(float(begin))
+    for move in moves * times:
+        clock.advance(move / parts)
+        exact += Fraction(move, parts)
+    assert clock.iteration == math.floor(exact)
 
 
 @pytest.mark.parametrize("amount", [-1, math.nan, math.inf])

@@ -1,8 +1,10 @@
 """What else Lightning does around a run: limits, epochs, tuning, monitors, precision, averages, several optimizers."""
 
 import doctest
+import functools
 import inspect
 import math
+import re
 
 import oracle
 import pytest
@@ -15,10 +17,13 @@ from integrations import task
 workers = pytest.importorskip("integrations.lightning_workers", exc_type=ModuleNotFoundError)
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -30,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
     "ignore:.*LeafSpec:FutureWarning",
     "ignore:Be aware that when using `ckpt_path`",
+    "ignore:SWA is currently only supported every epoch",
 )
 
 
@@ -437,3 +443,112 @@ def test_the_example_of_its_docstring_runs():
     (test,) = doctest.DocTestFinder(recurse=False).find(AnyBatch, "AnyBatch", globs={})
     assert doctest.DocTestRunner().run(test).failed == 0
     assert len(test.examples) == 3
+
+
+# ---- averages, and schedulers that come later ----
+
+
+class Used(Callback):
+    """The base rate of each step, as the groups have it before the step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Unscheduled(workers.Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+
+
+class Normed(workers.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(6).double()
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+
+def averaging(*adapter, module=None, accumulation=1, epochs=6, ckpt=None, more=(), **options):
+    """A run with Lightning's SWA from its third epoch of 16 batches on; the rates used, and the callback's state."""
+    used = Used()
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=3, annealing_epochs=2)
+    trainer = workers.trainer_of(swa, used, *adapter, *more, accumulation=accumulation, max_epochs=epochs, **options)
+    trainer.fit(module or workers.Module(), task.short(16), ckpt_path=ckpt)
+    return used.seen, swa
+
+
+def cosine_by_step(o):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(o, 96)
+
+
+@pytest.mark.parametrize("make", [lambda: workers.Module(make=cosine_by_step), Unscheduled])
+def test_swa_at_the_base_batch_has_the_rates_and_the_weights_that_it_has_without_the_callback(make):
+    torch.manual_seed(0)
+    plain, reference = averaging(module=make())
+    torch.manual_seed(0)
+    ours, swa = averaging(AnyBatch(base_batch=task.SIZE, examples=64), module=make())
+    assert ours == pytest.approx(plain, rel=1e-12)
+    assert plain[-1] == 0.01
+    assert int(swa.n_averaged) == int(reference.n_averaged) == 4
+    for a, b in zip(swa._average_model.parameters(), reference._average_model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-9)
+
+
+class Passes(Callback):
+    """The clock at the beginning of each pass over the data."""
+
+    def __init__(self, adapter):
+        self.adapter, self.seen = adapter, []
+
+    def on_train_epoch_start(self, *_):
+        self.seen.append(self.adapter.controller.tau)
+
+
+def test_swa_at_a_larger_batch_is_on_the_clock_and_warns_that_it_counts_passes():
+    adapter = AnyBatch(base_batch=task.SIZE, examples=64)
+    rates, passes = Rates(adapter), Passes(adapter)
+    with pytest.warns(anybatch.AnybatchWarning, match="begins after 2 passes over the data, which are [01].") as caught:
+        averaging(adapter, module=workers.Module(make=cosine_by_step), accumulation=4, more=[rates, passes])
+    assert len([w for w in caught if issubclass(w.category, anybatch.AnybatchWarning)]) == 1
+    begin = passes.seen[2]
+    for tau, rate in rates.seen.items():
+        cosine = oracle.LR * (0.5 + 0.5 * math.cos(math.pi * math.floor(min(tau, begin)) / 96))
+        epochs = math.floor(tau / 16) - math.floor(begin / 16) if tau > begin else 0
+        annealed = 0.5 - 0.5 * math.cos(math.pi * min(1, epochs / 2))
+        assert rate == pytest.approx(annealed * 0.01 + (1 - annealed) * cosine, rel=1e-6)
+    assert rates.seen[adapter.controller.tau] == pytest.approx(0.01)
+
+
+# Without max_epochs, Lightning takes one batch more of the finished epoch, for which SWA has made no scheduler yet.
+@pytest.mark.filterwarnings("ignore:This optimizer has a scheduler that attach was not given")
+def test_swa_resumed_in_its_midst(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    make = functools.partial(workers.Module, make=cosine_by_step)
+    adapter = AnyBatch(base_batch=task.SIZE, examples=64)
+    whole, _ = averaging(adapter, module=make(), more=[saving], enable_checkpointing=True)
+    again = AnyBatch(base_batch=task.SIZE, examples=64)
+    rest, _ = averaging(again, module=make(), ckpt=tmp_path / "epoch=2.ckpt")
+    assert rest == pytest.approx(whole[48:], rel=1e-12)
+    assert again.controller.tau == adapter.controller.tau
+
+
+@pytest.mark.parametrize(
+    ("callback", "module", "said"),
+    [
+        (lambda: EMAWeightAveraging(decay=0.9), workers.Module, r"EMAWeightAveraging decays .*ema_decay=.*ModelEMA"),
+        (lambda: WeightAveraging(avg_fn=lambda a, b, n: a), workers.Module, "WeightAveraging decays"),
+        (lambda: StochasticWeightAveraging(0.01, swa_epoch_start=5), Normed, "update_bn"),
+        (WeightAveraging, workers.Module, ""),
+        (lambda: StochasticWeightAveraging(0.01, swa_epoch_start=5), workers.Module, ""),
+    ],
+)
+def test_averages_that_count_steps_are_warned_of(callback, module, said, recwarn):
+    fit(callback(), module=module(), max_steps=8)
+    words = [str(w.message) for w in recwarn if issubclass(w.category, anybatch.AnybatchWarning)]
+    assert len(words) == bool(said), words
+    for each in words:
+        assert re.search(said, each)

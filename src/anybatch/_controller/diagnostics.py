@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from anybatch._controller.gain_estimator import Step
 from anybatch._controller.run_state import RunState
 from anybatch._errors import AnybatchWarning, DivergedError
+from anybatch._scaling import bare_optimizer, drivers_of
 
 _WARN = 10  # skipped steps in a row before a warning: a GradScaler may take some to find its factor
 _RAISE = 100  # and before an error: the run would never end
@@ -60,6 +61,7 @@ class Diagnostics:
             )
         # At a scale fixed at 1, where the training is only measured, a scheduler comes to its end by itself.
         left = () if run.batch.scale == 1 else self._undriven
+        left = [each for each in left if not drivers_of(bare_optimizer(each))]  # a later scheduler may be driven
         if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in left):  # by torch's schedulers
             self.once(
                 "This optimizer has a scheduler that was not passed to attach. A large batch takes fewer steps, so a "

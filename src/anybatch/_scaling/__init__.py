@@ -18,7 +18,7 @@ from anybatch._scaling.moments import (
 )
 from anybatch._scaling.momentum import averaged_exponent
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot, measurement_of
-from anybatch._scaling.schedules import ScheduleDriver
+from anybatch._scaling.schedules import ScheduleDriver, drivers_of
 from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "careful",
     "check_positive",
     "check_steps",
+    "drivers_of",
     "family_of",
     "gain",
     "held_by",

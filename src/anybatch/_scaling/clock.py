@@ -10,6 +10,8 @@ Subscriber = Callable[[float], None]
 
 # tau is a sum of up to millions of floats; a target such as total = n * (total / n) must be met after n of them.
 _SLACK = 1e-9
+# Of one stretch that is counted: at a tau of 1e9 the slack above would be a whole base iteration.
+_MOST_SLACK = 1e-4
 
 
 class Clock:
@@ -58,7 +60,7 @@ class Clock:
 
     def count(self, length: float) -> int:
         """How many stretches of `length` base iterations are done: epochs, say."""
-        return floor((self.tau + _SLACK * max(1.0, self.tau)) / length)
+        return floor((self.tau + min(_SLACK * max(1.0, self.tau), _MOST_SLACK * length)) / length)
 
     @property
     def done(self) -> bool:

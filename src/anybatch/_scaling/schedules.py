@@ -8,15 +8,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import inf
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
 
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.fit import misfit
+from anybatch._scaling.fit import Course, misfit
+from anybatch._scaling.preview import last_index, position_of
 from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by
 
 
@@ -24,6 +26,8 @@ class ScheduleDriver:
     """Keeps `scheduler` at `clock.iteration`.
 
     `ReduceLROnPlateau` runs on a metric, not on a clock: it is left alone, and its user steps it as ever.
+
+    A schedule that ends before the run, and a learning rate that something else changes, each give one warning.
 
     Args:
         scheduler: any scheduler of `torch.optim.lr_scheduler`, an object with `step()` and `last_epoch`, one of timm's,
@@ -50,17 +54,34 @@ class ScheduleDriver:
         self._jump = _jump_of(scheduler, every=every)
         if self._driven and self._jump is None:
             _check_steps_alone(scheduler)
-        self._limit = _last_index(scheduler)
+        self._limit = last_index(scheduler)
+        self._course: Course | None = None  # of a schedule that could not be asked for its rates
+        self._said = False
         self._ahead = position_of(scheduler) or 0  # of the clock, if this is no resumed run
-        self.resume(offset=self._ahead)
+        self.resume(offset=self._ahead - clock.count(every))
+        self._unasked = bool(self._ahead)
         if not self._ahead:
             self._warn_of_misfit()
+        self._stopped = False
+        self._rates = _rates.setdefault(optimizer, _Rates())
+        self._rates.join(self)
         self._unsubscribe = clock.subscribe(self._follow)
 
     @property
+    def scheduler(self) -> Any:
+        """The real one, which is driven."""
+        return self._scheduler
+
+    @property
+    def driven(self) -> bool:
+        """Whether the clock moves it; a metric moves `ReduceLROnPlateau`."""
+        return self._driven
+
+    @property
     def position(self) -> int:
-        """How many scheduler steps the schedule is at."""
-        return self._at
+        """Scheduler steps that it is at."""
+        position = position_of(self._scheduler)
+        return self._at if position is None else position
 
     def state(self) -> Mapping[str, Any]:
         """The scheduler's own state; empty where it has none."""
@@ -73,45 +94,77 @@ class ScheduleDriver:
             self._held = self._holder.scheduler = HeldScheduler(self._scheduler)
 
     def stop(self) -> None:
-        """Leave the scheduler to whoever had it."""
+        """Leave the scheduler to whoever had it, and do nothing more."""
+        self._stopped = True
         self._unsubscribe()
+        self._rates.leave(self)
         if self._held is not None and self._holder.scheduler is self._held:
             self._holder.scheduler = self._scheduler
 
-    def _warn_of_misfit(self) -> bool:
-        if self._clock.total is None:
-            return False
-        said = misfit(self._scheduler, length=self.offset + self._clock.total / self._every)
-        if said:
-            warnings.warn(
-                f"The schedule does not fit total: {said}. Both are counted in base iterations, optimizer steps at the "
-                "base batch; a scheduler that is stepped once an epoch needs attach(..., schedule_every='epoch').",
-                AnybatchWarning,
-                stacklevel=5,
-            )
-        return bool(said)
+    def _misfit(self, *, offset: int) -> str | None:
+        if self._clock.total is None or not self._driven:
+            return ""
+        return misfit(
+            self._scheduler,
+            length=offset + self._clock.total / self._every,
+            optimizer=self.optimizer,
+            jump=None if self._jump is None else getattr(self._jump, "__name__", ""),
+        )
 
-    def _warn_if_ahead(self) -> None:
-        """Once, at the first step: until then the clock's state may still be loaded."""
+    def _warn_of_misfit(self) -> None:
+        said = self._misfit(offset=self.offset)
+        self._course = None
+        if said is None and self._clock.total is not None:  # then its rates are looked at as they come
+            name = type(self._scheduler).__name__
+            self._course = Course(name, self.offset + self._clock.total / self._every)
+        if said:
+            self._say(said)
+
+    def _say(self, said: str) -> None:
+        if self._said:
+            return
+        self._said = True
+        warnings.warn(
+            f"The schedule does not fit total: {said}. Both are counted in base iterations, optimizer steps at the "
+            "base batch: give the scheduler the run's length (T_max, total_iters, num_training_steps) as attach's "
+            "total, not as len(loader) * epochs // accumulation of the larger batch. A scheduler that is stepped once "
+            "an epoch needs attach(..., schedule_every='epoch').",
+            AnybatchWarning,
+            stacklevel=6,
+        )
+
+    def _look(self) -> None:
+        """Look at the schedule once, at the first step: until then its state and the clock's may still be loaded."""
+        if not self._unasked:
+            return
+        self._unasked = False
         ahead, self._ahead = self._ahead, 0
-        if not ahead or not self._driven or self._clock.total is None or self._warn_of_misfit() or self._clock.tau:
+        if not ahead or self._clock.tau or self._clock.total is None or not self._driven:
+            self._warn_of_misfit()
+            return
+        if self._misfit(offset=0):
+            self._warn_of_misfit()  # silent where a new run takes over a schedule half way
             return
         warnings.warn(
             f"The schedule is ahead of the clock: attach found the scheduler at {ahead}, and the clock begins at 0, so "
             "the schedule ends before the run. In a resumed run, load the controller's state as well; in a new one, "
             "make a new scheduler.",
             AnybatchWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
     def resume(self, *, offset: int) -> None:
         """Take the clock as it is now; `offset` is the scheduler's position at tau = 0."""
         self.offset = offset
         self._at = self._target()
+        self._unasked = True
+        if (rates := _rates.get(self.optimizer)) is not None:
+            rates.forget()
 
     def catch_up(self) -> None:
         """Step the scheduler to where the clock is now."""
-        self._follow(0.0)
+        if not self._stopped:
+            self._follow(0.0)
 
     def check(self) -> None:
         """Raise if the scheduler is not where this driver left it.
@@ -119,9 +172,12 @@ class ScheduleDriver:
         Raises:
             UsageError: somebody else steps it too, or its state was not restored together with the clock's.
         """
-        self._warn_if_ahead()
+        if self._stopped:
+            return
+        self._look()
         if self._jump is not None:  # it cannot tell where it is: whatever a loop or a resume made of it, it is here now
             self._jump(self._at)
+            self._rates.keep()
         position = position_of(self._scheduler)
         if self._driven and position is not None and position != self._at:
             raise UsageError(
@@ -129,6 +185,12 @@ class ScheduleDriver:
                 "scheduler.step() from the training loop. After a resume, load the scheduler's state as well as the "
                 "controller's."
             )
+        self._rates.check()
+        if self._course is not None and (rates := _rates_of(self.optimizer)):
+            self._course.see(self._at, rates)
+            if said := self._course.misfit:
+                self._course = None
+                self._say(said)
 
     def _follow(self, _: float) -> None:
         target = self._target()
@@ -139,9 +201,86 @@ class ScheduleDriver:
                 for _step in range(target - self._at):
                     self._scheduler.step()
         self._at = target
+        self._rates.keep()
 
     def _target(self) -> int:
         return int(min(self.offset + self._clock.count(self._every), self._limit))
+
+
+class _Rates:
+    """The learning rates that the schedules of one optimizer left in its groups."""
+
+    def __init__(self) -> None:
+        self._drivers: WeakSet[ScheduleDriver] = WeakSet()
+        self._left: list[tuple[dict[str, Any], float]] = []
+        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._said = False
+
+    def join(self, driver: ScheduleDriver) -> None:
+        """Take a driver; a first one begins anew."""
+        if not self._drivers:
+            self._said, self._optimizer = False, ref(driver.optimizer)
+        self._drivers.add(driver)
+        self.keep()
+
+    def leave(self, driver: ScheduleDriver) -> None:
+        """Drop a driver."""
+        self._drivers.discard(driver)
+        self.forget()
+
+    def drivers(self) -> list[ScheduleDriver]:
+        """Those that are not stopped."""
+        return list(self._drivers)
+
+    def forget(self) -> None:
+        """The rates may be others: a state was loaded."""
+        self._left.clear()
+
+    def keep(self) -> None:
+        """Note the rates as they are, unless a metric moves them as well."""
+        optimizer = self._optimizer()
+        self._left = []
+        if optimizer is None or self._said or not all(driver.driven for driver in self._drivers):
+            return
+        self._left = list(zip(optimizer.param_groups, _rates_of(optimizer), strict=False))
+
+    def check(self) -> None:
+        """Warn once if a rate is not what it was left at."""
+        optimizer = self._optimizer()
+        if optimizer is None or not self._left or self._said:
+            return
+        # After a load_state_dict the groups are other dictionaries, with the rates of another moment.
+        now = {id(group): rate for group, rate in zip(optimizer.param_groups, _rates_of(optimizer), strict=False)}
+        changed = [(rate, now[id(group)]) for group, rate in self._left if now.get(id(group), rate) != rate]
+        if not changed:
+            return
+        self._said = True
+        before, after = changed[0]
+        warnings.warn(
+            f"The learning rate was changed from {before:.6g} to {after:.6g}, not by the scheduler that attach was "
+            "given: another scheduler of this optimizer is stepped (SWALR, say), or group['lr'] is set. Both change "
+            "the rate from now on. Give attach one schedule for the whole run, in base iterations: SequentialLR takes "
+            "several, one after the other (docs/swa.md).",
+            AnybatchWarning,
+            stacklevel=3,
+        )
+
+
+_rates: WeakKeyDictionary[Optimizer, _Rates] = WeakKeyDictionary()
+
+
+def drivers_of(optimizer: Optimizer) -> list[ScheduleDriver]:
+    """The drivers of an optimizer's schedules."""
+    rates = _rates.get(optimizer)
+    return [] if rates is None else rates.drivers()
+
+
+def _rates_of(optimizer: Optimizer) -> list[float]:
+    """Each group's rate; empty where one is on a device, which a look at each step would wait for."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return []
+    return [float(rate) for rate in rates]
 
 
 @contextmanager
@@ -194,22 +333,3 @@ def _check_steps_alone(scheduler: Any) -> None:
             f"{type(scheduler).__name__}.step{signature} wants an argument, and the clock has none to give: pass a "
             "scheduler whose step() takes none, or leave it out of attach and step it yourself."
         ) from None
-
-
-def position_of(scheduler: Any) -> int | None:
-    """How often it was stepped; `None` where it does not tell."""
-    if isinstance(scheduler, ChainedScheduler):
-        return position_of(scheduler._schedulers[0])
-    position = getattr(scheduler, "last_epoch", None)
-    return position if isinstance(position, int) else None
-
-
-def _last_index(scheduler: Any) -> float:
-    """The last index a scheduler can be at: OneCycleLR raises beyond its end."""
-    if isinstance(scheduler, OneCycleLR):
-        return scheduler.total_steps - 1
-    if isinstance(scheduler, ChainedScheduler):
-        return min(_last_index(inner) for inner in scheduler._schedulers)
-    if isinstance(scheduler, SequentialLR):
-        return scheduler._milestones[-1] + _last_index(scheduler._schedulers[-1])
-    return inf

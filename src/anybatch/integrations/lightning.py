@@ -1,17 +1,19 @@
 """Lightning: `Trainer(max_steps=T, callbacks=[AnyBatch(base_batch=256)])`, where T counts base iterations."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import anybatch
+from anybatch._scaling import ScheduleDriver, bare_optimizer, drivers_of, held_by
 from anybatch.integrations._common import check_whole, close_record, numbers, record_of
 from anybatch.integrations._limits import Limits
 
@@ -23,9 +25,11 @@ class AnyBatch(Callback):
     `examples` are so many passes over the data at the base batch; `trainer.estimated_stepping_batches` in
     `configure_optimizers` is T. The run ends when tau has come to T, `min_steps` and `min_epochs` notwithstanding.
     Lightning's own steps of the schedulers do nothing, and their `frequency` and `interval` count base iterations, or
-    epochs of them. The numbers of each step are logged as `anybatch/gain` and so on where they are finite, and all that
-    a resumed run needs is in Lightning's checkpoints. All optimizers of the module share one gain and one clock, also
-    in manual optimization; two that train against each other need a controller each: `attach` them yourself.
+    epochs of them. A scheduler that another callback puts in the place of one, as `StochasticWeightAveraging` does, is
+    driven from then on, and the old one no more. The numbers of each step are logged as `anybatch/gain` and so on where
+    they are finite, and all that a resumed run needs is in Lightning's checkpoints. All optimizers of the module share
+    one gain and one clock, also in manual optimization; two that train against each other need a controller each:
+    `attach` them yourself.
 
     Args:
         base_batch: the batch that the hyperparameters were tuned for, in examples or tokens, on all devices together.
@@ -72,6 +76,8 @@ class AnyBatch(Callback):
         self._opened: str | anybatch.RunRecord | None = None
         self._loaded: dict[str, Any] = {}
         self._seen = self._first = 0
+        self._configs: list[tuple[Any, Any]] = []  # those that are driven, and the schedulers in them
+        self._drivers: list[ScheduleDriver] = []  # of schedulers that came later
         self._applied, self._limits = ExitStack(), Limits(base_batch, examples)
 
     # ---- the run's limits, before the optimizers are made and after them ----
@@ -91,12 +97,12 @@ class AnyBatch(Callback):
         """Attach; everything that Lightning wraps and loads is there."""
         if self.ema_decay is not None:
             check_whole(pl_module)
+        _warn_of_averages(trainer, pl_module)
         moving = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
         units = {(config.interval, config.frequency) for config in moving} or {("step", 1)}
         if len(units) > 1:
             raise anybatch.UsageError(f"Schedulers of one run need one interval and frequency, got {sorted(units)}.")
-        interval, frequency = units.pop()
-        every = frequency * (self._limits.epoch("A scheduler's interval") if interval == "epoch" else 1.0)
+        every = self._every(*units.pop())
         self._opened = record_of(self.record, self.per_layer, first=trainer.is_global_zero)
         self.controller = anybatch.attach(
             trainer.optimizers,
@@ -118,8 +124,48 @@ class AnyBatch(Callback):
             self.controller.load_state_dict(self._loaded["controller"])
             if self.ema is not None:
                 self.ema.load_state_dict(self._loaded["ema"])
+        self._configs = [(config, config.scheduler) for config in trainer.lr_scheduler_configs]
         self._seen, self._first = self._taken, trainer.global_step
         trainer.should_stop = self.controller.done
+
+    # ---- schedulers that come later ----
+
+    def _every(self, interval: str, frequency: float) -> float:
+        """Base iterations of one scheduler step."""
+        return frequency * (self._limits.epoch("A scheduler's interval") if interval == "epoch" else 1.0)
+
+    def _follow(self, trainer: Trainer, controller: anybatch.Controller) -> None:
+        """Drive the schedulers that the Trainer has now, and those that it had before no more."""
+        configs = [(config, config.scheduler) for config in trainer.lr_scheduler_configs]
+        same = [a is c and b is d for (a, b), (c, d) in zip(configs, self._configs, strict=False)]
+        if len(configs) == len(self._configs) and all(same):
+            return
+        real = {id(held_by(config)[0]) for config, _ in configs}
+        driven = set()
+        for driver in [each for optimizer in trainer.optimizers for each in drivers_of(bare_optimizer(optimizer))]:
+            if id(driver.scheduler) in real:
+                driven.add(id(driver.scheduler))
+            else:
+                driver.stop()
+        for config, _ in configs:
+            scheduler = held_by(config)[0]
+            if config.reduce_on_plateau or id(scheduler) in driven:
+                continue
+            every = self._every(config.interval, config.frequency)
+            driver = ScheduleDriver(
+                config, optimizer=bare_optimizer(scheduler.optimizer), clock=controller.clock, every=every
+            )
+            driver.hold()
+            self._drivers.append(driver)
+            if config.interval == "epoch" and abs(controller.tau / every - trainer.current_epoch) > _OFF:
+                warnings.warn(
+                    f"{type(scheduler).__name__} begins after {trainer.current_epoch} passes over the data, which are "
+                    f"{controller.tau / every:.3g} epochs of the base batch: the callback that made it counts passes. "
+                    "docs/swa.md has averages and schedules on the clock.",
+                    anybatch.AnybatchWarning,
+                    stacklevel=2,
+                )
+        self._configs = [(config, config.scheduler) for config in trainer.lr_scheduler_configs]
 
     # ---- steps ----
 
@@ -130,6 +176,9 @@ class AnyBatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the micro-batch's size."""
         if self.controller is not None:
+            self._follow(trainer, self.controller)
+            for driver in self._drivers:
+                driver.check()
             self.controller.micro_batch = _size_of(batch) if self.batch_size is None else self.batch_size(batch)
 
     def on_train_batch_end(
@@ -194,11 +243,38 @@ class AnyBatch(Callback):
     def _close(self) -> None:
         self._applied.close()
         self._limits.release()
+        for driver in self._drivers:
+            driver.stop()
+        self._drivers.clear()
         if self.controller is not None:
             self.controller.detach()
         close_record(self._opened)
         if self.ema is not None:
             self.ema.stop()
+
+
+_OFF = 0.5  # epochs between passes over the data and epochs of the base batch
+
+
+def _warn_of_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Warn of callbacks that average the weights by a count of steps or passes."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    for callback in callbacks:
+        name = type(callback).__name__
+        said = ""
+        if isinstance(callback, WeightAveraging) and {"avg_fn", "multi_avg_fn"} & callback._kwargs.keys():
+            said = (
+                f"{name} decays its average once a step, and a step of a larger batch is several base iterations, so "
+                "the average reaches further back than at the base batch. Use AnyBatch(ema_decay=...), or "
+                "ModelEMA(model, decay, clock=controller.clock)"
+            )
+        elif isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
+            said = (
+                f"{name} updates batch norm's statistics after max_epochs passes, and here tau ends the run: call "
+                "torch.optim.swa_utils.update_bn(loader, model) after fit"
+            )
+        if said:
+            warnings.warn(f"{said}: docs/swa.md.", anybatch.AnybatchWarning, stacklevel=2)
 
 
 def _divisor(trainer: Trainer) -> int | Literal["mean"]:
