@@ -242,14 +242,22 @@ def test_a_header_may_hold_anything(config):
     assert value(anybatch.forecast(run, [4]), 4) == pytest.approx(len(expected), rel=0.02)
 
 
-def test_constant_momentum_and_adam_are_noted():
-    groups = [{"lr": 0.1, "momentum": 0.9}]
-    clock, constant = (
-        anybatch.forecast(recorded(falling(), 4, config={"decays": d, "param_groups": groups}), [64])
-        for d in ("clock", "constant")
-    )
-    assert not clock.notes
-    assert "momentum" in constant.notes[0]
+@pytest.mark.parametrize(
+    ("decays", "optimizer", "group", "noted"),
+    [("clock", "SGD", {"momentum": 0.9}, False), ("constant", "SGD", {"momentum": 0.9}, True),
+     ("auto", "SGD", {"momentum": 0.9}, True), (0.5, "SGD", {"momentum": 0.9}, True),
+     (1.0, "SGD", {"momentum": 0.9}, False), ("auto", "SGD", {"momentum": 0}, False),
+     ("auto", "Muon", {"momentum": 0.95}, False), ("constant", "Muon", {"momentum": 0.95}, True),
+     ("auto", "Lion", {"betas": (0.9, 0.99)}, False), ("constant", "Lion", {"betas": (0.9, 0.99)}, True),
+     (None, "SGD", {"momentum": 0.9}, False)],
+)  # fmt: skip
+def test_a_momentum_off_the_clock_is_noted(decays, optimizer, group, noted):
+    config = {"decays": decays, "optimizer": optimizer, "param_groups": [{"lr": 0.1, **group}]}
+    notes = anybatch.forecast(recorded(falling(), 4, total=200.0, config=config), [64]).notes
+    assert any("not on the clock" in note for note in notes) == noted
+
+
+def test_adam_is_noted():
     adam = recorded(falling(), 4, config={"decays": "clock", "optimizer": "SGD, AdamW"})
     assert "upper end" in anybatch.forecast(adam, [64]).notes[0]
     plain = recorded(falling(), 4, config={"decays": "constant", "param_groups": [{"momentum": 0}]})

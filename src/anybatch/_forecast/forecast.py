@@ -9,7 +9,7 @@ from typing import Any
 
 from anybatch._errors import InvalidValueError
 from anybatch._forecast.bounds import SECONDS, of_header, scale_within, walk, within
-from anybatch._forecast.config import RuleConfig, adam, constant_momentum, rule_of
+from anybatch._forecast.config import RuleConfig, adam, longer_momentum, rule_of
 from anybatch._forecast.curve import Samples, samples
 from anybatch._forecast.steps import Estimate, StepForecast
 from anybatch._forecast.time import StepTime, step_time
@@ -211,10 +211,10 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
         )
     if found.beyond:
         notes.append(f"{found.beyond} steps that began beyond the total of {found.total:g} are left out.")
-    if constant_momentum(run.config):
+    if longer_momentum(run.config):
         notes.append(
-            "Constant momentum is a longer memory at a larger scale, which changes training itself: runs there took "
-            "fewer steps than forecast."
+            "A momentum that is not on the clock is a longer memory at a larger scale, which changes training itself: "
+            "runs there took fewer steps than forecast, 0.7 times as many at the least. Look at the band's lower end."
         )
     if adam(run.config):
         notes.append(
