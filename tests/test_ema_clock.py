@@ -1,7 +1,10 @@
 """The memory of ModelEMA: half-lives, warm-up, several decays and rare updates against plain float64 loops."""
 
+import functools
 import io
+import itertools
 import math
+import pickle
 
 import oracle
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import anybatch
-from anybatch._ema.decay import new_weight
+from anybatch._ema.decay import new_weight, scheduled_weight
 
 DECAYS = st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 0.99999])
 STRETCHES = st.floats(0, 1e4)
@@ -255,23 +258,101 @@ def test_resuming_between_two_moves_is_exact(resume_at):
 # ---- a decay that changes ----
 
 
-def test_a_schedule_in_steps_of_any_length_is_the_product_of_its_base_iterations():
-    """The plain loop takes a thousandth of a base iteration at a time."""
-    rho = anybatch.cosine_decay(0.9, total=40.0)
+def fine(rho, tau, k, kinks=()):
+    """What a stretch keeps, by the midpoint rule at 20,000 points of each part between kinks: a plain loop."""
+    total, ends = 0.0, sorted({tau, tau + k, *(x for x in kinks if tau < x < tau + k)})
+    for start, end in itertools.pairwise(ends):
+        step = (end - start) / 20_000
+        total += sum(math.log(rho(start + (i + 0.5) * step)) for i in range(20_000)) * step
+    return math.exp(total)
+
+
+def stairs(tau):
+    return 0.9 if tau < 3.3 else 0.99
+
+
+def bent(tau):
+    return min(0.999, 0.5 + 0.1 * tau)
+
+
+SCHEDULES = {
+    "cosine": (anybatch.cosine_decay(0.9, total=40.0), (40.0,)),
+    "cosine from far below": (anybatch.cosine_decay(0.01, total=40.0), (40.0,)),
+    "cosine, falling": (anybatch.cosine_decay(0.99, total=40.0, end=0.5), (40.0,)),
+    "stairs": (stairs, (3.3,)),
+    "bent": (bent, (4.99,)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [(1.0, 7.5, 0.3, 20.0, 11.2, 5.0), (30.0, 32.0), (2.0, 100.0)])
+def test_a_schedule_in_steps_of_any_length_is_the_product_of_its_base_iterations(name, steps):
+    rho, kinks = SCHEDULES[name]
     model = torch.nn.Linear(3, 2).double()
     ema = anybatch.ModelEMA(model, rho)
     average, tau = [p.detach().clone() for p in model.parameters()], 0.0
-    for k in (1.0, 7.5, 0.3, 20.0, 11.2, 5.0):
+    for k in steps:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         ema.update(k)
-        kept = math.exp(sum(math.log(rho(tau + (i + 0.5) / 1000)) / 1000 for i in range(round(1000 * k))))
+        kept = fine(rho, tau, k, kinks)
         average = [kept * a + (1 - kept) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
         tau += k
-        with ema.applied():
-            for p, a in zip(model.parameters(), average, strict=True):
-                torch.testing.assert_close(p.detach(), a, rtol=1e-5, atol=1e-6)  # Simpson over half a period
+        close(averages(ema), average, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("tau", "k"), [(30.0, 20.0), (39.0, 32.0), (39.9, 0.2), (990.0, 64.0)])
+def test_a_cosine_is_exact_over_its_kink(tau, k):
+    rho = anybatch.cosine_decay(0.996, total=40.0)
+    weight = scheduled_weight(rho, iterations=k, tau=tau)
+    assert weight == pytest.approx(1 - fine(rho, tau, k, (40.0,)), rel=1e-6, abs=1e-13)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 6.94, 16.97])
+@pytest.mark.parametrize("jumps", [(1,) * 12, (5, 1, 30, 2, 64), (100, 7)])
+def test_the_power_function_is_the_product_of_its_base_iterations(gamma, jumps):
+    """EDM2's beta(t) = (1 - 1/t) ** (gamma + 1), one base iteration at a time in float64, at the jump's own weights."""
+
+    def power(tau, k):
+        return (tau / (tau + k)) ** (gamma + 1)
+
+    model = torch.nn.Linear(3, 2).double()
+    ema = anybatch.ModelEMA(model, power)
+    average, t = [p.detach().clone() for p in model.parameters()], 0
+    for seed, jump in enumerate(jumps):
+        walk(model, seed)
+        ema.update(jump)
+        for _ in range(jump):
+            t += 1
+            beta = (1 - 1 / t) ** (gamma + 1)
+            average = [beta * a + (1 - beta) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+        close(averages(ema), average, rtol=1e-10)
+    assert ema.tau == t
+
+
+def power_of_17(tau, k, *, gamma=16.97):
+    return (tau / (tau + k)) ** (gamma + 1)
+
+
+def test_a_function_of_a_stretch_is_told_by_its_arguments_and_can_be_pickled():
+    model = oracle.make_model()
+    ema = anybatch.ModelEMA(model, functools.partial(power_of_17, gamma=1.0))
+    twin = pickle.loads(pickle.dumps(ema))
+    for each in (ema, twin):
+        walk(model, 3)
+        each.update(4)
+        each.update(4.0)
+        assert each.tau == 8
+    of_tau = anybatch.ModelEMA(model, lambda tau, gamma=0.5: gamma)  # one argument, and one with a default
+    before = averages(of_tau)
+    walk(model, 4)
+    of_tau.update(2)
+    expected = [0.25 * a + 0.75 * p.detach() for a, p in zip(before, model.parameters(), strict=True)]
+    close(averages(of_tau), expected, rtol=1e-9)
+    for wrong in (-0.1, 1.1, math.nan, "much"):
+        with pytest.raises(anybatch.InvalidValueError, match=r"share in \[0, 1\]"):
+            anybatch.ModelEMA(model, lambda tau, k, given=wrong: given).update(1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Averages of other libraries: torch's own object, and states in the very form of the others.
 
-The forms were taken from timm 1.0.31, ema-pytorch 0.8.3, diffusers 0.42.1 and torch-ema 0.3.
+The forms were taken from timm 1.0.31, ema-pytorch 0.8.3, diffusers 0.42.1 and torch-ema 0.3. To ema-pytorch's its
+`update_every` is added, which the state does not hold.
 """
 
 import io
@@ -45,7 +46,7 @@ def listed(model, *, trained=False):
 
 def ema_pytorch(model):
     online, average = named(model_of(9), "online_model."), named(model, "ema_model.")
-    return {"initted": torch.tensor(True), "step": torch.tensor(7), **online, **average}
+    return {"initted": torch.tensor(True), "step": torch.tensor(7), "update_every": 1, **online, **average}
 
 
 def diffusers(model):
@@ -172,3 +173,89 @@ def test_what_is_no_state_is_refused():
         anybatch.ema_state_from(named(model, ""), ema=anybatch.ModelEMA(model, (0.9, 0.99)))
     with pytest.raises(anybatch.StateError, match="ema_state_from"):
         ema.load_state_dict(named(model, "module."))
+
+
+# ---- averages that moved once in several base iterations ----
+
+
+def moved_rarely(decay, every, steps, form):
+    """A random walk and its average, as a plain loop: the state of `form`, the walk's end and what the average is."""
+    torch.manual_seed(3)
+    model = nn.Linear(3, 2).double()
+    average = [p.detach().clone() for p in model.parameters()]
+    for step in range(steps):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        if (step + 1) % every == 0:
+            average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+    names = [name for name, _ in model.named_parameters()]
+    by_name = dict(zip(names, average, strict=True))
+    updates = steps // every
+    states = {
+        "ema-pytorch": {"initted": torch.tensor(True), "step": torch.tensor(steps), "beta": decay,
+                        **{f"ema_model.{name}": value for name, value in by_name.items()}},
+        "diffusers": {"decay": decay, "optimization_step": updates, "shadow_params": average},
+        "torch_ema": {"decay": decay, "num_updates": updates, "shadow_params": average},
+        "AveragedModel": {"n_averaged": torch.tensor(updates), "decay": decay,
+                          **{f"module.{name}": value for name, value in by_name.items()}},
+    }  # fmt: skip
+    return states[form], model, average
+
+
+@pytest.mark.parametrize("form", ["ema-pytorch", "diffusers", "torch_ema", "AveragedModel"])
+@pytest.mark.parametrize("said", ["argument", "state"])
+@pytest.mark.parametrize(("decay", "every"), [(0.9, 10), (0.5, 3), (0.9999, 10)])
+def test_a_decay_per_update_becomes_one_per_base_iteration(form, said, decay, every):
+    """The weights stay: after `every` more base iterations theirs keeps `decay`, in one update, and so does ours."""
+    state, model, average = moved_rarely(decay, every, 6 * every, form)
+    how = {"update_every": every}
+    ema = anybatch.ModelEMA(model, decay ** (1 / every))
+    if said == "argument":
+        ema.load_state_dict(anybatch.ema_state_from(state, ema=ema, **how))
+    else:
+        ema.load_state_dict(anybatch.ema_state_from({**state, **how}, ema=ema))
+    assert ema.tau == 6 * every
+    for _ in range(every):
+        ema.update()
+    expected = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+    for mine, theirs in zip(ema.state_dict()["averages"].values(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["ema-pytorch", "diffusers", "torch_ema", "AveragedModel"])
+@pytest.mark.parametrize("wrong", [0.9, 0.9 ** (1 / 5), 0.9**10, 0.0])
+def test_a_decay_that_is_not_per_base_iteration_is_refused_with_the_right_one(form, wrong):
+    state, model, _ = moved_rarely(0.9, 10, 20, form)
+    with pytest.raises(anybatch.InvalidValueError, match=r"decay=0\.9 \*\* \(1 / 10\)") as raised:
+        anybatch.ema_state_from(state, ema=anybatch.ModelEMA(model, wrong), update_every=10)
+    assert repr(0.9**0.1) in str(raised.value)
+
+
+def test_a_state_that_does_not_say_how_often_is_refused():
+    state, model, _ = moved_rarely(0.9, 10, 20, "ema-pytorch")
+    ema = anybatch.ModelEMA(model, 0.9**0.1)
+    with pytest.raises(anybatch.InvalidValueError, match=r"10 by default.*beta \*\* \(1 / update_every\)"):
+        anybatch.ema_state_from(state, ema=ema)
+    del state["beta"]
+    with pytest.raises(anybatch.InvalidValueError, match=r"decay per update is needed.*beta"):
+        anybatch.ema_state_from(state, ema=ema, update_every=10)
+    assert anybatch.ema_state_from(state, ema=ema, update_every=1)["tau"] == 20
+    for wrong in (0, -1, 2.5, "10", True):
+        with pytest.raises(anybatch.InvalidValueError, match="update_every"):
+            anybatch.ema_state_from(state, ema=ema, update_every=wrong)
+
+
+def test_a_function_of_the_clock_is_the_same_however_often_it_is_asked():
+    state, model, _ = moved_rarely(0.9, 10, 20, "ema-pytorch")
+    ema = anybatch.ModelEMA(model, anybatch.cosine_decay(0.9, total=100))
+    assert anybatch.ema_state_from(state, ema=ema, update_every=10)["tau"] == 20
+
+
+@pytest.mark.parametrize("name", ["update_every", "beta", "decay", "initted"])
+def test_a_parameter_that_is_called_like_a_setting(name):
+    model = nn.Linear(2, 2)
+    setattr(model, name, nn.Parameter(torch.tensor(0.25)))
+    ema = anybatch.ModelEMA(model, 0.9)
+    state = anybatch.ema_state_from(named(model, ""), ema=ema)
+    assert torch.equal(state["averages"][name], torch.tensor(0.25))

@@ -168,13 +168,37 @@ def test_an_unfinished_run_goes_on_with_its_trend_and_a_wider_band(share):
     part = Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
     full, cut = (anybatch.forecast(run, [4, 64]) for run in (whole, part))
     assert any(f"{share:.0%}" in note and "trend" in note for note in cut.notes)
-    assert not full.notes
+    assert not any("trend" in note for note in full.notes)
     expected = len(truth(falling(pace=0.4), 64))
     n = cut.scales[1].iterations
     assert n.low <= expected <= n.high
     assert n.value == pytest.approx(expected, rel=0.25 if share < 0.5 else 0.1)
     if share < 0.5:
         assert n.high - n.low > full.scales[1].iterations.high - full.scales[1].iterations.low
+
+
+# Noise scales that grow: at a falling pace, with the variance, and ever faster.
+GROWING = {
+    "falling to a floor": falling(),
+    "power law": lambda x: (4 * math.exp(-0.5 * x), 8 / (1 + x / 0.05) ** 2),
+    "variance": lambda x: (1 + 3 * x, 0.2),
+    "faster": lambda x: (4.0, 2 - 1.8 * x),
+}
+
+
+def test_the_critical_scale_of_an_unfinished_run_holds_that_of_the_whole():
+    inside, wide = [], []
+    for moments in GROWING.values():
+        for source in (2, 8):
+            whole = recorded(moments, source, seed=3, config={"ranks": source})  # one base batch for each device
+            full = anybatch.forecast(whole, [64]).critical
+            for share in (0.25, 0.5, 0.75):
+                part = anybatch.Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
+                critical = anybatch.forecast(part, [64]).critical
+                inside.append(critical.low <= full.value <= critical.high)
+                wide.append(critical.high / critical.low)
+    assert sum(inside) >= 22  # of 24
+    assert sorted(wide)[12] < 2  # and not by saying nothing
 
 
 def test_an_elastic_run_forecasts_as_one_of_a_single_scale():
@@ -216,14 +240,22 @@ def test_a_header_may_hold_anything(config):
     assert value(anybatch.forecast(run, [4]), 4) == pytest.approx(len(expected), rel=0.02)
 
 
-def test_constant_momentum_and_adam_are_noted():
-    groups = [{"lr": 0.1, "momentum": 0.9}]
-    clock, constant = (
-        anybatch.forecast(recorded(falling(), 4, config={"decays": d, "param_groups": groups}), [64])
-        for d in ("clock", "constant")
-    )
-    assert not clock.notes
-    assert "momentum" in constant.notes[0]
+@pytest.mark.parametrize(
+    ("decays", "optimizer", "group", "noted"),
+    [("clock", "SGD", {"momentum": 0.9}, False), ("constant", "SGD", {"momentum": 0.9}, True),
+     ("auto", "SGD", {"momentum": 0.9}, True), (0.5, "SGD", {"momentum": 0.9}, True),
+     (1.0, "SGD", {"momentum": 0.9}, False), ("auto", "SGD", {"momentum": 0}, False),
+     ("auto", "Muon", {"momentum": 0.95}, False), ("constant", "Muon", {"momentum": 0.95}, True),
+     ("auto", "Lion", {"betas": (0.9, 0.99)}, False), ("constant", "Lion", {"betas": (0.9, 0.99)}, True),
+     (None, "SGD", {"momentum": 0.9}, False)],
+)  # fmt: skip
+def test_a_momentum_off_the_clock_is_noted(decays, optimizer, group, noted):
+    config = {"decays": decays, "optimizer": optimizer, "param_groups": [{"lr": 0.1, **group}]}
+    notes = anybatch.forecast(recorded(falling(), 4, total=200.0, config=config), [64]).notes
+    assert any("not on the clock" in note for note in notes) == noted
+
+
+def test_adam_is_noted():
     adam = recorded(falling(), 4, config={"decays": "clock", "optimizer": "SGD, AdamW"})
     assert "upper end" in anybatch.forecast(adam, [64]).notes[0]
     plain = recorded(falling(), 4, config={"decays": "constant", "param_groups": [{"momentum": 0}]})
@@ -257,7 +289,9 @@ def test_devices_grow_with_the_batch_and_time_follows_the_steps():
     run.steps[5] = line(5, (run.steps[5].tau, run.steps[5].iterations, 4.0, 1.0), scale=8, seconds=500.0)  # a pause
     found = anybatch.forecast(run, [4, 8, 24, 64], sync_seconds=0.05, price_per_device_hour=3.0)
     assert [s.devices for s in found.scales] == [1, 1, 3, 8]
-    for s, step in zip(found.scales, [0.1, 0.2, 0.25, 0.25]):
+    assert (found.scales[0].step_seconds.low, found.scales[0].step_seconds.high) == pytest.approx((0.1, 0.2))
+    for s, step in zip(found.scales, [math.sqrt(0.1 * 0.2), 0.2, 0.25, 0.25]):
+        assert s.step_seconds.value == pytest.approx(step)
         assert s.seconds.value == pytest.approx(s.iterations.value * step, rel=0.02)
         assert s.device_hours.value == pytest.approx(s.seconds.value * s.devices / 3600)
         assert s.cost.value == pytest.approx(3 * s.device_hours.value)
@@ -265,6 +299,50 @@ def test_devices_grow_with_the_batch_and_time_follows_the_steps():
     assert given.scales[0].devices == 8
     assert given.scales[0].seconds.value == pytest.approx(7 * given.scales[0].iterations.value, rel=0.02)
     assert math.isnan(given.scales[0].cost.value)
+
+
+# Seconds of a step by base batches per device: nothing but overhead, nothing but work, and some of both.
+STEP_SECONDS = {"constant": lambda x: 0.4, "proportional": lambda x: 0.05 * x, "both": lambda x: 0.1 + 0.0375 * x}
+
+
+@pytest.mark.parametrize("name", STEP_SECONDS)
+@pytest.mark.parametrize(
+    ("scale", "per_device", "size"), [(1, None, 1), (4, None, 4), (8, 1, 1), (64, 16, 16), (20, None, 20 / 3)]
+)
+def test_a_step_of_a_size_not_timed_is_a_range_that_holds_it(name, scale, per_device, size):
+    seconds, moments = STEP_SECONDS[name], falling()
+    run = recorded(moments, 8, seconds=seconds(8))
+    found = anybatch.forecast(run, [scale], per_device=per_device, sync_seconds=0.03, price_per_device_hour=3.0)
+    s = found.scales[0]
+    step = seconds(size) + (0.03 if s.devices > 1 else 0)
+    real = len(truth(moments, scale)) * step
+    assert s.step_seconds.low - 1e-9 <= step <= s.step_seconds.high + 1e-9
+    assert s.seconds.low * 0.99 <= real <= s.seconds.high * 1.01
+    assert s.cost.low * 0.99 <= real / 3600 * s.devices * 3 <= s.cost.high * 1.01
+    assert s.step_seconds.low < s.step_seconds.value < s.step_seconds.high
+    assert f"at scale {scale}:" in found.notes[-1]
+    assert "second size" in found.notes[-1]
+
+
+@pytest.mark.parametrize("name", STEP_SECONDS)
+def test_with_two_sizes_timed_a_third_is_known(name):
+    seconds, lines = STEP_SECONDS[name], []
+    for i, step in enumerate(truth(falling(), 8)):
+        lines.append(line(i, step, scale=(4, 16)[i % 2], seconds=seconds((4, 16)[i % 2])))
+    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [1, 8], per_device=16)
+    for s in found.scales:
+        assert s.step_seconds.low == s.step_seconds.high == pytest.approx(seconds(s.scale))
+    assert not found.notes
+
+
+def test_the_critical_scale_holds_both_ends_of_a_time_that_is_not_known():
+    """With a synchronisation of 0.1 s it matters what a step of one base batch takes: from 0.05 to 0.4 s."""
+    run = recorded(lambda x: (16.0, 1.0), 8, total=100_000.0, seconds=0.4)
+    wide = anybatch.forecast(run, [8], per_device=1, sync_seconds=0.1).critical
+    for seconds in (0.05, 0.4):
+        known = anybatch.forecast(run, [8], per_device=1, seconds_per_step=seconds, sync_seconds=0.1).critical
+        assert wide.low <= known.value <= wide.high
+    assert wide.high > wide.low
 
 
 def test_several_step_sizes_part_the_fixed_time_from_the_rest():

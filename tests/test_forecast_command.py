@@ -46,6 +46,29 @@ def test_the_table_the_sentence_and_the_picture(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
+def test_times_of_sizes_not_timed_are_ranges_in_table_json_and_picture(tmp_path):
+    """A record at scale 8: half of a second a step says nothing of scale 1, whose steps take from a sixteenth on."""
+    written(tmp_path / "run.jsonl")
+    arguments = ["forecast", str(tmp_path / "run.jsonl"), "--scales", "1,8,64", "--price-per-device-hour", "3.6"]
+    result = run(cli.app, arguments, env={"COLUMNS": "200"})
+    row = next(line for line in result.output.splitlines() if line.strip().startswith("1 "))
+    assert [cell.strip() for cell in row.strip().split("  ") if cell.strip()][-3:] == [
+        "62.5 s to 8.33 min", "62.5 s to 8.33 min", "0.0625 to 0.5",
+    ]  # fmt: skip
+    rows = [line for line in result.output.splitlines() if line.strip()[:2] in ("8 ", "64")]
+    assert len(rows) == 2
+    assert not any(" to " in row.partition("%")[2] for row in rows)
+    assert "ranges at scale 1:" in result.output
+    found = json.loads(run(cli.app, [*arguments, "--json"]).output)
+    assert found["scales"][0]["step_seconds"] == {"value": pytest.approx(0.5 / 8**0.5), "low": 0.0625, "high": 0.5}
+    assert found["scales"][0]["seconds"]["high"] == pytest.approx(500)
+    assert "ranges at scale 1:" in found["notes"][-1]
+    for scales, wide in (("1,8", True), ("8,64", False)):
+        picture = tmp_path / "plot.svg"
+        run(cli.app, [*arguments[:3], scales, "--out", str(picture)])
+        assert ("steps of a size not timed" in picture.read_text()) == wide
+
+
 def test_json_is_what_the_function_returns(tmp_path):
     path = tmp_path / "run.jsonl"
     written(path, seconds=math.nan)

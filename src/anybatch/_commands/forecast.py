@@ -1,6 +1,7 @@
 """`anybatch forecast`."""
 
 import json
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,10 +94,18 @@ def _show(found: "Forecast", console: "Console") -> None:
     }
     costs = {"scale": columns["scale"]}
     if isfinite(found.scales[0].seconds.value):
-        costs["wall time"] = [duration(s.seconds.value) for s in found.scales]
-        costs["device time"] = [duration(3600 * s.device_hours.value) for s in found.scales]
-    if isfinite(found.scales[0].cost.value):
-        costs["cost"] = [f"{s.cost.value:,.4g}" for s in found.scales]
+        ranges = [s.step_seconds.low < s.step_seconds.high for s in found.scales]  # else the band is the steps'
+
+        def cells(values: "list[anybatch.Estimate]", words: Callable[[float], str]) -> list[str]:
+            return [
+                f"{words(v.low)} to {words(v.high)}" if wide else words(v.value)
+                for v, wide in zip(values, ranges, strict=True)
+            ]
+
+        costs["wall time"] = cells([s.seconds for s in found.scales], duration)
+        costs["device time"] = cells([s.device_hours.times(3600) for s in found.scales], duration)
+        if isfinite(found.scales[0].cost.value):
+            costs["cost"] = cells([s.cost for s in found.scales], lambda value: f"{value:,.4g}")
     whole = columns | costs
     parts = [whole] if fits(_table(whole), console) else [columns, costs] if len(costs) > 1 else [columns]
     for part in parts:

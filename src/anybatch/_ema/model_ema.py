@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch._ema.decay import factors, new_weight, scheduled_weight
+from anybatch._ema.decay import factors, new_weight, scheduled_weight, stretch_weight, takes_stretches
 from anybatch._ema.lerp import Lerp
 from anybatch._ema.offload import Offload
 from anybatch._ema.state import averages_keys, checked_state, numbers
@@ -40,7 +40,8 @@ class ModelEMA:
         model: the module whose parameters are averaged; make the average after compiling, wrapping or sharding it.
         decay: rho, the factor per base iteration, in [0, 1), as tuned at the base batch; `half_life(...)` gives it from
             a half-life. Several, as a sequence, are averaged in one pass. A function of tau, such as
-            `cosine_decay(...)`, is a decay in (0, 1] that changes along the clock.
+            `cosine_decay(...)`, is a decay in (0, 1] that changes along the clock; it is integrated over a step. A
+            function of tau and k is the share in [0, 1] that k base iterations from tau on keep of the average.
         clock: `controller.clock`; `None` to call `update` yourself. A clock keeps this object, and so the model, until
             `stop()`.
         include: which floating or complex parameters, by name; all by default.
@@ -68,8 +69,15 @@ class ModelEMA:
         ...     torch.allclose(model.weight, 0.9**4 * before)
         True
 
+    EDM2's power function keeps `(1 - 1/t) ** (gamma + 1)` in base iteration t. The product over k of them telescopes:
+
+        >>> def power(tau, k, gamma=16.97):                        # 16.97 is EDM2's sigma_rel of 0.05, 6.94 of 0.10
+        ...     return (tau / (tau + k)) ** (gamma + 1)
+        >>> ema = anybatch.ModelEMA(model, power, clock=clock)
+
     Source:
-        Busbridge et al., How to Scale Your EMA, NeurIPS 2023, Definition 1.2 (rho**kappa).
+        Busbridge et al., How to Scale Your EMA, NeurIPS 2023, Definition 1.2 (rho**kappa); Karras et al., Analyzing and
+        Improving the Training Dynamics of Diffusion Models, CVPR 2024, Section 3.1 (the power function).
 
     Differs from the paper in:
         1. The exponent is how far the clock moved: the paper's kappa under linear scaling, the gain under AdaScale.
@@ -81,7 +89,7 @@ class ModelEMA:
     def __init__(
         self,
         model: nn.Module,
-        decay: float | Sequence[float] | Callable[[float], float],
+        decay: float | Sequence[float] | Callable[..., float],
         *,
         clock: Clock | None = None,
         include: Callable[[str], bool] = _all,
@@ -103,8 +111,9 @@ class ModelEMA:
             if not isinstance(switch, bool):
                 raise InvalidValueError(f"{name} is True or False, got {shown(switch)}.")
         self._schedule = decay if callable(decay) else None
+        self._stretches = callable(decay) and takes_stretches(decay)
         self._decays = (0.0,) if callable(decay) else factors(decay)
-        self.decay: float | Sequence[float] | Callable[[float], float] = (
+        self.decay: float | Sequence[float] | Callable[..., float] = (
             decay if isinstance(decay, Sequence) or callable(decay) else self._decays[0]
         )
         if warmup and self._schedule is not None:
@@ -293,7 +302,8 @@ class ModelEMA:
     def _weights(self, moved: float) -> list[float]:
         """How much each average takes of the newest weights, after `moved` base iterations."""
         if self._schedule is not None:
-            return [scheduled_weight(self._schedule, iterations=moved, tau=self.tau)]
+            weight = stretch_weight if self._stretches else scheduled_weight
+            return [weight(self._schedule, iterations=moved, tau=self.tau)]
         return [new_weight(d, iterations=moved, tau=self.tau, warmup=self._warmup) for d in self._decays]
 
     def _index(self, decay: float | None) -> int:

@@ -23,11 +23,22 @@ class RuleConfig:
     noise_factor: float
 
 
-def constant_momentum(config: Mapping[str, Any]) -> bool:
+def longer_momentum(config: Mapping[str, Any]) -> bool:
+    """Whether a momentum is not, or not all of the way, on the clock, so that its memory in tau grows with the scale.
+
+    What "auto" stands for is the clock for betas and for Muon, and constant or half of the way for a momentum.
+    """
+    decays, name = config.get("decays"), config.get("optimizer")
+    if decays == "clock" or real(decays) == 1:
+        return False
+    kinds: tuple[str, ...] = ("momentum", "betas")
+    if decays == "auto":
+        kinds = ("momentum",) if isinstance(name, str) and "Muon" not in name else ()
+    elif decays != "constant" and real(decays) is None:
+        return False
     groups = config.get("param_groups")
     groups = [g for g in groups if isinstance(g, dict)] if isinstance(groups, list) else []
-    memories = [g.get(name) for g in groups for name in ("momentum", "betas")]
-    return config.get("decays") == "constant" and any(memories)
+    return any(g.get(kind) for g in groups for kind in kinds)
 
 
 def adam(config: Mapping[str, Any]) -> bool:

@@ -22,6 +22,10 @@ _WINDOW = 0.04
 _BLOCK = 0.005  # what the bootstrap draws together: fluctuations of neighbouring steps are not independent
 _BINS = 2000
 _GRID = 500
+_SPANS = (
+    (1, 0.25),
+    (0, 0.5),
+)  # which quarter the last one is compared with, and how far it is, as a share of the record
 _LEAST = 4  # steps in a window, however few the record has
 
 
@@ -116,7 +120,9 @@ def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
     Args:
         found: the samples.
         trend: how much of the trend goes on past the record's end, `[versions]`: 0 holds the last values, 1 follows it;
-            a half lies between what training does under a constant and under a falling learning rate.
+            a half lies between what training does under a constant and under a falling learning rate. Above 1 it gets
+            steeper, by as much again of the steeper one of the trends since the third and the second quarter: the noise
+            scale often grows faster towards the end, and one trend alone is known badly.
         draws: factors on the samples' weights, `[versions, samples]`.
     """
     weights = draws * torch.tensor(found.weight, dtype=torch.float64)
@@ -132,11 +138,12 @@ def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
     points = [k * step for k in range(_GRID + 1) if k * step <= end]
     variance, sqnorm = means([(tau - half, tau + half) for tau in points])
     if len(points) <= _GRID:
-        quarters = means([(0.5 * end, 0.75 * end), (0.75 * end, end)])
-        slope = trend * _slope(*quarters, distance=end / 4)
+        quarters = means([(0.25 * end, 0.5 * end), (0.5 * end, 0.75 * end), (0.75 * end, end)])
+        last, long = (_slope(*(values[:, (first, 2)] for values in quarters), distance=d * end) for first, d in _SPANS)
+        slope = trend.clamp(max=1) * last + (trend - 1).clamp(min=0) * torch.minimum(last, long)
         # From the middle of the last quarter: the last few steps alone are mostly noise.
         beyond = torch.arange(len(points), _GRID + 1, dtype=torch.float64) * step - 0.875 * end
-        late_variance, late_sqnorm = (values[:, 1:] for values in quarters)
+        late_variance, late_sqnorm = (values[:, 2:] for values in quarters)
         variance = torch.cat([variance, late_variance.expand(-1, len(beyond))], 1)
         sqnorm = torch.cat([sqnorm, late_sqnorm * torch.exp(slope[:, None] * beyond)], 1)
     if not (variance.isfinite().all() and sqnorm.isfinite().all()):

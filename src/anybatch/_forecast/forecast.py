@@ -9,7 +9,7 @@ from typing import Any
 
 from anybatch._errors import InvalidValueError
 from anybatch._forecast.bounds import SECONDS, of_header, scale_within, walk, within
-from anybatch._forecast.config import RuleConfig, adam, constant_momentum, rule_of
+from anybatch._forecast.config import RuleConfig, adam, longer_momentum, rule_of
 from anybatch._forecast.curve import Samples, samples
 from anybatch._forecast.steps import Estimate, StepForecast
 from anybatch._forecast.time import StepTime, step_time
@@ -27,7 +27,9 @@ class ScaleForecast:
         iterations: optimizer steps.
         examples: what the run sees, in the unit of `base_batch`; in base batches where the record has none.
         efficiency: statistical efficiency, the mean gain over S.
-        seconds: wall time; nan where no time is known.
+        step_seconds: seconds of one step; nan where no time is known. Where all steps that were timed had one size and
+            these have another, it is a range from the same time to one in proportion to the size.
+        seconds: wall time; nan where no time is known. Its band holds that of the steps and of `step_seconds`.
         device_hours: wall time times devices.
         cost: device hours times the price; nan without one.
     """
@@ -37,6 +39,7 @@ class ScaleForecast:
     iterations: Estimate
     examples: Estimate
     efficiency: Estimate
+    step_seconds: Estimate
     seconds: Estimate
     device_hours: Estimate
     cost: Estimate
@@ -89,6 +92,10 @@ def forecast(
 
         devices = ceil(S / per_device)      step = gradient of S / devices base batches + sync_seconds if devices > 1
 
+    Steps of one size per device say nothing of the time that another size takes. The gradient of a step then takes from
+    the same time to a time in proportion to the size, and the forecast is the middle by ratios. Record steps of two
+    sizes, at least 8 of each, for a line through both.
+
     A band is the wider of two: the record's noise, 90 % of a bootstrap over blocks of tau, and for d doublings beyond
     the record's scale the errors measured on other tasks, from `exp(-.034 (1 + d))` to `exp(.141 (1 + d))` times the
     forecast. They are made to hold in 90 % of the cases; on a task left out from their making they held in 88 %, on a
@@ -100,7 +107,7 @@ def forecast(
         scales: scales to forecast, positive.
         per_device: base batches that one device takes in a step, positive; by default what one rank took in the record.
         seconds_per_step: seconds of a step in which each device takes `per_device`, positive; by default the record's
-            own median.
+            own median. Another size per device is not known by it.
         sync_seconds: seconds of synchronisation that a step takes with more than one device, not negative. The seconds
             of a record of several ranks hold theirs already.
         price_per_device_hour: price, in any currency, not negative.
@@ -164,14 +171,15 @@ def forecast(
         total=total,
         recorded=recorded,
         unit="base batches" if unit is None else "examples",
-        notes=tuple(_notes(run, found, known=known, rule=rule, time=time)),
+        notes=(*_notes(run, found, known=known, rule=rule, time=time), *_sizes(time, wanted)),
     )
 
 
 def _scale(
     scale: float, steps: Estimate, *, total: float, time: StepTime, unit: float, price: float | None
 ) -> ScaleForecast:
-    seconds = steps.times(time.step(scale))
+    step = Estimate(*time.step(scale))
+    seconds = Estimate(steps.value * step.value, steps.low * step.low, steps.high * step.high)
     hours = seconds.times(time.devices(scale) / 3600)
     return ScaleForecast(
         scale=scale,
@@ -179,10 +187,24 @@ def _scale(
         iterations=Estimate(*(float(ceil(n - 1e-6)) for n in (steps.value, steps.low, steps.high))),
         examples=steps.times(scale * unit),
         efficiency=Estimate(*(total / (n * scale) for n in (steps.value, steps.high, steps.low))),
+        step_seconds=step,
         seconds=seconds,
         device_hours=hours,
         cost=hours.times(nan if price is None else price),
     )
+
+
+def _sizes(time: StepTime, scales: Sequence[float]) -> list[str]:
+    """A note on the scales whose steps have a size that was not timed."""
+    steps = {scale: time.step(scale) for scale in scales}
+    wide = [f"{scale:g}" for scale, (_, low, high) in steps.items() if low < high]
+    if not wide:
+        return []
+    return [
+        f"The steps that were timed gave each device {time.measured:g} base batches, which says nothing of other "
+        f"sizes. So wall time, device time and cost are ranges at scale {', '.join(wide)}: from a step of the same "
+        "time to one in proportion to the size. For a forecast, record 8 steps or more of a second size in the run."
+    ]
 
 
 def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: StepTime) -> list[str]:
@@ -192,14 +214,14 @@ def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: Ste
     elif found.end < 0.999 * found.total:
         notes.append(
             f"The record ends at {found.end / found.total:.0%} of the run: beyond it, its last quarter's moments go on "
-            "with half of their trend, and the band spans none to all of it."
+            "with half of their trend, and the bands span none to twice of it."
         )
     if found.beyond:
         notes.append(f"{found.beyond} steps that began beyond the total of {found.total:g} are left out.")
-    if constant_momentum(run.config):
+    if longer_momentum(run.config):
         notes.append(
-            "Constant momentum is a longer memory at a larger scale, which changes training itself: runs there took "
-            "fewer steps than forecast."
+            "A momentum that is not on the clock is a longer memory at a larger scale, which changes training itself: "
+            "runs there took fewer steps than forecast, 0.7 times as many at the least. Look at the band's lower end."
         )
     if adam(run.config):
         notes.append(

@@ -18,6 +18,7 @@ _LEVEL = 0.05  # each side of the record's own noise
 # Of the logarithm of the steps taken over those forecast, for one and each doubling to a larger scale: exceeded in 5 %
 # of the cases each, over 18 tasks of one weight (benchmarks/forecast_band.py, docs/forecast.md).
 DOWN, UP = 0.034, 0.141
+_TREND = 2.0  # of an unfinished run's trend, what half of the draws follow; the others follow none
 _DOUBLINGS = 20  # how far the critical scale is looked for
 
 
@@ -57,7 +58,7 @@ class StepForecast:
         doublings = (time.per_device * 2**k for k in range(_DOUBLINGS))
         self._lattice = [s for s in doublings if s <= 4 * found.total] or [time.per_device]
         generator = torch.Generator().manual_seed(0)
-        trend = torch.rand(_DRAWS, generator=generator, dtype=torch.float64)
+        trend = _TREND * torch.rand(_DRAWS, generator=generator, dtype=torch.float64).round()  # each end or none
         draws = resampled(found, versions=_DRAWS, generator=generator)
         versions = curves(
             found, trend=torch.cat([torch.full_like(trend[:1], 0.5), trend]), draws=pad(draws, (0, 0, 1, 0), value=1.0)
@@ -72,14 +73,19 @@ class StepForecast:
 
     def critical(self) -> Estimate:
         """Where wall time times device time is smallest, over doublings of the devices."""
-        time, columns = self._time, self._steps(self._lattice)
-        products = []
+        columns = self._steps(self._lattice)
+        middle, *ends = [self._critical(columns, which) for which in range(3)]
+        value = middle[0]
+        bands = [_quantiles(found[1:]) for found in (middle, *ends)]
+        return Estimate(value, min(value, *(low for low, _ in bands)), max(value, *(high for _, high in bands)))
+
+    def _critical(self, columns: dict[float, Tensor], which: int) -> list[float]:
+        """That scale for each version of the curves, with one of the three times of `StepTime.step`."""
+        time, products = self._time, []
         for scale in self._lattice:
-            step = time.step(scale) if isfinite(time.per_base) else 1.0
+            step = time.step(scale)[which] if isfinite(time.per_base) else 1.0
             products.append((columns[scale] ** 2 * step**2 * time.devices(scale)).log2())
-        found = [self._lattice[0] * 2 ** _lowest(column) for column in torch.stack(products, 1).tolist()]
-        low, high = _quantiles(found[1:])
-        return Estimate(found[0], min(low, found[0]), max(high, found[0]))
+        return [self._lattice[0] * 2 ** _lowest(column) for column in torch.stack(products, 1).tolist()]
 
     def _steps(self, scales: Sequence[float]) -> dict[float, Tensor]:
         """A larger batch never takes more steps nor fewer examples: chance in the curves is not let to say so."""

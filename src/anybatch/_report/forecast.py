@@ -103,6 +103,8 @@ def _tradeoff(axes: "Axes", found: Forecast) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         numbers(axis, log=True)
     axes.set_title("numbers: scale S", loc="right", fontsize="small", fontweight="normal")
+    if any(s.step_seconds.low < s.step_seconds.high for s in found.scales):
+        axes.set_title("wide: steps of a size not timed", loc="left", fontsize="small", fontweight="normal", color=SOFT)
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
