@@ -27,6 +27,13 @@ def _namespace(doctest_namespace, tmp_path):
     doctest_namespace.update(anybatch=anybatch, torch=torch, tmp_path=tmp_path, math=math)
 
 
+@pytest.fixture(autouse=True)
+def _no_search_for_averages(request, monkeypatch):
+    """Every controller would walk all objects of this process once; `test_ema_foreign` alone tests it."""
+    if request.path.name != "test_ema_foreign.py":
+        monkeypatch.setattr("anybatch._controller.step_hooks.warn_of_foreign_average", lambda _: None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests have left by `record_property`, on all workers: of a worst error the largest, of a count the sum."""
     found = {}

@@ -158,3 +158,21 @@ def test_no_library_is_imported():
         "assert not {'timm', 'ema_pytorch', 'diffusers', 'torch_ema', 'lightning'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("scale", "said"), [(None, 1), (1, 0)])
+def test_a_controlled_run_warns_at_its_first_step_alone(scale, said):
+    model = nn.Linear(4, 2)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sizes = {"base_batch": 4, "micro_batch": 4} if scale is None else {"scale": scale}
+    anybatch.attach(optimizer, model=model, **sizes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for x in torch.randn(2, 4, 4):
+                (model(x).square().mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+    assert sum("AveragedModel averages this model" in str(each.message) for each in caught) == said

@@ -22,6 +22,7 @@ from anybatch._controller.diagnostics import Diagnostics
 from anybatch._controller.gain_estimator import GainEstimator, Step
 from anybatch._controller.run_state import RunState
 from anybatch._controller.settings import Settings
+from anybatch._ema import warn_of_foreign_average
 from anybatch._errors import UsageError
 from anybatch._gradients import (
     Engine,
@@ -110,6 +111,7 @@ class StepHooks:
             if id(value.optimizer) not in driven
         ]
         self._diagnostics = Diagnostics(run=run, parameters=self._trainable, undriven=undriven)
+        self._averages_checked = settings.batch.scale == 1  # there an average by steps is right
         self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
         self._lr = nan  # as the first of them had it in this window
         self._restore_values: Callable[[], None] | None = None
@@ -232,6 +234,9 @@ class StepHooks:
         if not seen and not emptied and is_phantom(optimizer, counted=gradients is not None):
             return None
         self._diagnostics.before()
+        if not self._averages_checked:
+            self._averages_checked = True
+            warn_of_foreign_average(self._model)
         for driver in self._drivers:
             driver.check()
         share = self._share()
