@@ -78,7 +78,6 @@ class Controller(Joinable):
             for optimizer, family in zip(optimizers, families, strict=True)
         ]
         trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
-        self._size = sum(p.numel() for p in trained)
         engine = engine_of(model, trained, settings.process_group)
         self._ranks, self._no_sync = engine.ranks, engine.no_sync
         self._drivers = [
@@ -100,7 +99,7 @@ class Controller(Joinable):
             self._gradients: GradientHooks | None = None
             if settings.counts:
                 self._gradients = GradientHooks(
-                    trained,
+                    self._members,
                     measure=measurement is not None,
                     due=lambda: estimator.due(run.running, steps=run.steps),
                     place=engine.place,
@@ -515,7 +514,7 @@ class Controller(Joinable):
         self._step_hooks.restore()
         return {
             "version": STATE_VERSION,
-            "parameters": self._size,
+            "parameters": sum(p.numel() for p in self._members()),
             "base_batch": self._settings.batch.base_batch or 0.0,
             **self._run.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,
@@ -547,6 +546,10 @@ class Controller(Joinable):
         for optimizer in self._optimizers:
             attached.discard(optimizer)
         self._attached = False
+
+    def _members(self) -> list[Tensor]:
+        """All parameters of the optimizers, as their groups are now."""
+        return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def _remove_hooks(self) -> None:
         if (gradients := getattr(self, "_gradients", None)) is not None:

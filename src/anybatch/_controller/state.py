@@ -75,7 +75,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
             )
     if values["parameters"] != mine["parameters"]:
         raise StateError(
-            f"The state is of a model with {values['parameters']:.0f} trained parameters, this one has "
+            f"The state is of a model with {values['parameters']:.0f} parameters in its optimizers, this one has "
             f"{mine['parameters']:.0f}."
         )
     if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:

@@ -228,7 +228,8 @@ class StepHooks:
         gradients = self._gradients
         if gradients is not None:
             check_no_backward()
-            gradients.follow(self._trainable())
+            if gradients.follow() and any(p.grad is not None for p in self._trainable()):
+                gradients.assume()
         emptied = gradients is not None and self._empty(gradients)
         seen = gradients is not None and gradients.pending
         if not seen and not emptied and is_phantom(optimizer, counted=gradients is not None):

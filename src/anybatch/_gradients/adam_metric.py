@@ -65,16 +65,18 @@ class AdamNorms(Probe):
         self._steps = steps
         self._rows_of = rows
         self._shards = shards
-        self._parameters: list[Tensor] = []
+        self._since = 0  # steps after which the youngest v has begun
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop all parameters."""
         self._rows: list[slice | None] = []
         self._table = Table()
-        self._groups: dict[Tensor, dict[str, Any]] = {}
-        self._since = 0  # steps after which the youngest v has begun
+        self._groups: dict[int, dict[str, Any]] = {}  # by the identity of a parameter
         self._known = False  # whether the weights of the window are known
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
         """Weigh these parameters as well, once they have been trained for a while."""
-        self._parameters.extend(parameters)
         self._rows.extend(map(self._rows_of, parameters))
         self._table.follow(places)
         self._since = self._steps()
@@ -85,32 +87,32 @@ class AdamNorms(Probe):
         it would synchronise.
         """
         self._table.clear()
-        self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         self._known = sampled and self._steps() - self._since >= SQUARES
         return sampled
 
-    def sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Weigh the gradient that parameter `index` got from micro-batch `row`."""
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:
+        """Weigh the gradient that `parameter` got from micro-batch `row`."""
         if not self._known:
             return
         rows = self._rows[index]
-        self._weigh(self._table.cell(row, index), self._parameters[index], grad if rows is None else grad[rows])
+        self._weigh(self._table.cell(row, index), parameter, grad if rows is None else grad[rows])
 
-    def samples(self, gradients: Sequence[Tensor]) -> None:
+    def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Weigh all gradients of a window at once."""
         squares = []
-        for parameter, samples in zip(self._parameters, gradients, strict=True):
+        for parameter, samples in zip(parameters, gradients, strict=True):
             root = self._root(parameter, samples) if self._known else None
             if root is None:
                 return
             squares.append(total_squared_norm([real_of(samples) / root.divisor]) * root.unit)
         self._table.observe(squares, gradients[0].shape[0])
 
-    def mean(self) -> None:
+    def mean(self, parameters: Sequence[Tensor]) -> None:
         """Weigh this rank's part of `.grad`."""
         if not self._known:
             return
-        for out, parameter in zip(self._table.mean_cells(self._parameters), self._parameters, strict=True):
+        for out, parameter in zip(self._table.mean_cells(parameters), parameters, strict=True):
             if parameter.grad is None:
                 out.zero_()
             else:
@@ -139,7 +141,7 @@ class AdamNorms(Probe):
 
     def _root(self, parameter: Tensor, grad: Tensor) -> Root | None:
         """The divisor of one gradient; without v the window's weights are not known."""
-        group, state = self._groups.get(parameter), self._optimizer.state.get(parameter, {})
+        group, state = self._groups.get(id(parameter)), self._optimizer.state.get(parameter, {})
         v = None if group is None else state.get(f"max_{self._entry}" if group.get("amsgrad") else self._entry)
         if group is None or v is None:
             self._since = self._steps()

@@ -62,20 +62,20 @@ class EuclideanNorms(Probe):
     name = "euclidean"
 
     def __init__(self) -> None:
-        self.parameters: list[Tensor] = []
+        self.patient = True  # whether gradients may be queued at all
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop all parameters."""
         self.queues: list[Queue] = []  # of each parameter
         self.queued: list[bool] = []  # whether its dense gradients are queued
-        self.patient = True  # whether gradients may be queued at all
-        self.valid = True  # whether the window's queued gradients were left alone
         self._by_copies: dict[int, Queue] = {}
         self._mean_copies: list[int] = []
         self._room = _ROOM
-        self._observed: Tensor | None = None
-        self._mean: Tensor | None = None
+        self.clear()
 
-    def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
+    def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:  # noqa: ARG002
         """Measure these parameters as well."""
-        self.parameters.extend(parameters)
         for place in places:
             size = place.leaf.numel() * place.leaf.element_size()
             queued = place.leaf.numel() < SMALL and size <= self._room
@@ -94,10 +94,11 @@ class EuclideanNorms(Probe):
         for queue in self._by_copies.values():
             queue.drop()
             queue.squares.clear()
-        self.valid = True
-        self._observed = self._mean = None
+        self.valid = True  # whether the window's queued gradients were left alone
+        self._observed: Tensor | None = None
+        self._mean: Tensor | None = None
 
-    def sample(self, row: int, index: int, grad: Tensor) -> None:  # noqa: ARG002
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
         """Queue or measure a gradient; the hooks do the same in place."""
         queue = self.queues[index]
         if self.queued[index] and self.patient and not grad.is_sparse:
@@ -106,15 +107,15 @@ class EuclideanNorms(Probe):
         else:
             queue.take(grad)
 
-    def samples(self, gradients: Sequence[Tensor]) -> None:
+    def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:  # noqa: ARG002
         """Measure all gradients of a window at once."""
         self._observed = total_squared_norm(gradients) / gradients[0].shape[0] ** 2
 
-    def mean(self) -> None:
+    def mean(self, parameters: Sequence[Tensor]) -> None:
         """Measure `.grad`."""
         parts = []
         for copies in dict.fromkeys(self._mean_copies):
-            mine = zip(self.parameters, self._mean_copies, strict=True)
+            mine = zip(parameters, self._mean_copies, strict=True)
             square = total_squared_norm([local_of(p.grad) for p, n in mine if n == copies and p.grad is not None])
             parts.append(square if copies == 1 else square / copies)
         self._mean = _sum(parts)

@@ -11,6 +11,7 @@ read would synchronise, so there is none while identity and versions are unchang
 """
 
 from dataclasses import dataclass
+from weakref import ref
 
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
@@ -33,20 +34,20 @@ class Fingerprint:
     """A parameter's gradient as it was at some time.
 
     Args:
-        parameter: whose gradient it is.
+        parameter: whose gradient it is, held weakly.
         grad: the object, held weakly: the memory of a cleared gradient is free.
         versions: its own version counter and, of a DTensor, its shard's.
         nonzero: whether it was not zero; `None` where its values were not read.
     """
 
-    parameter: Tensor
+    parameter: "ref[Tensor]"
     grad: TensorWeakRef
     versions: tuple[int, int]
     nonzero: bool | None
 
     def remains(self) -> bool:
         """Whether the gradient is still there: the same object, unchanged, or another one; and not zero."""
-        grad = self.parameter.grad
+        grad = _grad_of(self.parameter)
         if grad is None or self.nonzero is False:
             return False
         if self.grad() is grad and _versions(grad) != self.versions:
@@ -55,7 +56,7 @@ class Fingerprint:
 
     def cleared(self) -> bool:
         """Whether it is gone, or zero where it was not."""
-        grad = self.parameter.grad
+        grad = _grad_of(self.parameter)
         return grad is None or ((self._changed(grad) or self.nonzero is True) and is_zero(grad))
 
     def _changed(self, grad: Tensor) -> bool:
@@ -67,7 +68,9 @@ def fingerprint_of(parameter: Tensor) -> Fingerprint | None:
     grad = parameter.grad
     if grad is None:
         return None
-    return Fingerprint(parameter, TensorWeakRef(grad), _versions(grad), not is_zero(grad) if _on_host(grad) else None)
+    return Fingerprint(
+        ref(parameter), TensorWeakRef(grad), _versions(grad), not is_zero(grad) if _on_host(grad) else None
+    )
 
 
 class GradientFingerprint:
@@ -80,13 +83,18 @@ class GradientFingerprint:
 
     def open(self) -> None:
         """Begin a window."""
-        self._parameter: Tensor | None = None
+        self._parameter: ref[Tensor] | None = None
         self._last: Fingerprint | None = None  # after the last backward; None while there was none
         self._mixed = False  # whether a backward of the window added to what was stale
 
+    def drop(self) -> None:
+        """The parameter has left the optimizer."""
+        self._stale = None
+        self.open()
+
     def stepped(self) -> None:
         """The step was taken: the gradients it used are stale from now on."""
-        self._stale = None if self._parameter is None else fingerprint_of(self._parameter)
+        self._stale = self._now()
         self._error = _NOT_CLEARED
 
     def foreign(self, parameter: Tensor, *, origin: str) -> None:
@@ -109,7 +117,7 @@ class GradientFingerprint:
         """A backward begins with `parameter`; a nested one belongs to the backward around it."""
         self._mixed = self._mixed or self._remains()
         if self._parameter is None:
-            self._parameter = parameter
+            self._parameter = ref(parameter)
 
     def confirm(self, *, arrived: bool) -> None:
         """A backward has ended; `arrived` tells whether its gradients are in `.grad` already.
@@ -119,7 +127,7 @@ class GradientFingerprint:
         """
         self._check()
         self._stale = None
-        self._last = fingerprint_of(self._parameter) if arrived and self._parameter is not None else None
+        self._last = self._now() if arrived else None
 
     def end(self) -> None:
         """Check before the step that `.grad` is of this window alone, with all that was added since the last backward.
@@ -136,8 +144,12 @@ class GradientFingerprint:
 
     def value(self) -> float | None:
         """The squared norm of the parameter's `.grad`, to compare it with a later one; synchronises."""
-        grad = None if self._parameter is None else self._parameter.grad
+        grad = _grad_of(self._parameter)
         return None if grad is None else total_squared_norm([local_of(grad)]).item()
+
+    def _now(self) -> Fingerprint | None:
+        parameter = None if self._parameter is None else self._parameter()
+        return None if parameter is None else fingerprint_of(parameter)
 
     def _check(self) -> None:
         if self._mixed:
@@ -145,6 +157,12 @@ class GradientFingerprint:
 
     def _remains(self) -> bool:
         return self._stale is not None and self._stale.remains()
+
+
+def _grad_of(parameter: "ref[Tensor] | None") -> Tensor | None:
+    """The gradient of a parameter that is still alive."""
+    alive = None if parameter is None else parameter()
+    return None if alive is None else alive.grad
 
 
 def _on_host(grad: Tensor) -> bool:

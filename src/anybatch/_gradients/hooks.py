@@ -18,7 +18,7 @@ Nothing here depends on what the observed gradients are a part of: `reduce` make
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,10 +36,10 @@ from anybatch._gradients.window_norms import WindowNorms
 
 
 class GradientHooks:
-    """Hooks on `parameters`; see the notes above.
+    """Hooks on the parameters of optimizers; see the notes above.
 
     Args:
-        parameters: those of one optimizer; the ones that need no gradient are passed over.
+        parameters: gives those of the optimizers, as their groups are now; the ones without a gradient are left out.
         measure: whether norms are taken; else backwards are only counted.
         due: called when a window begins: whether the averages take it as a sample; else its backwards are only counted.
         place: gives where the gradients of parameters are measured; on the parameters themselves by default.
@@ -54,7 +54,7 @@ class GradientHooks:
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Callable[[], Sequence[Tensor]],
         *,
         measure: bool,
         due: Callable[[], bool] = lambda: True,
@@ -75,52 +75,85 @@ class GradientHooks:
             loss_scale=loss_scale,
             consecutive=consecutive,
         )
+        self._members = parameters
         self._place = place
         self._reduced = reduced
         self._arrived = arrived
         self._paused = False
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
         self._together: SummedBackwards | None = None
+        self._before = 0  # backwards of the window before
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
         self.stamp = 0  # changes with all that alters what `window()` would say
-        self._parameters = self._norms.parameters
-        self._known: set[int] = set()  # the parameters' identities, which stay theirs while they are held here
-        self._leaves: list[Tensor] = []
+        self._leaves: list[weakref.ref[Tensor]] = []
+        self._copies: list[tuple[int, int]] = []  # of each parameter, as in Placement
         self._hooks: list[Callable[[Tensor], None]] = []
         self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []
         self._fingerprint = GradientFingerprint()
         self._open()
-        self.follow(parameters)
+        self.follow()
         self._norms.spoilt = False
-        for p in self._parameters:
+        for p in self._norms.parameters:
             if p.grad is not None and not is_zero(p.grad):
                 self._fingerprint.foreign(p, origin="before attach")
                 break
 
-    def follow(self, parameters: Iterable[Tensor]) -> None:
-        """Hook the parameters that are not hooked yet: a group added, a layer unfrozen. Their first window, whose
-        backward may have come before the hooks, is counted and not measured.
+    def follow(self) -> bool:
+        """Hook the parameters that are not hooked yet: a group added, a layer unfrozen, tensors replaced.
 
-        A hook of the user's that came after ours changes what we have measured: ours is made the last again.
+        Their first window, whose backward may have come before the hooks, is counted and not measured. Parameters that
+        have left the optimizers are dropped. A hook of the user's that came after ours changes what we have measured:
+        ours is made the last again.
+
+        Returns:
+            Whether all parameters were replaced, so that no backward of the window was seen.
         """
         if RemovableHandle.next_id != self._newest_hook:
             self._come_last()
-        if new := [p for p in parameters if p.requires_grad and id(p) not in self._known]:
-            places, first = self._place(new), len(self._parameters)
-            self._norms.follow(new, places)
-            self._known.update(map(id, new))
-            leaves = [place.leaf for place in places]
-            self._leaves.extend(leaves)
-            self._fires.extend([0] * len(new))
-            self._hooks.extend(self._hook(first + i) for i in range(len(new)))
-            self._handles.extend(map(Tensor.register_hook, leaves, self._hooks[first:]))
+        members = self._members()
+        left = self._drop_left(members)
+        known = {id(p) for p in self._norms.parameters}
+        replaced = left and not known and self.pending == 0
+        if new := [p for p in members if p.requires_grad and id(p) not in known]:
+            self._hook_all(new, self._place(new), [0] * len(new))
         self._newest_hook = RemovableHandle.next_id
+        return replaced
+
+    def _hook_all(self, parameters: Sequence[Tensor], places: Sequence[Placement], fires: Sequence[int]) -> None:
+        first = len(self._leaves)
+        self._norms.follow(parameters, places)
+        self._leaves.extend(weakref.ref(place.leaf) for place in places)
+        self._copies.extend((place.sample_copies, place.mean_copies) for place in places)
+        self._fires.extend(fires)
+        self._hooks.extend(self._hook(i) for i in range(first, len(self._leaves)))
+        self._handles.extend(p.leaf.register_hook(h) for p, h in zip(places, self._hooks[first:], strict=True))
+
+    def _drop_left(self, members: Sequence[Tensor]) -> bool:
+        """Drop the parameters that no group has any more; their gradients are no part of this training."""
+        present, alive = {id(p) for p in members}, self._norms.alive()
+        if all(p is not None and id(p) in present for p in alive):
+            return False
+        parameters, places, fires = list[Tensor](), list[Placement](), list[int]()
+        for p, leaf, copies, count in zip(alive, self._leaves, self._copies, self._fires, strict=True):
+            if p is not None and id(p) in present and (tensor := leaf()) is not None:
+                parameters.append(p)
+                places.append(Placement(tensor, *copies))
+                fires.append(count)
+        for handle in self._handles:
+            handle.remove()
+        for each in (self._handles, self._hooks, self._leaves, self._copies, self._fires):
+            each.clear()
+        self._fingerprint.drop()
+        self._norms.drop()
+        self._hook_all(parameters, places, fires)
+        return True
 
     def _come_last(self) -> None:
-        for index, (leaf, handle) in enumerate(zip(self._leaves, self._handles, strict=True)):
-            if next(reversed(leaf._backward_hooks)) != handle.id:  # type: ignore[arg-type]
+        for index, (held, handle) in enumerate(zip(self._leaves, self._handles, strict=True)):
+            leaf = held()
+            if leaf is not None and next(reversed(leaf._backward_hooks)) != handle.id:  # type: ignore[arg-type]
                 handle.remove()
                 self._handles[index] = leaf.register_hook(self._hooks[index])
                 self._norms.spoilt = True
@@ -153,6 +186,13 @@ class GradientHooks:
     def measured_by(self, name: str) -> bool:
         """Whether the open window is measured by the further probe of this name."""
         return self._norms.measured_by(name)
+
+    def assume(self) -> None:
+        """Count as many backwards as in the window before, of which none was seen: all parameters are new."""
+        self._backwards = self._before
+        self.sizes.count(self._before)
+        self._norms.spoilt = True
+        self.stamp += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -195,17 +235,17 @@ class GradientHooks:
         """Take n gradients, one tensor `[n, *shape]` a parameter, as n micro-batches; `.grad` becomes their mean."""
         if self._reduced is not None:
             raise UsageError("observe() works on one rank: under DDP the gradients must come from a backward.")
-        if len(samples) != len(self._parameters):
+        parameters = self._norms.parameters
+        if len(samples) != len(parameters):
             raise InvalidValueError(
-                f"observe() takes one tensor for each of the {len(self._parameters)} trained parameters, "
-                f"got {len(samples)}."
+                f"observe() takes one tensor for each of the {len(parameters)} trained parameters, got {len(samples)}."
             )
         if self.pending:
             raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
         if self.sizes.auto:
             raise UsageError('observe() sees no forward, so micro_batch="auto" is nothing to it: give attach a number.')
         n = samples[0].shape[0]
-        for p, sample in zip(self._parameters, samples, strict=True):
+        for p, sample in zip(parameters, samples, strict=True):
             if sample.shape != (n, *p.shape) or n == 0:
                 raise InvalidValueError(
                     f"observe() needs tensors of shape [n, *parameter.shape] with n >= 1: got {list(sample.shape)} "
@@ -217,7 +257,7 @@ class GradientHooks:
         self.sizes.forget()
         self.sizes.count(n)
         with torch.no_grad():
-            for p, sample in zip(self._parameters, samples, strict=True):
+            for p, sample in zip(parameters, samples, strict=True):
                 p.grad = sample.mean(0)
             self._norms.observe(samples)
             self._norms.remember(alone=n == 1, inverse_size=self.sizes.inverse_of_last)
@@ -245,7 +285,7 @@ class GradientHooks:
         """Whether the open window's gradients are gone: cleared between the last backward and the step."""
         if not (self.pending and self._here):
             return False
-        return all(p.grad is None for p in self._parameters) or (self._fingerprint.emptied() and self._cleared())
+        return all(p.grad is None for p in self._norms.parameters) or (self._fingerprint.emptied() and self._cleared())
 
     def average(self, divisor: float) -> None:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
@@ -257,6 +297,7 @@ class GradientHooks:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._fingerprint.stepped()
         self._norms.close(self.pending, forget=forget)
+        self._before = self.pending
         self._open()
 
     def detach(self) -> None:
@@ -270,7 +311,7 @@ class GradientHooks:
 
     def _open(self) -> None:
         self.stamp += 1
-        self._fires = [0] * len(self._parameters)
+        self._fires = [0] * len(self._leaves)
         self.sizes.open()
         self._backwards = 0
         self._nested_only = False
@@ -308,13 +349,22 @@ class GradientHooks:
     def _enter(self, task: int, index: int, grad: Tensor) -> bool:
         """Whether the hook goes on: not where nothing is accumulated, while paused, or where all is done here."""
         if self._paused:
-            if self._stray is None and accumulates(self._leaves[index]):
-                self._stray = self._parameters[index]
+            leaf = self._leaves[index]()
+            if self._stray is None and leaf is not None and accumulates(leaf):
+                self._stray = self._norms.alive()[index]
             return False
         if task not in self._tasks:
-            if not accumulates(self._leaves[index]):
+            leaf = self._leaves[index]()
+            if leaf is None or not accumulates(leaf):
                 return False
-            self._begin_backward(task, self._parameters[index])
+            if self.pending == 0 and not self._tasks and self._drop_left(self._members()):
+                self._norms.spoilt = False  # nothing of this window was missed
+                for held, hook in zip(self._leaves, self._hooks, strict=True):
+                    if held() is leaf:
+                        hook(grad)
+                return False
+            parameter = self._norms.alive()[index]
+            self._begin_backward(task, leaf if parameter is None else parameter)
         if self._together is not None:
             self._fires[index] += self._together.add(index, grad)
             return False
@@ -386,4 +436,4 @@ class GradientHooks:
 
         That one may be the only one: DINO drops the gradient of its last layer for an epoch.
         """
-        return all(p.grad is None or is_zero(p.grad) for p in self._parameters)
+        return all(p.grad is None or is_zero(p.grad) for p in self._norms.parameters)

@@ -31,8 +31,12 @@ class LayerNorms(Probe):
     def __init__(self, model: nn.Module, *, due: Callable[[], bool]) -> None:
         self._model = model
         self._due = due
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop all parameters."""
         self._layer_of: dict[int, str] = {}  # by a parameter's identity, in the model's order
-        self._parameters: list[Tensor] = []
+        self._keys: list[int] = []  # the identities of the parameters
         self.names: tuple[str, ...] = ()
         self._places: list[int] = []  # for each parameter, that of its layer among the names
         self._table = Table()
@@ -49,11 +53,11 @@ class LayerNorms(Probe):
             self._layer_of[id(p)] = layer_of(name, self._model)
         for new in parameters:
             self._layer_of.setdefault(id(new), f"parameter {len(self._layer_of)}")  # added from outside of the model
-        self._parameters.extend(parameters)
-        mine = {id(p) for p in self._parameters}
+        self._keys.extend(map(id, parameters))
+        mine = set(self._keys)
         self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in mine))
         position = {name: place for place, name in enumerate(self.names)}
-        self._places = [position[self._layer_of[id(p)]] for p in self._parameters]
+        self._places = [position[self._layer_of[key]] for key in self._keys]
         self._table.follow(places)
         self._open = False
 
@@ -63,17 +67,17 @@ class LayerNorms(Probe):
         self._open = self._due()
         return self._open
 
-    def sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Measure the gradient that parameter `index` got from micro-batch `row`."""
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
+        """Measure the gradient that a parameter got from micro-batch `row`."""
         norm_into(self._table.cell(row, index), grad)
 
-    def samples(self, gradients: Sequence[Tensor]) -> None:
+    def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:  # noqa: ARG002
         """Measure all gradients of a window at once."""
         self._table.observe([total_squared_norm([samples]) for samples in gradients], gradients[0].shape[0])
 
-    def mean(self) -> None:
+    def mean(self, parameters: Sequence[Tensor]) -> None:
         """Measure this rank's part of `.grad`."""
-        for p, out in zip(self._parameters, self._table.mean_cells(self._parameters), strict=True):
+        for p, out in zip(parameters, self._table.mean_cells(parameters), strict=True):
             if p.grad is None:
                 out.zero_()
             else:

@@ -46,22 +46,26 @@ class Probe(ABC):
 
     @abstractmethod
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
-        """Measure these parameters as well, from the next window on."""
+        """Measure these parameters as well, from the next window on; a probe holds none of them."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Drop all parameters."""
 
     @abstractmethod
     def open(self, *, sampled: bool) -> bool:
         """Begin a window and return whether this probe measures it; `sampled`: whether the averages will take it."""
 
     @abstractmethod
-    def sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Measure the gradient that parameter `index` got from micro-batch `row`."""
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:
+        """Measure the gradient that `parameter`, number `index`, got from micro-batch `row`."""
 
     @abstractmethod
-    def samples(self, gradients: Sequence[Tensor]) -> None:
+    def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Measure all gradients of a window at once: one tensor `[n, *shape]` a parameter, not divided by n."""
 
     @abstractmethod
-    def mean(self) -> None:
+    def mean(self, parameters: Sequence[Tensor]) -> None:
         """Measure this rank's part of `.grad` as it is now."""
 
     @abstractmethod
@@ -76,12 +80,12 @@ class Probe(ABC):
 class Row:
     """One float64 number for each parameter, on the device of its gradients."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, devices: Sequence[torch.device]) -> None:
         sizes: dict[torch.device, int] = {}
         places = []
-        for tensor in tensors:
-            places.append((tensor.device, sizes.get(tensor.device, 0)))
-            sizes[tensor.device] = sizes.get(tensor.device, 0) + 1
+        for device in devices:
+            places.append((device, sizes.get(device, 0)))
+            sizes[device] = sizes.get(device, 0) + 1
         self._places = places
         self._rows = {device: torch.zeros(n, dtype=torch.float64, device=device) for device, n in sizes.items()}
         self.views = [self._rows[device][i] for device, i in places]
@@ -99,27 +103,32 @@ class Table:
     """The norms of a window by parameter: a row for each micro-batch, and one for the mean."""
 
     def __init__(self) -> None:
-        self._places: list[Placement] = []
         self._rows: list[Row] = []
-        self._mean: Row | None = None
-        self._observed: Tensor | None = None
-        self._mean_squares: Tensor | None = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop all parameters."""
+        self._devices: list[torch.device] = []
+        self._copies: list[tuple[int, int]] = []
+        self.follow([])
 
     def follow(self, places: Sequence[Placement]) -> None:
         """Add parameters."""
-        self._places.extend(places)
+        self._devices.extend(place.leaf.device for place in places)
+        self._copies.extend((place.sample_copies, place.mean_copies) for place in places)
         self._rows.clear()
-        self._mean = None
+        self._mean: Row | None = None
         self.clear()
 
     def clear(self) -> None:
         """Begin a window."""
-        self._observed = self._mean_squares = None
+        self._observed: Tensor | None = None
+        self._mean_squares: Tensor | None = None
 
     def cell(self, row: int, index: int) -> Tensor:
         """Where the norm of what parameter `index` got from micro-batch `row` is written."""
         while row >= len(self._rows):
-            self._rows.append(Row([place.leaf for place in self._places]))
+            self._rows.append(Row(self._devices))
         return self._rows[row].views[index]
 
     def observe(self, squares: Sequence[Tensor], n: int) -> None:
@@ -129,7 +138,7 @@ class Table:
     def mean_cells(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Where the norms of `.grad` are written; `mean_written` squares them."""
         if self._mean is None:
-            self._mean = Row(parameters)
+            self._mean = Row([p.device for p in parameters])
         return self._mean.views
 
     def mean_written(self) -> None:
@@ -147,8 +156,8 @@ class Table:
         if samples is None:
             samples = torch.stack([row.squares() for row in self._written(fires)]).sum(0)
         mean = self._mean_squares
-        samples = _over(samples, [place.sample_copies for place in self._places])
-        return samples, None if mean is None else _over(mean, [place.mean_copies for place in self._places])
+        samples = _over(samples, [copies for copies, _ in self._copies])
+        return samples, None if mean is None else _over(mean, [copies for _, copies in self._copies])
 
     def _written(self, fires: Sequence[int]) -> list[Row]:
         """The window's rows. A parameter that got no gradient from a micro-batch has 0 there."""

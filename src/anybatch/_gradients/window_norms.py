@@ -8,6 +8,7 @@ known, because `.grad.data` changes no version.
 """
 
 from collections.abc import Callable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class WindowNorms:
         self._loss_scale = loss_scale
         self._consecutive = ConsecutiveGradients() if consecutive else None
         self.euclidean = EuclideanNorms()
-        self.parameters: list[Tensor] = []
+        self._parameters: list[ref[Tensor]] = []  # held weakly: one that left the optimizer is freed
         self._plain = not ranks  # whether `.grad` is the parameters' own, which only the user writes to
         self._sampled = measure  # whether the averages take this window
         self.taken = measure  # whether this window's norms are taken
@@ -60,10 +61,18 @@ class WindowNorms:
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
         """Measure these parameters as well, from the next window on."""
-        self.parameters.extend(parameters)
+        self._parameters.extend(map(ref, parameters))
         for probe in (self.euclidean, *self._probes):
             probe.follow(parameters, places)
         self._plain = self._plain and all(place.leaf is p for p, place in zip(parameters, places, strict=True))
+        self.spoilt = True
+
+    def drop(self) -> None:
+        """Drop all parameters; the window at hand is not measured."""
+        self._parameters.clear()
+        for probe in (self.euclidean, *self._probes):
+            probe.drop()
+        self.forget()
         self.spoilt = True
 
     @property
@@ -74,6 +83,15 @@ class WindowNorms:
     def measured_by(self, name: str) -> bool:
         """Whether the further probe of this name measures the window."""
         return any(probe.name == name for probe in self._active)
+
+    def alive(self) -> list[Tensor | None]:
+        """The measured parameters by their numbers; `None` for one that was freed."""
+        return [each() for each in self._parameters]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The measured parameters that are alive."""
+        return [p for p in self.alive() if p is not None]
 
     @property
     def simple(self) -> bool:
@@ -102,9 +120,10 @@ class WindowNorms:
 
     def sample(self, row: int, index: int, grad: Tensor) -> None:
         """Measure what parameter `index` got from micro-batch `row`."""
-        self.euclidean.sample(row, index, grad)
-        for probe in self._active:
-            probe.sample(row, index, grad)
+        parameter = self._parameters[index]()
+        if parameter is not None:
+            for probe in (self.euclidean, *self._active):
+                probe.sample(row, index, parameter, grad)
 
     def observe(self, samples: Sequence[Tensor]) -> None:
         """Measure a whole window at once, one tensor `[n, *shape]` a parameter; their means are in `.grad`."""
@@ -112,7 +131,7 @@ class WindowNorms:
         self._observed = True
         if self.taken:
             for probe in (self.euclidean, *self._active):
-                probe.samples(samples)
+                probe.samples(self.parameters, samples)
             self._read_mean()
 
     def scaled(self) -> None:
@@ -177,8 +196,9 @@ class WindowNorms:
             self._consecutive.forget()
 
     def _read_mean(self) -> None:
+        parameters = self.parameters
         for probe in (self.euclidean, *self._active):
-            probe.mean()
+            probe.mean(parameters)
 
     def _check_fires(self, backwards: int, fires: Sequence[int]) -> None:
         if not self._observed and max(fires) > backwards:
