@@ -93,7 +93,7 @@ def main() -> None:
             record = Path(folder) / f"{scale}.jsonl"
             train(scale, record)
             run = anybatch.read_record(record)
-            found = layer_map(run, unit=BASE_BATCH)
+            found = layer_map(run.steps, unit=BASE_BATCH)
             if found is not None:
                 print(words(scale, run.per_layer(*MIDDLE), found))
                 maps[f"S = {scale}: noise scale in passages"] = found

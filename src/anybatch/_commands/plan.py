@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from math import ceil, inf
 from os import PathLike
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -149,18 +148,17 @@ def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
     Raises:
         InvalidValueError: not a record, or one without a noise scale.
     """
-    run = anybatch.read_record(record)
-    known = [_of_step(step) for step in run.steps if not step.skipped]
-    known = [noise for noise in known if noise >= 0]
-    if not known:
+    from anybatch._numbers import median
+    from anybatch._record import read_columns
+
+    run = read_columns(record, ("variance", "sqnorm", "noise_scale", "skipped"))
+    infinite = (run["variance"] > 0) & (run["sqnorm"] == 0)  # a file has no number for it
+    noise = run["noise_scale"].masked_fill(infinite, inf)[run["skipped"] == 0]
+    noise = noise[noise >= 0]
+    if not len(noise):
         raise anybatch.InvalidValueError(f"{record} has no step with a noise scale: it takes a run with AdaScale.")
-    recent = median(known[-ceil(len(known) / 10) :])
+    recent = median(noise[-ceil(len(noise) / 10) :])
     return recent * (1 if run.config.get("base_batch") else base_batch)  # else it counts base batches
-
-
-def _of_step(step: "anybatch.StepRecord") -> float:
-    """Its noise scale; a file has nan for an infinite one."""
-    return inf if step.variance > 0 and step.sqnorm == 0 else step.noise_scale
 
 
 def _gain(noise: float, kappa: float) -> float:

@@ -10,8 +10,9 @@ from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._record.append import AppendFile
 from anybatch._record.json import json_line
 from anybatch._record.layers import as_json
+from anybatch._record.lines import HEADER_START, parsed
 from anybatch._record.provenance import environment
-from anybatch._record.record import HEADER_START, RECORD_VERSION, MetricRecord, StepRecord, parsed
+from anybatch._record.record import RECORD_VERSION, MetricRecord, StepRecord
 
 
 class RunRecord:
