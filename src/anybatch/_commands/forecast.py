@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, fits, table, words
+from anybatch._commands.terminal import failed, fits, in_options, table, words
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+_OPTIONS = {
+    "scales": "--scales",
+    "per_device": "--per-device",
+    "seconds_per_step": "--seconds-per-step",
+    "sync_seconds": "--sync-seconds",
+    "price_per_device_hour": "--price-per-device-hour",
+}
 
 
 def forecast(
@@ -32,7 +40,10 @@ def forecast(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw the forecast into this PNG, PDF or SVG file.")] = None,
 ) -> None:
-    """Forecast steps, time and cost at other batch sizes, from the record of one run at any small scale."""
+    """Forecast steps, time and cost at other batch sizes.
+
+    The forecast is made from the record of one run at any small scale.
+    """
     from anybatch._record import strict
 
     try:
@@ -45,7 +56,7 @@ def forecast(
             price_per_device_hour=price_per_device_hour,
         )
     except (anybatch.AnybatchError, OSError) as error:
-        raise failed(str(error)) from None
+        raise failed(in_options(str(error), _OPTIONS)) from None
     if out is not None:
         _draw(found, out)
     if as_json:
@@ -57,7 +68,7 @@ def forecast(
     _show(found, console)
     console.print(_sentence(found), soft_wrap=True)
     for note in found.notes:
-        console.print(note, style="bright_black", soft_wrap=True, markup=False)
+        console.print(in_options(note, _OPTIONS), style="bright_black", soft_wrap=True, markup=False)
 
 
 def _numbers(text: str) -> list[float]:

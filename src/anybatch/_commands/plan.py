@@ -11,7 +11,24 @@ from typing import Annotated, Any
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, table, words
+from anybatch._commands.terminal import failed, in_options, table, words
+
+_OPTIONS = {
+    "optimizer": "--optimizer",
+    "lr": "--lr",
+    "base-batch": "--base-batch",
+    "batch": "--batch",
+    "betas": "--betas",
+    "eps": "--eps",
+    "weight_decay": "--weight-decay",
+    "momentum": "--momentum",
+    "alpha": "--alpha",
+    "ema_decay": "--ema",
+    "batch_norm_momentum": "--batch-norm-momentum",
+    "betas_rule": "--betas-rule",
+    "warmup": "--warmup",
+    "total": "--total",
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +65,9 @@ def plan(
     base_batch: Annotated[int, typer.Option(help="The batch that it was tuned for, in examples.")],
     batch: Annotated[int, typer.Option(help="The new batch, in examples.")],
     betas: Annotated[str | None, typer.Option(help="Two numbers, comma-separated.")] = None,
-    eps: Annotated[float | None, typer.Option()] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    momentum: Annotated[float | None, typer.Option()] = None,
+    eps: Annotated[float | None, typer.Option(help="Added to the denominator, by Adam and its like.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, as tuned at the base batch.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum, as tuned at the base batch.")] = None,
     alpha: Annotated[float | None, typer.Option(help="RMSprop's decay.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the model's moving average, per step.")] = None,
     batch_norm_momentum: Annotated[float | None, typer.Option(help="PyTorch's momentum of BatchNorm.")] = None,
@@ -60,7 +77,10 @@ def plan(
     record: Annotated[Path | None, typer.Option(help="A run's record, for its noise scale.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Print every hyperparameter before and after a change of the batch, and why."""
+    """Print the hyperparameters for another batch size.
+
+    Each value stands before and after the change, with the rule and its source.
+    """
     values = {
         "lr": lr,
         "betas": None if betas is None else _pair(betas),
@@ -82,7 +102,7 @@ def plan(
             record=record,
         )
     except (anybatch.AnybatchError, OSError) as error:
-        raise failed(str(error)) from None
+        raise failed(in_options(str(error), _OPTIONS)) from None
     if as_json:
         from anybatch._record import strict
 

@@ -144,8 +144,9 @@ def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimi
         return Family(exponent, "constant", off_clock="which of its entries are decays is not known")
     raise UnsupportedError(
         f"How the learning rate of {type(local_of(optimizer)).__name__} follows the batch is not known (known: "
-        f"{_known()}). Say which of these it is like: rule=anybatch.AdaScale(like=torch.optim.AdamW) if the gradient "
-        "is divided by its own running size, Muon if it normalises after its momentum, SGD if it does neither; or "
+        f"{known_classes()}). Say which of these it is like: rule=anybatch.AdaScale(like=torch.optim.AdamW) if the "
+        "gradient is divided by its own running size, Muon if it normalises after its momentum, SGD if it does "
+        "neither; or "
         "exponent=1 or 0.5, with decays that stay as they are."
     )
 
@@ -153,7 +154,7 @@ def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimi
 def _family_like(optimizer: Optimizer, like: type[Optimizer]) -> Family:
     row = _CLASSES.get(like)
     if not isinstance(row, Family):
-        raise InvalidValueError(f"like must be one of torch.optim's {_known()}; got {like!r}.")
+        raise InvalidValueError(f"like must be one of torch.optim's {known_classes()}; got {like!r}.")
     needed = {*row.names, *row.rates, *(("momentum",) if row.momentum else ())}
     lacking = sorted({name for group in optimizer.param_groups for name in needed - group.keys()})
     if lacking:
@@ -165,7 +166,8 @@ def _family_like(optimizer: Optimizer, like: type[Optimizer]) -> Family:
     return replace(row, decoupled=row.decoupled or issubclass(like, torch.optim.AdamW))
 
 
-def _known() -> str:
+def known_classes() -> str:
+    """The classes of torch.optim that can be scaled, by name."""
     return ", ".join(sorted(cls.__name__ for cls, row in _CLASSES.items() if isinstance(row, Family)))
 
 
