@@ -56,7 +56,7 @@ def train(scale: int, record: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, TOTAL + 1)
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler, total=TOTAL, base_batch=BASE_BATCH, micro_batch=BASE_BATCH,
-        per_layer=1, record=record,
+        record=anybatch.RunRecord(record, per_layer=1),
     )  # fmt: skip
     while not controller.done:
         rows = torch.randint(len(data) - CONTEXT, (BASE_BATCH * scale, 1)) + torch.arange(CONTEXT + 1)

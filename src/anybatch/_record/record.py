@@ -40,7 +40,7 @@ class StepRecord:
         metric_variance: the averaged sigma^2 in Adam's metric; nan where it was not measured, as in older records.
         metric_sqnorm: the averaged mu^2, likewise.
         per_layer: `raw_variance` and `raw_sqnorm` by layer, which add up to them, at a step that
-            `attach(per_layer=...)` looked at; else empty, and then not in the file.
+            `RunRecord(per_layer=...)` measured so; else empty, and then not in the file.
     """
 
     step: int
@@ -120,7 +120,8 @@ class Run:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             >>> path = tmp_path / "layers.jsonl"
-            >>> controller = anybatch.attach(optimizer, model=model, scale=1, per_layer=2, record=path)
+            >>> record = anybatch.RunRecord(path, per_layer=2)
+            >>> controller = anybatch.attach(optimizer, model=model, scale=1, record=record)
             >>> for batch in torch.randn(20, 16, 4):
             ...     for part in anybatch.split(batch, 2):
             ...         (model(part).square().mean() / 2).backward()
