@@ -57,7 +57,7 @@ def train(scale: int, record: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, TOTAL + 1)
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler, total=TOTAL, base_batch=BASE_BATCH, micro_batch=BASE_BATCH,
-        per_layer=1, record=record,
+        record=anybatch.RunRecord(record, per_layer=1),
     )  # fmt: skip
     while not controller.done:
         rows = torch.randint(len(data) - CONTEXT, (BASE_BATCH * scale, 1)) + torch.arange(CONTEXT + 1)
@@ -94,7 +94,7 @@ def main() -> None:
             record = Path(folder) / f"{scale}.jsonl"
             train(scale, record)
             run = anybatch.read_record(record)
-            found = layer_map(run, unit=BASE_BATCH)
+            found = layer_map(run.steps, unit=BASE_BATCH)
             if found is not None:
                 print(words(scale, run.per_layer(*MIDDLE), found))
                 maps[f"S = {scale}: noise scale in passages"] = found

@@ -43,7 +43,8 @@ def train(*, total: int, record: Path) -> dict[str, object]:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
-    controller = anybatch.attach(optimizer, model=model, scale=1, base_batch=BATCH, per_layer=5, record=record)  # new
+    steps = anybatch.RunRecord(record, per_layer=5)  # new
+    controller = anybatch.attach(optimizer, model=model, scale=1, base_batch=BATCH, record=steps)  # new
 
     found = []
     for step in range(1, total + 1):

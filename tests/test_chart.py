@@ -2,10 +2,11 @@
 
 import math
 import re
-from math import inf, isnan, nan
+from math import inf, isnan, log10, nan
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,10 +68,45 @@ def test_whatever_the_numbers_the_picture_lies_in_its_frame(points, log_x, log_y
     assert text.count("<text") < 30
 
 
+def thinned(points, *, columns=10, log=False):
+    x, y = torch.tensor(points, dtype=torch.float64).reshape(-1, 2).T
+    return thin(x, y, columns=columns, log=log)
+
+
+def plainly_thinned(points, *, columns, log):
+    """Point by point: each column's lowest and highest, the first of equal ones, else its first point."""
+    given = [(x, y) for x, y in points if (1e-100 if log else -1e100) < x < 1e100]
+    if len(given) <= 2 * columns:
+        return given
+    across = [log10(x) if log else x for x, _ in given]
+    span = max(across) - min(across)
+    held = {}
+    for place, point in zip(across, given, strict=True):
+        held.setdefault(int((place - min(across)) / span * columns) if span else 0, []).append(point)
+    kept = []
+    for column in sorted(held):
+        drawn = [i for i, (_, y) in enumerate(held[column]) if abs(y) < 1e100]
+        ends = {pick(drawn, key=lambda i: held[column][i][1]) for pick in (min, max)} if drawn else {0}
+        kept += [held[column][i] for i in sorted(ends)]
+    return kept
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100) | st.sampled_from([0.0, 1.0, 1e-200, 1e200, nan]), NUMBERS), max_size=300),
+    st.booleans(),
+    st.sampled_from([1, 7, 65536]),
+)
+def test_thinning_is_that_of_a_plain_loop_whatever_the_parts(points, log, part):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anybatch._report.points._PART", part)
+        found, expected = thinned(points, log=log), plainly_thinned(points, columns=10, log=log)
+    assert repr(found) == repr(expected)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1000), NUMBERS), max_size=300), st.booleans())
 def test_thinning_keeps_the_extremes_and_the_order(points, log):
     points = sorted(points, key=lambda p: p[0])
-    kept = thin(points, columns=10, log=log)
+    kept = thinned(points, log=log)
     drawn = [p for p in points if not log or p[0] > 1e-100]
     assert len(kept) <= max(20, 2 * 11)
     assert [p[0] for p in kept] == sorted(p[0] for p in kept)
@@ -82,7 +118,7 @@ def test_thinning_keeps_the_extremes_and_the_order(points, log):
 
 def test_a_gap_stays_a_gap():
     points = [(float(i), nan if 400 <= i < 600 else 1.0) for i in range(1000)]
-    kept = thin(points, columns=10)
+    kept = thinned(points)
     assert any(isnan(y) for _, y in kept)
     [pieces] = paths(Chart("y", "x", [Line(kept, "a")]))
     assert len(pieces) == 2

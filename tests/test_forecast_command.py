@@ -81,7 +81,7 @@ def test_json_is_what_the_function_returns(tmp_path):
     assert found["scales"][0]["seconds"]["value"] is None
     result = run(cli.app, ["forecast", str(path), "--out", str(tmp_path / "plot.svg")])
     assert result.exit_code == 0, result.output
-    assert "seconds_per_step" in result.output.replace("\n", " ")
+    assert "--seconds-per-step" in result.output.replace("\n", " ")
     assert "wall time" not in result.output.splitlines()[1]
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 
@@ -112,9 +112,9 @@ def _bad_files(tmp_path):
         (["good.jsonl", "--scales", "8,many"], "--scales"),
         (["good.jsonl", "--scales", "nan"], "scales"),
         (["good.jsonl", "--scales", ","], "scales"),
-        (["good.jsonl", "--per-device", "-1"], "per_device"),
-        (["good.jsonl", "--seconds-per-step", "0"], "seconds_per_step"),
-        (["good.jsonl", "--sync-seconds", "1e300"], "sync_seconds must be between 0 and 1e+12"),
+        (["good.jsonl", "--per-device", "-1"], "--per-device"),
+        (["good.jsonl", "--seconds-per-step", "0"], "--seconds-per-step"),
+        (["good.jsonl", "--sync-seconds", "1e300"], "--sync-seconds must be between 0 and 1e+12"),
         (["falling.jsonl"], "step 31: tau = 9 is less than in the step before"),
         (["good.jsonl", "--out", "/proc/nothing/here.png"], "--out"),
         (["good.jsonl", "--out", "plot.xyz"], "--out"),

@@ -684,3 +684,19 @@ def test_a_run_from_nothing_supersedes_the_evaluation_before_the_first_step(tmp_
         record.write(anybatch.MetricRecord(0, 0.0, {"loss": loss}))
         record.write(step(1))
     assert [m.values for m in anybatch.read_record(tmp_path / "r.jsonl").metrics] == [{"loss": 3.0}]
+
+
+@pytest.mark.parametrize("per_layer", [0, -1, 1.5, True, "2", math.nan])
+def test_a_number_of_steps_by_layer_that_is_none(tmp_path, per_layer):
+    with pytest.raises(anybatch.InvalidValueError, match=r"per_layer is a number of steps, at least 1; got"):
+        anybatch.RunRecord(tmp_path / "r.jsonl", per_layer=per_layer)
+    assert not (tmp_path / "r.jsonl").exists()  # nothing is opened before the arguments are valid
+
+
+@pytest.mark.parametrize("per_layer", [None, 1, 100])
+def test_a_record_has_its_number_of_steps_by_layer(tmp_path, per_layer):
+    record = anybatch.RunRecord(tmp_path / "r.jsonl", per_layer=per_layer)
+    assert record.per_layer == per_layer
+    with pytest.raises(AttributeError):
+        record.per_layer = 2
+    record.close()

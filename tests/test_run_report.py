@@ -1,5 +1,6 @@
 """`anybatch report`: what the page says of records, and that hostile ones stay inert."""
 
+import json
 import math
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def test_the_command_writes_the_page_and_nothing_else(tmp_path):
         assert str(out) in result.output.replace("\n", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "page.html"]
     assert out.read_text().startswith("<!doctype html>")
+
+
+def test_json_has_the_numbers_of_the_page_and_writes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl", count=5)
+    (tmp_path / "foreign.jsonl").write_text("{}")
+    result = run(cli.app, ["report", "a.jsonl", "foreign.jsonl", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout, parse_constant=pytest.fail)
+    [row] = found["runs"]
+    counted = [step for step in anybatch.read_record("a.jsonl").steps if not step.skipped]
+    assert (row["record"], row["iterations"], row["torn"]) == ("a.jsonl", len(counted), 0)
+    assert row["tau"] == counted[-1].tau
+    assert row["gain"] == pytest.approx(sum(step.gain for step in counted) / len(counted))
+    assert "foreign.jsonl" in found["unread"][0]
+    assert found["comparisons"] == []
+    assert not (tmp_path / "report.html").exists()
 
 
 def _bad(tmp_path):

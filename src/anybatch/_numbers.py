@@ -38,6 +38,18 @@ def whole(value: object) -> int | None:
     return int(number) if number is not None and number.is_integer() and abs(number) <= MOST else None
 
 
+def chosen(values: Tensor, mask: Tensor) -> Tensor:
+    """`values[mask]`, without a copy where that is all of them."""
+    return values if mask.all() else values[mask]
+
+
+def median(values: Tensor) -> float:
+    """The median of one or more numbers of a vector; of an even number of them the mean of the middle two."""
+    ordered, middle = values.sort().values, len(values) // 2
+    high = ordered[middle].item()
+    return high if len(values) % 2 else (ordered[middle - 1].item() + high) / 2
+
+
 def shown(value: object) -> str:
     """`value` as an error shows it: short, whatever it is."""
     try:

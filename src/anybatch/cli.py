@@ -13,7 +13,11 @@ except ImportError as _missing:  # pragma: no cover
 import anybatch
 
 app: typer.Typer = typer.Typer(
-    help="Tune once, train at any batch size.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="Tune once, train at any batch size.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -11,14 +11,22 @@ from anybatch._commands.terminal import failed, table, words
 
 def demo(
     *,
-    scales: Annotated[str, typer.Option(help="Scales, comma-separated; 1 is always trained.")] = "1,8,32,128",
+    scales: Annotated[
+        str,
+        typer.Option(
+            help="Scales, comma-separated; 1 is always trained. With 32 and 128 the batch also changes during a run."
+        ),
+    ] = "1,8,32,128",
     rules: Annotated[str, typer.Option(help="Rules, comma-separated: adascale, lsw, lsw+.")] = "adascale,lsw,lsw+",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     total: Annotated[int, typer.Option(min=40, help="Base iterations of a run.")] = 4000,
     ranks: Annotated[int, typer.Option(min=1, max=8, help="Processes that share each step, under DDP.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for records, figures and report.html.")] = Path("anybatch-demo"),
 ) -> None:
-    """Train the digits at many batch sizes: the proof, on real data, in about a minute."""
+    """Train the digits at many batch sizes.
+
+    A proof on real data, in about a minute.
+    """
     try:
         from anybatch._demo import COLUMNS, RULES, Plan, cells, distances, run, summarise, write
     except ImportError as error:

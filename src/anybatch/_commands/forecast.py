@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, fits, table, words
+from anybatch._commands.terminal import failed, fits, in_options, table, words
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from anybatch._forecast import Estimate, Forecast
+
+_OPTIONS = {
+    "scales": "--scales",
+    "per_device": "--per-device",
+    "seconds_per_step": "--seconds-per-step",
+    "sync_seconds": "--sync-seconds",
+    "price_per_device_hour": "--price-per-device-hour",
+}
 
 
 def forecast(
@@ -35,7 +43,10 @@ def forecast(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw the forecast into this PNG, PDF or SVG file.")] = None,
 ) -> None:
-    """Forecast steps, time and cost at other batch sizes, from the record of one run at any small scale."""
+    """Forecast steps, time and cost at other batch sizes.
+
+    The forecast is made from the record of one run at any small scale.
+    """
     from anybatch._record import strict
 
     try:
@@ -48,7 +59,7 @@ def forecast(
             price_per_device_hour=price_per_device_hour,
         )
     except (anybatch.AnybatchError, OSError) as error:
-        raise failed(str(error)) from None
+        raise failed(in_options(str(error), _OPTIONS)) from None
     if out is not None:
         _draw(found, out)
     if as_json:
@@ -60,7 +71,7 @@ def forecast(
     _show(found, console)
     console.print(_sentence(found), soft_wrap=True)
     for note in found.notes:
-        console.print(note, style="bright_black", soft_wrap=True, markup=False)
+        console.print(in_options(note, _OPTIONS), style="bright_black", soft_wrap=True, markup=False)
 
 
 def _numbers(text: str) -> list[float]:
@@ -96,7 +107,7 @@ def _show(found: "Forecast", console: "Console") -> None:
     if isfinite(found.scales[0].seconds.value):
         ranges = [s.step_seconds.low < s.step_seconds.high for s in found.scales]  # else the band is the steps'
 
-        def cells(values: "list[anybatch.Estimate]", words: Callable[[float], str]) -> list[str]:
+        def cells(values: "list[Estimate]", words: Callable[[float], str]) -> list[str]:
             return [
                 f"{words(v.low)} to {words(v.high)}" if wide else words(v.value)
                 for v, wide in zip(values, ranges, strict=True)

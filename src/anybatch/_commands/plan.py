@@ -6,13 +6,29 @@ from dataclasses import asdict, dataclass
 from math import ceil, inf
 from os import PathLike
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, table, words
+from anybatch._commands.terminal import failed, in_options, table, words
+
+_OPTIONS = {
+    "optimizer": "--optimizer",
+    "lr": "--lr",
+    "base-batch": "--base-batch",
+    "batch": "--batch",
+    "betas": "--betas",
+    "eps": "--eps",
+    "weight_decay": "--weight-decay",
+    "momentum": "--momentum",
+    "alpha": "--alpha",
+    "ema_decay": "--ema",
+    "batch_norm_momentum": "--batch-norm-momentum",
+    "betas_rule": "--betas-rule",
+    "warmup": "--warmup",
+    "total": "--total",
+}
 
 if TYPE_CHECKING:
     from anybatch._maps import Change
@@ -52,9 +68,9 @@ def plan(
     base_batch: Annotated[int, typer.Option(help="The batch that it was tuned for, in examples.")],
     batch: Annotated[int, typer.Option(help="The new batch, in examples.")],
     betas: Annotated[str | None, typer.Option(help="Two numbers, comma-separated.")] = None,
-    eps: Annotated[float | None, typer.Option()] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    momentum: Annotated[float | None, typer.Option()] = None,
+    eps: Annotated[float | None, typer.Option(help="Added to the denominator, by Adam and its like.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, as tuned at the base batch.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum, as tuned at the base batch.")] = None,
     alpha: Annotated[float | None, typer.Option(help="RMSprop's decay.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the model's moving average, per step.")] = None,
     batch_norm_momentum: Annotated[float | None, typer.Option(help="PyTorch's momentum of BatchNorm.")] = None,
@@ -64,7 +80,10 @@ def plan(
     record: Annotated[Path | None, typer.Option(help="A run's record, for its noise scale.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print strict JSON.")] = False,
 ) -> None:
-    """Print every hyperparameter before and after a change of the batch, and why."""
+    """Print the hyperparameters for another batch size.
+
+    Each value stands before and after the change, with the rule and its source.
+    """
     values = {
         "lr": lr,
         "betas": None if betas is None else _pair(betas),
@@ -86,7 +105,7 @@ def plan(
             record=record,
         )
     except (anybatch.AnybatchError, OSError) as error:
-        raise failed(str(error)) from None
+        raise failed(in_options(str(error), _OPTIONS)) from None
     if as_json:
         from anybatch._record import strict
 
@@ -151,18 +170,17 @@ def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
     Raises:
         InvalidValueError: not a record, or one without a noise scale.
     """
-    run = anybatch.read_record(record)
-    known = [_of_step(step) for step in run.steps if not step.skipped]
-    known = [noise for noise in known if noise >= 0]
-    if not known:
+    from anybatch._numbers import median
+    from anybatch._record import read_columns
+
+    run = read_columns(record, ("variance", "sqnorm", "noise_scale", "skipped"))
+    infinite = (run["variance"] > 0) & (run["sqnorm"] == 0)  # a file has no number for it
+    noise = run["noise_scale"].masked_fill(infinite, inf)[run["skipped"] == 0]
+    noise = noise[noise >= 0]
+    if not len(noise):
         raise anybatch.InvalidValueError(f"{record} has no step with a noise scale: it takes a run with AdaScale.")
-    recent = median(known[-ceil(len(known) / 10) :])
+    recent = median(noise[-ceil(len(noise) / 10) :])
     return recent * (1 if run.config.get("base_batch") else base_batch)  # else it counts base batches
-
-
-def _of_step(step: "anybatch.StepRecord") -> float:
-    """Its noise scale; a file has nan for an infinite one."""
-    return inf if step.variance > 0 and step.sqnorm == 0 else step.noise_scale
 
 
 def _gain(noise: float, kappa: float) -> float:

@@ -1,5 +1,6 @@
 """`anybatch report`."""
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -17,14 +18,27 @@ def report(
     records: Annotated[list[Path] | None, typer.Argument(help="Records: attach(..., record='run.jsonl').")] = None,
     *,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the page's numbers as JSON, and write no page.")
+    ] = False,
 ) -> None:
-    """Write one self-contained HTML page about recorded runs: table, curves, forecasts and what differs."""
+    """Write one HTML page about recorded runs.
+
+    The page holds a table, curves, forecasts and what differs, and needs no other file.
+    """
+    from anybatch._record import strict
+    from anybatch._report import in_numbers
     from anybatch._report import report as make_page
 
     if not records:
         raise failed("Give the records of one run or more, such as runs/*.jsonl.")
-    _check(out)
+    if not as_json:
+        _check(out)
     try:
+        if as_json:
+            found = in_numbers(records, tell=lambda sentence: typer.echo(f"Left out: {sentence}", err=True))
+            typer.echo(json.dumps(strict(found), allow_nan=False, indent=1))
+            return
         text = make_page(records, tell=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
     except ImportError as error:
         raise failed(f"The report needs {error.name}: pip install 'anybatch[report]'") from None

@@ -1,6 +1,7 @@
 """What the commands share: one clear line and exit code 2 for whatever a user can get wrong."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,6 +14,19 @@ if TYPE_CHECKING:
 def words(text: str) -> list[str]:
     """The comma-separated words of an option, in lower case."""
     return [word.strip().lower() for word in text.split(",") if word.strip()]
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """The message with each argument of a function as the option that a user gave for it.
+
+    Args:
+        message: what the function says.
+        options: the option for each argument. One that is a plain word is replaced at the message's start alone.
+    """
+    for name, option in options.items():
+        start = "" if "_" in name else "^"
+        message = re.sub(rf"{start}(?<![\w/.'\"-]){name}(?![\w/'\"-]|\.\w)", option, message)
+    return message
 
 
 def failed(message: str) -> typer.Exit:

@@ -12,7 +12,7 @@ import torch
 import anybatch
 from anybatch._demo.digits import BASE_BATCH, Result
 from anybatch._demo.run import Curve, Plan, Row, curve, largest_distance, show
-from anybatch._record import strict
+from anybatch._record import read_columns, strict
 from anybatch._report import (
     BAND,
     INK,
@@ -151,9 +151,9 @@ def _against_tau(plan: Plan, results: Sequence[Result]) -> list[Chart]:
 def _against_steps(plan: Plan) -> list[Chart]:
     gain, rate = [], []
     for scale, found in _colours(plan).items():
-        steps = anybatch.read_record(plan.out / "records" / f"adascale-S{scale}-seed0.jsonl").steps
-        gain.append(Line(thin(((s.step, s.gain) for s in steps), log=True), f"AdaScale at {scale}", found))
-        rate.append(Line(thin(((s.step, s.lr) for s in steps), log=True), f"AdaScale at {scale}", found))
+        steps = read_columns(plan.out / "records" / f"adascale-S{scale}-seed0.jsonl", ("step", "gain", "lr"))
+        gain.append(Line(thin(steps["step"], steps["gain"], log=True), f"AdaScale at {scale}", found))
+        rate.append(Line(thin(steps["step"], steps["lr"], log=True), f"AdaScale at {scale}", found))
     return [
         Chart("gain", "iteration", gain, log_x=True, log_y=True),
         Chart("learning rate", "iteration", rate, log_x=True, log_y=True),

@@ -45,7 +45,7 @@ class Plan:
     @property
     def groups(self) -> list[Group]:
         """The groups of runs, the long ones first."""
-        elastic = ELASTIC if "adascale" in self.rules else ()
+        elastic = [each for each in ELASTIC if {each[0], each[-1]} <= {*self.scales} and "adascale" in self.rules]
         return [((s,), seed) for s in self.scales for seed in range(self.seeds)] + [
             (scales, seed) for scales in elastic for seed in range(self.seeds)
         ]

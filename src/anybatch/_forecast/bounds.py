@@ -1,12 +1,15 @@
 """What a record may say and a user ask: within these ranges the work is bounded, and every number stays a number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import isnan
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from anybatch._errors import InvalidValueError
-from anybatch._numbers import positive, real, shown
-from anybatch._record import StepRecord
+from anybatch._numbers import chosen, positive, real, shown
+from anybatch._record import Columns, StepRecord
 
 _SCALE = (1e-12, 1e12)
 _CLOCK = (1e-12, 1e15)  # base iterations: a longer sum of steps is no longer exact
@@ -54,8 +57,34 @@ def of_header(config: Mapping[str, Any], name: str, *, record: str) -> float | N
     return None if number is None else _possible(name, number, record=f"{record}, in its header")
 
 
-def walk(steps: Sequence[StepRecord], *, record: str) -> list[StepRecord]:
-    """The steps that moved the clock.
+FIELDS = tuple(_STEP)
+Steps = Mapping[str, Tensor]  # the steps that moved the clock, as columns of float64
+
+
+def moved(columns: Columns) -> Steps | None:
+    """The steps that moved the clock; `None` where `walk` might refuse one, or finds none."""
+    counted = columns["skipped"] == 0
+    for name, (least, most) in _STEP.items():
+        possible = (columns[name] >= least) & (columns[name] <= most)
+        if name in _MAY_BE_UNKNOWN:
+            possible |= columns[name].isnan()
+        if not (possible | ~counted).all():
+            return None
+    tau, iterations = (chosen(columns[name], counted) for name in ("tau", "iterations"))
+    if (iterations > tau * (1 + _SLACK)).any() or (tau[1:] < tau.cummax(0).values[:-1] * (1 - _SLACK)).any():
+        return None
+    on = counted & (columns["iterations"] > 0)
+    return {name: chosen(columns[name], on) for name in FIELDS} if on.any() else None
+
+
+def as_columns(steps: Iterable[StepRecord]) -> Steps:
+    """The steps that `walk` gives, as columns."""
+    found = list(steps)
+    return {name: torch.tensor([getattr(step, name) for step in found], dtype=torch.float64) for name in FIELDS}
+
+
+def walk(steps: Iterable[StepRecord], *, record: str) -> list[StepRecord]:
+    """The steps that moved the clock, each of them tested.
 
     Args:
         steps: of a whole run, in their order.

@@ -6,15 +6,15 @@ every other scale.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 import torch
 from torch import Tensor
 
 from anybatch._errors import InvalidValueError
-from anybatch._record import StepRecord
+from anybatch._forecast.bounds import Steps
+from anybatch._numbers import chosen
 
 # Shares of the run. 4 % forecasts as well as 2 % from a record at scale 8 or more, and better from one at 1 or 2, where
 # two samples a step are all there is (tried on the digits).
@@ -77,8 +77,8 @@ class Curves:
         return variance, sqnorm
 
 
-def samples(steps: Sequence[StepRecord], *, total: float, record: str) -> Samples:
-    """The raw moments of `steps`, as `walk` gives them.
+def samples(steps: Steps, *, total: float, record: str) -> Samples:
+    """The raw moments of the steps that moved the clock.
 
     A step's weight is half of what the step before it and the step itself moved the clock. Its own alone would favour
     the steps whose chance error was towards a large gain.
@@ -86,32 +86,41 @@ def samples(steps: Sequence[StepRecord], *, total: float, record: str) -> Sample
     Raises:
         InvalidValueError: no step shows a variance.
     """
-    measured = [s for s in steps if isfinite(s.raw_variance) and isfinite(s.raw_sqnorm)]
-    if not measured:
+    measured = steps["raw_variance"].isfinite() & steps["raw_sqnorm"].isfinite()
+    if not measured.any():
         raise InvalidValueError(
             f"{record} has no step that shows a variance, so there is nothing to forecast from. Record a run with "
             "rule=AdaScale() and two or more gradients a step: accumulate, use several ranks, or anybatch.split(batch, "
             "2); scale 1 in two halves is enough."
         )
-    bins: dict[int, list[float]] = {}
-    before, beyond = measured[0].iterations, 0
-    for step in measured:
-        start, weight = max(step.tau - step.iterations, 0.0), (before + step.iterations) / 2
-        before = step.iterations
-        if start >= total:
-            beyond += 1
-            continue
-        found = bins.setdefault(int(start / total * _BINS), [0.0] * 5)
-        for i, value in enumerate((weight * start, weight, weight * step.raw_variance, weight * step.raw_sqnorm, 1)):
-            found[i] += value
-    if not bins:
+    tau, moved, variance, sqnorm = (
+        chosen(steps[name], measured) for name in ("tau", "iterations", "raw_variance", "raw_sqnorm")
+    )
+    start, weight = (tau - moved).clamp(min=0.0), (torch.cat([moved[:1], moved[:-1]]) + moved) / 2
+    inside = start < total
+    start, weight, variance, sqnorm = (chosen(column, inside) for column in (start, weight, variance, sqnorm))
+    if not len(start):
         raise InvalidValueError(
             f"{record} shows a variance only beyond tau = {total:g}, the total that its header has: correct the header."
         )
-    rows = [bins[key] for key in sorted(bins)]
-    tau, variance, sqnorm = ([row[i] / row[1] for row in rows] for i in (0, 2, 3))
-    weights, counts = [row[1] for row in rows], [int(row[4]) for row in rows]
-    return Samples(tau, weights, variance, sqnorm, counts, min(steps[-1].tau, total), total, beyond)
+    place = (start / total * _BINS).long()
+    counts = place.bincount()
+    held = counts > 0
+    weights = place.bincount(weights=weight)[held]
+
+    def means(values: Tensor) -> list[float]:
+        return (place.bincount(weights=weight * values)[held] / weights).tolist()
+
+    return Samples(
+        tau=means(start),
+        weight=weights.tolist(),
+        variance=means(variance),
+        sqnorm=means(sqnorm),
+        steps=counts[held].tolist(),
+        end=min(steps["tau"][-1].item(), total),
+        total=total,
+        beyond=int((~inside).sum()),
+    )
 
 
 def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:

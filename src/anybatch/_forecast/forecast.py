@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, isfinite, nan
 from os import PathLike, fspath
-from statistics import median
 from typing import Any
 
 from anybatch._errors import InvalidValueError
-from anybatch._forecast.bounds import SECONDS, of_header, scale_within, walk, within
+from anybatch._forecast.bounds import FIELDS, SECONDS, as_columns, moved, of_header, scale_within, walk, within
 from anybatch._forecast.config import RuleConfig, adam, longer_momentum, rule_of
 from anybatch._forecast.curve import Samples, samples
 from anybatch._forecast.steps import Estimate, StepForecast
 from anybatch._forecast.time import StepTime, step_time
-from anybatch._numbers import positive
-from anybatch._record import Run, read_record
+from anybatch._numbers import median, positive
+from anybatch._record import Columns, Run, StepRecord, iter_record, read_columns
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def forecast(
         their critical batch is where the product of the two is smallest); Qiao et al., Pollux, OSDI 2021, Section 3
         (statistical efficiency, the time of a step).
     """
-    run = record if isinstance(record, Run) else read_record(record)
+    run = record if isinstance(record, Run) else read_columns(record, {*FIELDS, "skipped"})
     name = "The record" if isinstance(record, Run) else f"The record {fspath(record)!r}"
     wanted = sorted({scale_within("scales", scale) for scale in scales})
     if not wanted:
@@ -153,15 +152,18 @@ def forecast(
         if price_per_device_hour is None
         else within("price_per_device_hour", price_per_device_hour, least=0, most=1e12)
     )
-    steps = walk(run.steps, record=name)
+    steps = moved(run) if isinstance(run, Columns) else None
+    if steps is None:
+        each = record.steps if isinstance(record, Run) else iter_record(record)
+        steps = as_columns(walk((step for step in each if isinstance(step, StepRecord)), record=name))
     total = of_header(run.config, "total", record=name)
     known = total is not None
-    total = steps[-1].tau if total is None else total
+    total = steps["tau"][-1].item() if total is None else total
     ranks = of_header(run.config, "ranks", record=name) or 1.0
     time = step_time(steps, ranks=ranks, per_device=share, seconds_per_step=full, sync_seconds=sync)
     found = samples(steps, total=total, record=name)
     rule = rule_of(run.config, noise_factor=of_header(run.config, "noise_factor", record=name) or 1.0)
-    recorded = median(step.scale for step in steps)
+    recorded = median(steps["scale"])
     steps_by_scale = StepForecast(found, wanted, rule=rule, time=time, on_clock=known, recorded=recorded)
     table = steps_by_scale.table()
     unit = of_header(run.config, "base_batch", record=name)
@@ -207,7 +209,7 @@ def _sizes(time: StepTime, scales: Sequence[float]) -> list[str]:
     ]
 
 
-def _notes(run: Run, found: Samples, *, known: bool, rule: RuleConfig, time: StepTime) -> list[str]:
+def _notes(run: Run | Columns, found: Samples, *, known: bool, rule: RuleConfig, time: StepTime) -> list[str]:
     notes = []
     if not known:
         notes.append(f"The record names no total: forecast up to its last tau, {found.end:.6g}.")

@@ -1,11 +1,13 @@
 """How long a step takes: a record's seconds, and what more devices make of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, isclose, isfinite, nan, sqrt
-from statistics import fmean, median
+from math import ceil, isclose, nan, sqrt
+from statistics import fmean
 
-from anybatch._record import StepRecord
+import torch
+
+from anybatch._forecast.bounds import Steps
+from anybatch._numbers import median
 
 _ENOUGH = 8  # steps of one kind, for a median
 
@@ -49,7 +51,7 @@ class StepTime:
 
 
 def step_time(
-    steps: Sequence[StepRecord],
+    steps: Steps,
     *,
     ranks: float,
     per_device: float | None,
@@ -61,18 +63,21 @@ def step_time(
     Where a run's steps had several sizes, a line through the medians of their seconds parts what grows with the batch
     from what does not.
     """
-    shares = [step.scale / ranks for step in steps]
+    shares, seconds = steps["scale"] / ranks, steps["seconds"]
     share = median(shares) if per_device is None else per_device
     if seconds_per_step is not None:
         return StepTime(share, seconds_per_step / share, 0.0, sync_seconds, share)
-    kinds: dict[float, list[float]] = {}
-    for size, step in zip(shares, steps, strict=True):
-        if isfinite(step.seconds) and step.seconds > 0:
-            kinds.setdefault(size, []).append(step.seconds)
-    known = {size: median(seconds) for size, seconds in kinds.items() if len(seconds) >= _ENOUGH}
+    timed = seconds.isfinite() & (seconds > 0)
+    shares, seconds = shares[timed], seconds[timed]
+    _, kind, counts = shares.unique(return_inverse=True, return_counts=True)
+    many = counts >= _ENOUGH
+    ends = [(end - count, end) for count, end in torch.stack([counts, counts.cumsum(0)], 1)[many].tolist()]
+    order = kind.argsort(stable=True)
+    of_kinds = sorted((order[begin:end] for begin, end in ends), key=lambda of_kind: int(of_kind[0]))
+    known = {shares[of_kind[0]].item(): median(seconds[of_kind]) for of_kind in of_kinds}
     if len(known) < 2:
-        rates = [second / size for size, seconds in kinds.items() for second in seconds]
-        return StepTime(share, median(rates) if rates else nan, 0.0, sync_seconds, median(shares))
+        rate = median(seconds / shares) if len(seconds) else nan
+        return StepTime(share, rate, 0.0, sync_seconds, median(steps["scale"] / ranks))
     x, y = fmean(known), fmean(known.values())
     slope = sum((a - x) * (b - y) for a, b in known.items()) / sum((a - x) ** 2 for a in known)
     slope = min(max(slope, 0.0), y / x)  # neither part is negative

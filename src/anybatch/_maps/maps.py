@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
-from anybatch._scaling import Family, averaged_exponent, check_positive, row_of
+from anybatch._scaling import Family, averaged_exponent, check_positive, known_classes, row_of
 
 BetasRule = Literal["power", "sde"]
 Value = float | tuple[float, ...]
@@ -132,7 +132,7 @@ def _example(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], Family]
     }
     cls = classes.get(name.lower()) if isinstance(name, str) else None
     if cls is None:
-        raise InvalidValueError(f"optimizer must be one of {', '.join(sorted(classes))}; got {name!r}.")
+        raise InvalidValueError(f"optimizer must be one of {known_classes().lower()}; got {name!r}.")
     if unknown := sorted(set(values) - set(signature(cls).parameters)):
         raise InvalidValueError(f"{cls.__name__} has no {', '.join(unknown)}.")
     try:

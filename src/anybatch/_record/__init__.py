@@ -4,10 +4,12 @@ from anybatch._record.json import strict
 from anybatch._record.logbook import Destination, Logbook, destinations
 from anybatch._record.progress import progress_bar
 from anybatch._record.provenance import run_config
-from anybatch._record.record import MetricRecord, Run, StepRecord, iter_record, read_record
+from anybatch._record.read import Columns, iter_record, read_columns, read_record
+from anybatch._record.record import MetricRecord, Run, StepRecord
 from anybatch._record.writer import RunRecord
 
 __all__ = [
+    "Columns",
     "Destination",
     "Logbook",
     "MetricRecord",
@@ -17,6 +19,7 @@ __all__ = [
     "destinations",
     "iter_record",
     "progress_bar",
+    "read_columns",
     "read_record",
     "run_config",
     "strict",

@@ -1,4 +1,4 @@
-"""What a record holds, and how it is read: one strict JSON object a line, a header before the steps of each start.
+"""What a record holds: one strict JSON object a line, a header before the steps of each start.
 
 [Note: one run] A run that was killed and resumed from a checkpoint has taken the steps after it twice, and both are in
 the file, which only grows. The steps that count are those that the weights went through: where the first step after a
@@ -6,23 +6,15 @@ header has number n, all earlier lines of steps n and above are superseded, and 
 reads as one run, whatever happened; a run that starts from nothing in an old file supersedes all of it.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from math import inf, isfinite, nan
-from operator import index
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf, nan
 from typing import Any
 
-from anybatch._errors import InvalidValueError, StateError
-from anybatch._numbers import real
-from anybatch._record.layers import averaged, from_json
+from anybatch._record.layers import averaged
 from anybatch._scaling import Moments
 
 RECORD_VERSION = 2  # 2: metrics, and a header with provenance
-HEADER_START = b'{"kind": "header"'
-_STEP_START = b'{"kind": "step"'
-_METRIC_START = b'{"kind": "metric"'
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class StepRecord:
         metric_variance: the averaged sigma^2 in Adam's metric; nan where it was not measured, as in older records.
         metric_sqnorm: the averaged mu^2, likewise.
         per_layer: `raw_variance` and `raw_sqnorm` by layer, which add up to them, at a step that
-            `attach(per_layer=...)` looked at; else empty, and then not in the file.
+            `RunRecord(per_layer=...)` measured so; else empty, and then not in the file.
     """
 
     step: int
@@ -128,7 +120,8 @@ class Run:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             >>> path = tmp_path / "layers.jsonl"
-            >>> controller = anybatch.attach(optimizer, model=model, scale=1, per_layer=2, record=path)
+            >>> record = anybatch.RunRecord(path, per_layer=2)
+            >>> controller = anybatch.attach(optimizer, model=model, scale=1, record=record)
             >>> for batch in torch.randn(20, 16, 4):
             ...     for part in anybatch.split(batch, 2):
             ...         (model(part).square().mean() / 2).backward()
@@ -142,167 +135,3 @@ class Run:
             McCandlish et al. 2018, Appendix A.1, for each layer by itself.
         """
         return averaged(step.per_layer for step in self.steps if begin < step.tau <= end)
-
-
-@dataclass
-class _Segment:
-    """What follows one header: the step number it starts after, and the one that later segments leave of it."""
-
-    header: dict[str, Any]
-    start: int | None = None
-    limit: float = inf
-
-
-def read_record(path: str | os.PathLike[str]) -> Run:
-    """Read a record back, whole.
-
-    Args:
-        path: a file that a `RunRecord` wrote.
-
-    Returns:
-        A `Run`: `config`, `steps`, `torn`, `metrics`, `header` and `ranks`, without torn lines, and without steps that
-        a resume from an earlier checkpoint took again.
-
-    Raises:
-        InvalidValueError: the file cannot be read, or is not a record.
-        StateError: it was written by a newer anybatch.
-    """
-    segments = _segments(path)
-    steps: list[StepRecord] = []
-    metrics: list[MetricRecord] = []
-    torn, taken = 0, segments[:0]
-    for line, segment in _entries(path, segments):
-        if isinstance(line, StepRecord):
-            steps.append(line)
-            if not taken or taken[-1] is not segment:
-                taken.append(segment)
-        elif isinstance(line, MetricRecord):
-            metrics.append(line)
-        else:
-            torn += 1
-    header = (taken or segments)[-1].header
-    ranks = {n for segment in taken if isinstance(n := segment.header["config"].get("ranks"), int)}
-    return Run(header["config"], steps, torn, metrics, header, tuple(sorted(ranks)))
-
-
-def iter_record(path: str | os.PathLike[str]) -> Iterator[StepRecord | MetricRecord]:
-    """Read a record line by line, in constant memory: the same steps and metrics as `read_record`, in their order.
-
-    The file is read twice, first for where its resumes are.
-
-    Args:
-        path: a file that a `RunRecord` wrote.
-
-    Returns:
-        An iterator over the steps and the metrics.
-
-    Raises:
-        InvalidValueError: the file cannot be read, or is not a record.
-        StateError: it was written by a newer anybatch.
-
-    Example:
-        >>> record = anybatch.RunRecord(tmp_path / "run.jsonl")
-        >>> record.write(anybatch.MetricRecord(step=3, tau=5.5, values={"accuracy": 0.9}))
-        >>> [line.values for line in anybatch.iter_record(tmp_path / "run.jsonl")]
-        [{'accuracy': 0.9}]
-    """
-    segments = _segments(path)
-    return (line for line, _ in _entries(path, segments) if line is not None)
-
-
-def _segments(path: str | os.PathLike[str]) -> list[_Segment]:
-    """The file's headers, each with what holds of the lines below it."""
-    segments = [_Segment({})]
-    for text in _lines(path):
-        if text.startswith(_METRIC_START) or (segments[-1].start is not None and text.startswith(_STEP_START)):
-            continue  # the bulk of the file
-        line = parsed(text)
-        if isinstance(line, StepRecord) and segments[-1].start is None:
-            segments[-1].start = line.step if line.skipped else line.step - 1
-        elif isinstance(line, dict):
-            if line["version"] > RECORD_VERSION:
-                raise StateError(
-                    f"{os.fspath(path)!r} has record version {line['version']}, this anybatch reads up to "
-                    f"{RECORD_VERSION}: upgrade anybatch."
-                )
-            segments.append(_Segment(line))
-    if len(segments) == 1:
-        raise InvalidValueError(f"{os.fspath(path)!r} is not an anybatch record: it has no header line.")
-    segments[0].header = segments[1].header  # of lines above the first header that can be read
-    limit = inf
-    for segment in reversed(segments):
-        segment.limit = limit
-        if segment.start is not None:  # from nothing: not even an evaluation before the first step is left
-            limit = min(limit, segment.start or -1)
-    return segments
-
-
-def _entries(
-    path: str | os.PathLike[str], segments: list[_Segment]
-) -> Iterator[tuple[StepRecord | MetricRecord | None, _Segment]]:
-    """Each line that counts with its segment; `None` for a torn one."""
-    at = 0
-    for text in _lines(path):
-        line = parsed(text)
-        if isinstance(line, dict):
-            at = min(at + 1, len(segments) - 1)  # a live run may have gone on since the first look
-        elif line is None or line.step <= segments[at].limit:
-            yield line, segments[at]
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            yield from file
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InvalidValueError(f"Cannot read the record {os.fspath(path)!r}: {why}.") from None
-
-
-def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
-    """A step, a metric or a header; `None` for what is none of them."""
-    try:
-        line = json.loads(text)
-        kind = line["kind"]
-        if kind == "step":
-            line = {**_NEW_FIELDS, **line}
-            return StepRecord(**{name: convert(line[name]) for name, convert in _STEP_FIELDS.items()})
-        if kind == "metric":
-            values = {name: _number(value) for name, value in line["values"].items()}
-            return MetricRecord(_count(line["step"]), _number(line["tau"]), values)
-        if kind == "header" and isinstance(line["config"], dict):
-            return {**line, "version": _count(line["version"])}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        pass
-    return None
-
-
-def _number(value: Any) -> float:
-    """A number; nan where the file has null, or what another program writes for numbers that are not finite."""
-    unknown = value is None or (isinstance(value, float) and not isfinite(value))
-    number = nan if unknown else real(value)
-    if number is None:
-        raise ValueError
-    return number
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or index(value) < 0:
-        raise ValueError
-    return index(value)
-
-
-def _layers(value: Any) -> dict[str, Moments]:
-    return from_json(value, number=_number)
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-_CONVERT: dict[Any, Callable[[Any], Any]] = {float: _number, int: _count, bool: _truth, Mapping[str, Moments]: _layers}
-# Which older records, or most lines, do not have.
-_NEW_FIELDS: dict[str, Any] = {"metric_variance": None, "metric_sqnorm": None, "per_layer": {}}
-_STEP_FIELDS = {f.name: _CONVERT[f.type] for f in fields(StepRecord)}

@@ -10,8 +10,9 @@ from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._record.append import AppendFile
 from anybatch._record.json import json_line
 from anybatch._record.layers import as_json
+from anybatch._record.lines import HEADER_START, parsed
 from anybatch._record.provenance import environment
-from anybatch._record.record import HEADER_START, RECORD_VERSION, MetricRecord, StepRecord, parsed
+from anybatch._record.record import RECORD_VERSION, MetricRecord, StepRecord
 from anybatch._scaling import check_steps
 
 
@@ -26,10 +27,12 @@ class RunRecord:
         path: the file; made with its folders, appended to where it exists.
         config: any JSON values that say what the run was; stored in the header. Values with the name of
             something that a controller tells of itself lie under "given" there.
-        per_layer: every how many steps the noise is measured by layer, a whole number; by default never.
+        per_layer: every how many steps the noise is measured by layer; a whole number, 1 or more. The first step is
+            measured, and then each step after so many more have counted; `Run.per_layer` averages what was found.
+            Such a step takes a norm of its own of each gradient, and changes nothing of the training. `None`: no step.
 
     Raises:
-        InvalidValueError: the file cannot be written, or is not a record.
+        InvalidValueError: the file cannot be written, or is not a record; `per_layer` is no number of steps.
         StateError: it was written by a newer anybatch.
         UsageError: another run writes to it.
 
@@ -41,12 +44,16 @@ class RunRecord:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None, per_layer: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any] | None = None,
+        per_layer: int | None = None,
     ) -> None:
         if per_layer is not None:
             check_steps("per_layer", per_layer)
-        self.per_layer: int | None = per_layer
         self.path: Path = Path(path)
+        self._per_layer = per_layer
         self._user, self._known = dict(config or {}), dict[str, Any]()
         self._holder: weakref.ref[object] | None = None
         self._file = AppendFile(self.path)
@@ -56,6 +63,11 @@ class RunRecord:
             self._file.close()
             raise
         self._begun = False  # the header waits for the controller, which knows more of the run, or for the first line
+
+    @property
+    def per_layer(self) -> int | None:
+        """Every how many steps the noise is measured by layer; `None`: at no step."""
+        return self._per_layer
 
     def begin(self, config: Mapping[str, Any], *, holder: object | None = None) -> None:
         """Append a header: what follows starts anew, with what `config` tells of it, or goes on from a checkpoint.

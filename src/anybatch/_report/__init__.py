@@ -8,7 +8,7 @@ from anybatch._report.layers import LayerChart, LayerMap, layer_legend, layer_ma
 from anybatch._report.page import Block, Grid, Heading, Table, Text, page
 from anybatch._report.picture import picture
 from anybatch._report.points import thin, value_at
-from anybatch._report.report import report
+from anybatch._report.report import in_numbers, report
 from anybatch._report.words import duration
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "colour",
     "difference",
     "duration",
+    "in_numbers",
     "layer_legend",
     "layer_map",
     "levels",

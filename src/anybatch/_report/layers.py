@@ -7,7 +7,7 @@ from math import ceil, floor, log10, nan
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from anybatch._record import Run
+from anybatch._record import StepRecord
 from anybatch._report.chart import WIDTH, Legend
 from anybatch._report.figure import blank, colour, house, inline, numbers, widest
 from anybatch._report.page import inert, visible
@@ -51,13 +51,13 @@ class LayerMap:
     end: float
 
 
-def layer_map(run: Run, *, unit: float) -> LayerMap | None:
-    """The map of a run, in units of `unit` base batches; `None` where no step was looked at.
+def layer_map(steps: Sequence[StepRecord], *, unit: float) -> LayerMap | None:
+    """The map of a run's steps, in units of `unit` base batches; `None` where none was measured by layer.
 
     A cell grows, a twenty-fourth of the run at a time, until the mean of its looks' sqnorm is two standard errors above
     0: where there is much noise it is long, and where the looks do not tell it there is none.
     """
-    looks = [step for step in run.steps if step.per_layer and seen(step.tau, log=True)]
+    looks = [step for step in steps if step.per_layer and seen(step.tau, log=True)]
     if not looks:
         return None
     end = max(step.tau for step in looks)

@@ -1,10 +1,16 @@
 """Points of a curve: which can be drawn, and few of them however long the run was."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from math import log10
+from collections.abc import Iterator, Sequence
+from math import inf, log10
+
+import torch
+from torch import Tensor
+
+from anybatch._numbers import chosen
 
 _HUGE, _TINY = 1e100, 1e-100  # beyond these nothing is drawn: a span of such values would overflow
+_PART = 65536  # numbers that are worked on together: a copy of all of them would be the most of the memory
 
 Point = tuple[float, float]
 
@@ -23,22 +29,64 @@ def value_at(points: Sequence[Point], x: float) -> float:
     return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
 
 
-def thin(points: Iterable[Point], *, columns: int = 160, log: bool = False) -> list[Point]:
-    """At most two points for each column of pixels, the lowest and the highest; a gap stays one."""
-    given = [(x, y) for x, y in points if seen(x, log=log)]
-    if len(given) <= 2 * columns:
-        return given
-    xs = [log10(x) if log else x for x, _ in given]
-    low, span = min(xs), max(xs) - min(xs)
-    bins: dict[int, list[Point]] = {}
-    for x, point in zip(xs, given, strict=True):
-        bins.setdefault(int((x - low) / span * columns) if span else 0, []).append(point)
-    kept: list[Point] = []
-    for key in sorted(bins):
-        drawn = [point for point in bins[key] if seen(point[1])]
-        if not drawn:
-            kept.append(bins[key][0])
-            continue
-        ends = {min(drawn, key=lambda p: p[1]), max(drawn, key=lambda p: p[1])}
-        kept.extend(point for point in dict.fromkeys(drawn) if point in ends)
-    return kept
+def drawable(values: Tensor, *, log: bool = False) -> Tensor:
+    """Which of the values have a place on an axis, as `seen` has it."""
+    return (values > (_TINY if log else -_HUGE)) & (values < _HUGE)
+
+
+def each(values: Tensor) -> Iterator[float]:
+    """The numbers of a vector in turn."""
+    for part in values.split(_PART):
+        yield from part.tolist()
+
+
+def thin(x: Tensor, y: Tensor, *, columns: int = 160, log: bool = False) -> list[Point]:
+    """At most two points for each column of pixels, the lowest and the highest; a gap stays one.
+
+    Args:
+        x, y: coordinates of the points, two vectors of float64.
+        columns: of pixels.
+        log: whether the axis of x is logarithmic.
+    """
+    placed = drawable(x, log=log)
+    if int(placed.sum()) <= 2 * columns:
+        return list(zip(x[placed].tolist(), y[placed].tolist(), strict=True))
+    scale = _log10 if log else torch.clone
+    low, high = scale(torch.stack(chosen(x, placed).aminmax())).tolist()
+    parts = []
+    for mine, *part in zip(placed.split(_PART), x.split(_PART), y.split(_PART), strict=True):
+        xs, ys = (values[mine] for values in part)
+        column = ((scale(xs) - low) / ((high - low) or 1.0) * columns).long()
+        kept = _ends(column, ys, columns)
+        parts.append((column[kept], xs[kept], ys[kept]))
+    column, x, y = map(torch.cat, zip(*parts, strict=True))
+    kept = _ends(column, y, columns)
+    return list(zip(x[kept].tolist(), y[kept].tolist(), strict=True))
+
+
+def _ends(column: Tensor, y: Tensor, columns: int) -> Tensor:
+    """The places of each column's lowest and highest point, in their order; of a gap that of its first one.
+
+    Those of the parts of a curve, and then those of what is left, are those of the whole.
+    """
+    places, drawn = torch.arange(len(y)), drawable(y)
+
+    def first(chosen: Tensor) -> Tensor:
+        """The first chosen place of each column; `len(y)` where it has none."""
+        found = torch.full((columns + 1,), len(y))
+        return found.scatter_reduce_(0, column[chosen], places[chosen], "amin")
+
+    def lowest(values: Tensor) -> Tensor:
+        least = torch.full((columns + 1,), inf, dtype=torch.float64).scatter_reduce_(0, column, values, "amin")
+        return first(drawn & (values == least[column]))
+
+    one, other = lowest(y.where(drawn, inf)), lowest((-y).where(drawn, inf))
+    gap = first(~drawn).where(one == len(y), len(y))
+    kept = torch.stack([torch.minimum(one, other), torch.maximum(one, other), gap], 1).flatten()
+    unique: Tensor = kept[kept < len(y)].unique_consecutive()
+    return unique
+
+
+def _log10(x: Tensor) -> Tensor:
+    """As `math.log10` has it: a last digit decides on which side of an edge a point is."""
+    return torch.tensor([log10(each) for each in x.tolist()], dtype=torch.float64)

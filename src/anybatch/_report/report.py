@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import anybatch
 from anybatch._report.chart import Legend
@@ -22,6 +23,10 @@ _VALUES = 6  # else the values of a setting that are written out
 _UNREAD = 20  # records that cannot be read, each with its reason
 _LAYERS = 4  # runs whose layers are drawn
 _SETTINGS = 80  # rows of a table of settings
+_NUMBERS = (
+    "name", "rule", "scale", "scales", "iterations", "gain", "base_batches", "seconds", "tau", "total", "finished",
+    "skipped", "torn", "results",
+)  # fmt: skip
 
 
 def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: None) -> str:
@@ -35,12 +40,7 @@ def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: Non
         InvalidValueError: no record can be read, or none is one.
         StateError: the only one was written by a newer anybatch.
     """
-    unread: list[str] = []
-    runs = summarise(paths, unread=unread.append if len(paths) > 1 else None)
-    if not runs:
-        raise anybatch.InvalidValueError(f"None of the records can be read. {' '.join(unread)}")
-    for sentence in unread:
-        tell(sentence)
+    runs, unread = _read(paths, tell)
     tasks = _tasks(runs)
     blocks: list[Block] = [Text(_sentence(runs, tasks)), *_missing(unread), *_table(runs)]
     for name, members in list(tasks.items())[:_TASKS]:
@@ -51,6 +51,47 @@ def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: Non
     blocks += [*_forecasts(runs), *_settings(runs)]
     blocks.append(Text(f"Made by: anybatch report ({anybatch.__version__}).", note=True))
     return page(shorten(runs[0].name) if len(runs) == 1 else f"{len(runs)} training runs", blocks)
+
+
+def in_numbers(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The numbers of the page about the records at `paths`: its table, and forecasts against what happened.
+
+    Args, Raises: as `report`.
+    """
+    runs, unread = _read(paths, tell)
+    return {
+        "runs": [
+            {
+                "record": str(run.path),
+                **{name: getattr(run, name) for name in _NUMBERS},
+                "examples": run.base_batches * run.base_batch,
+            }
+            for run in runs
+        ],
+        "comparisons": [
+            {
+                "iterations": {f"{scale:g}": found for scale, found in each.happened.items()},
+                "forecasts": [
+                    {"record": str(run.path), "iterations": {f"{s:g}": vars(e) for s, e in found.items() if s != 1}}
+                    for run, found in each.forecasts
+                ],
+                "notes": each.notes,
+            }
+            for each in compare(runs)
+        ],
+        "unread": unread,
+    }
+
+
+def _read(paths: Sequence[Path], tell: Callable[[str], None]) -> tuple[list[Summary], list[str]]:
+    """The runs, and a sentence for each record that cannot be read."""
+    unread: list[str] = []
+    runs = summarise(paths, unread=unread.append if len(paths) > 1 else None)
+    if not runs:
+        raise anybatch.InvalidValueError(f"None of the records can be read. {' '.join(unread)}")
+    for sentence in unread:
+        tell(sentence)
+    return runs, unread
 
 
 def _missing(unread: Sequence[str]) -> Iterator[Block]:

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from math import inf, isfinite, nan
 from os import fspath
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import anybatch
-from anybatch._numbers import positive
+from anybatch._numbers import chosen, median, positive
+from anybatch._record import read_columns
 from anybatch._report.layers import LayerMap, layer_map
-from anybatch._report.points import Point, seen, thin
+from anybatch._report.points import Point, drawable, each, thin
 from anybatch._report.words import short_number, written
 
-QUANTITIES = ("gain", "learning rate", "noise scale")
+QUANTITIES = {"gain": "gain", "learning rate": "lr", "noise scale": "noise_scale"}  # by the name on the page
 _DEEP = 4  # levels of a configuration that get a line of their own
+_FIELDS = ("step", "tau", "scale", "raw_variance", "raw_sqnorm", "seconds", "skipped", *QUANTITIES.values())
 _MANY_STEPS = 10**15  # a number of steps that is a float exactly
 
 
@@ -131,35 +136,37 @@ def _place(path: Path) -> Path:
 
 
 def _summary(path: Path, name: str) -> Summary:
-    run = anybatch.read_record(path)
-    steps = [step for step in run.steps if not step.skipped]
-    scales = [step.scale for step in steps if seen(step.scale)]
-    seconds = [step.seconds for step in run.steps if seen(step.seconds)]
-    gains = [step.gain for step in steps if seen(step.gain)]
+    run = read_columns(path, _FIELDS)
+    counted = run["skipped"] == 0
+    scales, gains, taus = (chosen(run[field], counted & drawable(run[field])) for field in ("scale", "gain", "tau"))
+    seconds, every = (chosen(run[field], drawable(run[field])) for field in ("seconds", "scale"))
+    iterations = int(counted.sum())
     results = {key: value for line in run.metrics for key, value in line.values.items()}
-    taus = [step.tau for step in steps if seen(step.tau)]
     return Summary(
         path=path,
         name=name,
         rule=written(run.config.get("rule", "–")).partition("(")[0],
         scales=_scales(scales),
-        scale=median(scales) if scales else nan,
-        constant=len(set(scales)) == 1,
-        measured=any(isfinite(step.raw_variance) and isfinite(step.raw_sqnorm) for step in steps),
-        iterations=len(steps),
-        gain=fmean(gains) if gains else nan,
-        base_batches=sum(step.scale for step in run.steps if seen(step.scale)),
-        seconds=sum(seconds) if seconds else nan,
-        tau=taus[-1] if taus else 0.0,
+        scale=median(scales) if len(scales) else nan,
+        constant=len(scales.unique()) == 1,
+        measured=bool((counted & run["raw_variance"].isfinite() & run["raw_sqnorm"].isfinite()).any()),
+        iterations=iterations,
+        gain=fmean(each(gains)) if len(gains) else nan,
+        base_batches=sum(each(every)),
+        seconds=sum(each(seconds)) if len(seconds) else nan,
+        tau=taus[-1].item() if len(taus) else 0.0,
         total=positive(run.config.get("total")) or nan,
-        skipped=len(run.steps) - len(steps),
+        skipped=len(counted) - iterations,
         torn=run.torn,
         results=results,
-        curves={quantity: _curve(_values(steps, quantity)) for quantity in QUANTITIES},
-        metrics={key: _curve(_results(run.metrics, key)) for key in results},
+        curves={
+            name: _curve(*(chosen(run[field], counted) for field in ("tau", "step", of)))
+            for name, of in QUANTITIES.items()
+        },
+        metrics={key: _of_metric(run.metrics, key) for key in results},
         config=run.config,
         facts={**_facts(run.header), "scale": _scales(scales)},
-        layers=layer_map(run, unit=positive(run.config.get("base_batch")) or 1.0),
+        layers=layer_map(run.measured_by_layer, unit=positive(run.config.get("base_batch")) or 1.0),
     )
 
 
@@ -173,28 +180,21 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [fspath(path) for path in paths]
 
 
-def _scales(scales: Sequence[float]) -> str:
+def _scales(scales: Tensor) -> str:
     """`8`; `32 → 64` where the scale changed once or twice; `1 to 128` where it did more often."""
-    walk = [s for i, s in enumerate(scales) if i == 0 or s != scales[i - 1]]
+    walk = scales.unique_consecutive()
     if len(walk) > 3:
-        return f"{short_number(min(walk))} to {short_number(max(walk))}"
-    return " → ".join(map(short_number, walk)) or "–"
+        return f"{short_number(walk.min().item())} to {short_number(walk.max().item())}"
+    return " → ".join(map(short_number, walk.tolist())) or "–"
 
 
-def _values(steps: Sequence[anybatch.StepRecord], quantity: str) -> list[tuple[float, int, float]]:
-    field = {"gain": "gain", "learning rate": "lr", "noise scale": "noise_scale"}[quantity]
-    return [(step.tau, step.step, getattr(step, field)) for step in steps]
+def _of_metric(lines: Sequence[anybatch.MetricRecord], name: str) -> Curve:
+    found = [(line.tau, float(min(line.step, _MANY_STEPS)), line.values[name]) for line in lines if name in line.values]
+    return _curve(*torch.tensor(found, dtype=torch.float64).T)
 
 
-def _results(lines: Sequence[anybatch.MetricRecord], name: str) -> list[tuple[float, int, float]]:
-    return [(line.tau, line.step, line.values[name]) for line in lines if name in line.values]
-
-
-def _curve(values: Sequence[tuple[float, int, float]]) -> Curve:
-    return Curve(
-        thin((tau, value) for tau, _, value in values),
-        thin(((float(min(step, _MANY_STEPS)), value) for _, step, value in values), log=True),
-    )
+def _curve(tau: Tensor, step: Tensor, value: Tensor) -> Curve:
+    return Curve(thin(tau, value), thin(step.clamp(max=_MANY_STEPS), value, log=True))
 
 
 def _facts(header: Mapping[str, Any]) -> dict[str, str]:

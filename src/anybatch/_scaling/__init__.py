@@ -2,7 +2,7 @@
 
 from anybatch._scaling.batch import BatchSize, check_positive, check_steps, split
 from anybatch._scaling.clock import Clock
-from anybatch._scaling.families import Family, attached, family_of, local_of, row_of, second_moment_of
+from anybatch._scaling.families import Family, attached, family_of, known_classes, local_of, row_of, second_moment_of
 from anybatch._scaling.hyperparameters import Hyperparameters
 from anybatch._scaling.moments import (
     EPSILON,
@@ -50,6 +50,7 @@ __all__ = [
     "gain",
     "held_by",
     "horizon_of",
+    "known_classes",
     "local_of",
     "measurement_of",
     "moments",

@@ -213,8 +213,9 @@ def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimi
         return Family(exponent, "constant", off_clock="which of its entries are decays is not known")
     raise UnsupportedError(
         f"How the learning rate of {type(local_of(optimizer)).__name__} follows the batch is not known (known: "
-        f"{_known()}). Say which of these it is like: rule=anybatch.AdaScale(like=torch.optim.AdamW) if the gradient "
-        "is divided by its own running size, Muon if it normalises after its momentum, SGD if it does neither; or "
+        f"{known_classes()}). Say which of these it is like: rule=anybatch.AdaScale(like=torch.optim.AdamW) if the "
+        "gradient is divided by its own running size, Muon if it normalises after its momentum, SGD if it does "
+        "neither; or "
         "exponent=1 or 0.5, with decays that stay as they are."
     )
 
@@ -281,8 +282,10 @@ def _family_like(optimizer: Optimizer, like: type[Optimizer]) -> Family:
     return replace(row, decoupled=decoupled, second_moment="", state={"step": 1} | dict(row.state), stated=True)
 
 
-def _known() -> str:
-    return ", ".join(sorted(name.removeprefix("torch.") for name, row in _TABLE.items() if isinstance(row, Family)))
+def known_classes() -> str:
+    """The classes of torch.optim that can be scaled, by name."""
+    rows = ((name.partition("."), row) for name, row in _TABLE.items())
+    return ", ".join(sorted(cls for (package, _, cls), row in rows if package == "torch" and isinstance(row, Family)))
 
 
 def second_moment_of(optimizer: Optimizer, family: Family) -> str:
