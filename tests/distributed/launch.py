@@ -1,25 +1,40 @@
 """Run a function in real gloo processes and collect what each returns."""
 
+import faulthandler
 import gc
 import os
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import Processes
+
+SECONDS = 900  # a launch that takes longer hangs, also on a machine that others use
 
 
-def run(function, *, world, args=()):
-    """`function(rank, *args)` on `world` processes; the list of their returned values, which `torch.save` must take."""
+def run(function, *, world, args=(), seconds=SECONDS):
+    """`function(rank, *args)` on `world` processes; the list of their returned values, which `torch.save` must take.
+
+    One fork of the server in `processes.py` imports the function's module, and forks the ranks.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_entry, args=(function, world, folder, args), nprocs=world, start_method="spawn")
+        processes = Processes(Path(folder))
+        try:
+            processes.start(start, "fork", function, world, folder, args, seconds).result(seconds)
+        finally:
+            processes.close()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _entry(rank, function, world, folder, args):
-    warnings.simplefilter("ignore")
+def start(method, function, world, folder, args, seconds=SECONDS):
+    """The ranks, by fork or spawn; the first error of one ends all, and is raised here with its traceback."""
+    mp.start_processes(_entry, args=(function, world, folder, args, seconds), nprocs=world, start_method=method)
+
+
+def _entry(rank, function, world, folder, args, seconds):
+    faulthandler.dump_traceback_later(seconds * 0.9)  # where a rank hangs
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)

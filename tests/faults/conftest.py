@@ -6,7 +6,7 @@ import random
 import pytest
 
 from faults.ledger import faults  # noqa: F401  # a fixture
-from faults.processes import Processes
+from processes import Processes
 
 
 @pytest.fixture

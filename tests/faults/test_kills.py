@@ -12,7 +12,7 @@ import torch
 import anybatch
 from faults import jobs
 from faults.ledger import json_lines, steps_of
-from faults.processes import Processes, state_of, until
+from processes import Processes, state_of, until
 
 LONG_RUN = {"total": 400.0, "save_every": 15, "pause": 0.004}  # about 130 steps, a second
 

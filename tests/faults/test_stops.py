@@ -7,7 +7,7 @@ import pytest
 
 from faults import jobs
 from faults.ledger import json_lines
-from faults.processes import state_of, until
+from processes import state_of, until
 
 TIMEOUT = 2  # seconds of the process group
 SLACK = 20  # for a machine with other work; without a timeout it would be forever
