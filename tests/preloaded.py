@@ -3,8 +3,12 @@
 Only imports: a process group or a backward pass here would leave threads that a fork does not have.
 """
 
+# ruff: noqa: F401
+
 import gc
 
+import sklearn.datasets
+import sklearn.model_selection
 import torch._dynamo
 import torch._inductor.utils
 import torch.distributed.algorithms.join

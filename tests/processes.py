@@ -18,7 +18,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 SECONDS = 120  # no process is waited for longer
@@ -93,7 +92,7 @@ class Child:
 
     def result(self, seconds=SECONDS):
         outcome = self.outcome(seconds)
-        assert outcome[0] == "returned", f"{outcome[1:]}\n{self.text()[-3000:]}"
+        assert outcome[0] == "returned", f"{outcome[1][0]}: {outcome[2]}\n{self.text()[-3000:]}"
         return outcome[1]
 
     def text(self):

@@ -3,13 +3,16 @@
 import faulthandler
 import gc
 import os
+import signal
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from processes import Processes
+from torch.multiprocessing.spawn import ProcessException
 
 SECONDS = 900  # a launch that takes longer hangs, also on a machine that others use
 
@@ -30,7 +33,15 @@ def run(function, *, world, args=(), seconds=SECONDS):
 
 def start(method, function, world, folder, args, seconds=SECONDS):
     """The ranks, by fork or spawn; the first error of one ends all, and is raised here with its traceback."""
-    mp.start_processes(_entry, args=(function, world, folder, args, seconds), nprocs=world, start_method=method)
+    given, test = (function, world, folder, args, seconds), mp.parent_process()
+    ranks = mp.start_processes(_entry, args=given, nprocs=world, start_method=method, join=False)
+    try:
+        while not ranks.join(1):
+            if test is not None and not test.is_alive():
+                os.killpg(0, signal.SIGKILL)  # this process and its ranks, a session of their own
+    except ProcessException as error:  # of any rank, perhaps of one that only lost its peer
+        errors, codes = Path(folder) / "errors", [each.exitcode for each in ranks.processes]
+        raise RuntimeError(f"{errors.read_text() if errors.exists() else ''}{error}\nExit codes: {codes}") from None
 
 
 def _entry(rank, function, world, folder, args, seconds):
@@ -42,5 +53,11 @@ def _entry(rank, function, world, folder, args, seconds):
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
         gc.collect()  # cycles hold process groups, whose threads must not outlive their group
         dist.barrier()  # without it about a third of the processes abort at exit
+    except BaseException:
+        with (Path(folder) / "errors").open(
+            "a"
+        ) as errors:  # the first comes first: the others fail once its group is gone
+            errors.write(f"Rank {rank}: {traceback.format_exc()}\n")
+        raise
     finally:
         dist.destroy_process_group()

@@ -2,15 +2,23 @@
 
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import state_of
+from processes import Processes, state_of, until
 
 from distributed import launch, workers
 from distributed import launch_workers as mine
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+
+
+@pytest.fixture
+def processes(tmp_path):
+    started = Processes(tmp_path)
+    yield started
+    started.close()
 
 
 def test_ranks_are_processes_of_their_own_with_the_tests_surroundings(monkeypatch, tmp_path):
@@ -26,21 +34,35 @@ def test_ranks_are_processes_of_their_own_with_the_tests_surroundings(monkeypatc
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (mine.fails, r"(?s)Process 1 terminated.*, in fails\n.*ZeroDivisionError: of rank 1"),
-        (mine.dies, "process 1 terminated with signal SIGKILL"),
+        (mine.fails, r"^RuntimeError: Rank 1: Traceback(.*\n)+.*, in fails\n.*\nZeroDivisionError: of rank 1"),
+        (mine.dies, r"Exit codes: \[.*, -9\]"),
         (mine.hangs, r"(?s)still running after 5 s.*launch_workers\.py., line \d+ in hangs"),
     ],
+    ids=["fails", "dies", "hangs"],
 )
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+@linux
 def test_a_rank_that_fails_dies_or_hangs_fails_the_test_and_leaves_no_process(function, said, tmp_path):
     with pytest.raises(AssertionError, match=said):
         launch.run(function, world=2, args=(str(tmp_path),), seconds=5 if function is mine.hangs else launch.SECONDS)
-    pids = {int(path.name) for path in tmp_path.iterdir()}
+    gone(tmp_path)
+
+
+def gone(folder):
+    """Both ranks and the process that forked them have ended."""
+    pids = {int(path.name) for path in folder.iterdir()}
     assert len(pids) == 3
-    end = time.monotonic() + 60
-    while alive := [pid for pid in pids if state_of(pid)[0] not in ("", "Z")]:
-        assert time.monotonic() < end, f"still running: {alive}"
-        time.sleep(0.01)
+    until(lambda: all(state_of(pid)[0] in ("", "Z") for pid in pids), "the end of all")
+
+
+@linux
+@pytest.mark.slow
+def test_a_killed_test_leaves_no_process(processes, tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    test = processes.start(launch.run, mine.hangs, world=2, args=(str(folder),))
+    until(lambda: len(list(folder.iterdir())) == 3, "the ranks")
+    assert test.kill()
+    gone(folder)
 
 
 @pytest.mark.slow
