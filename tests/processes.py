@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 SECONDS = 120  # no process is waited for longer
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -123,6 +126,20 @@ def state_of(pid):
     except (FileNotFoundError, ProcessLookupError):
         return "", None
     return fields[0], int(fields[-1])
+
+
+def script(path, arguments):
+    """What `python path *arguments` does; a worker of torchrun, too, ends by itself once its agent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which `multiprocessing` would end it
+    sys.argv = [str(path), *map(str, arguments)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def torchrun(*options):
+    """What `torchrun *options` does; but its workers are forks of this process."""
+    config, _, (_, path, *arguments) = config_from_args(parse_args([*map(str, options)]))
+    config.start_method = "fork"
+    elastic_launch(config, script)(path, arguments)
 
 
 def _entry(path, environment, function, args, options):

@@ -20,32 +20,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from processes import Processes, state_of
+from processes import Processes, state_of, torchrun
 from torch.distributed import TCPStore
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
 
 import anybatch
-from examples import elastic_digits
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "elastic_digits.py"
 TOTAL, EVERY = 2000, 40
 BASE_BATCHES = 4  # of each rank and step
 SECONDS = 300  # for the whole test, on a machine many times slower than one where it takes a minute
-
-
-def agent(options):
-    """What `torchrun` does with these options; but the workers are forks that run the example's `main`."""
-    config, _, (_, _, *arguments) = config_from_args(parse_args(options))  # -u and the example
-    config.start_method = "fork"
-    elastic_launch(config, worker)(arguments)
-
-
-def worker(arguments):
-    """The example as torchrun starts it: `multiprocessing` would end it with its agent, and it has to end by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.argv[1:] = arguments
-    elastic_digits.main()
 
 
 class Cluster:
@@ -71,7 +54,7 @@ class Cluster:
             *example(self.folder, "--min-step-seconds=0.05"),
         ]
         with mock.patch.dict(os.environ, environment(), clear=True):
-            self.agents[name] = self.processes.start(agent, options)
+            self.agents[name] = self.processes.start(torchrun, *options)
         return since
 
     def log(self, event=None):
