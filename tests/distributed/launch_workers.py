@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import anybatch
+
 
 def pids(folder):
     """The process of each rank and of the one that forked them, for the test to find; and where each was left."""
@@ -20,7 +22,8 @@ def pids(folder):
 def environment(rank, name):
     """What this process and its test share, and what it has that no other has."""
     loaded = "preloaded" in sys.modules
-    return os.environ.get(name), os.getcwd(), torch.get_num_threads(), loaded, os.getpid(), dist.get_world_size()
+    shared = os.environ.get(name), os.getcwd(), anybatch.__file__, torch.get_num_threads(), loaded
+    return shared, os.getpid(), dist.get_world_size()
 
 
 def fails(rank, folder):

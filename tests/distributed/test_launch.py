@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import Processes, state_of, until
 
+import anybatch
 from distributed import launch, workers
 from distributed import launch_workers as mine
 
@@ -26,9 +27,10 @@ def test_ranks_are_processes_of_their_own_with_the_tests_surroundings(monkeypatc
         monkeypatch.setenv("ANYBATCH_LAUNCH", value)
         monkeypatch.chdir(tmp_path)
         found = launch.run(mine.environment, world=3, args=("ANYBATCH_LAUNCH",))
-        assert {each[:4] for each in found} == {(value, str(tmp_path), 1, True)}
-        assert len({each[4] for each in found} | {os.getpid()}) == 4
-        assert {each[5] for each in found} == {3}
+        shared, pids, worlds = zip(*found, strict=True)
+        assert set(shared) == {(value, str(tmp_path), anybatch.__file__, 1, True)}
+        assert len({*pids, os.getpid()}) == 4
+        assert set(worlds) == {3}
 
 
 @pytest.mark.parametrize(
