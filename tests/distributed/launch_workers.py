@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import anybatch
+from distributed import workers
 
 
 def pids(folder):
@@ -24,6 +25,10 @@ def environment(rank, name):
     loaded = "preloaded" in sys.modules
     shared = os.environ.get(name), os.getcwd(), anybatch.__file__, torch.get_num_threads(), loaded
     return shared, os.getpid(), dist.get_world_size()
+
+
+def training(rank):
+    return workers.train(rank, accumulation=2)
 
 
 def fails(rank, folder):
