@@ -54,9 +54,7 @@ def _entry(rank, function, world, folder, args, seconds):
         gc.collect()  # cycles hold process groups, whose threads must not outlive their group
         dist.barrier()  # without it about a third of the processes abort at exit
     except BaseException:
-        with (Path(folder) / "errors").open(
-            "a"
-        ) as errors:  # the first comes first: the others fail once its group is gone
+        with (Path(folder) / "errors").open("a") as errors:  # the first is the cause: the others lose their peer
             errors.write(f"Rank {rank}: {traceback.format_exc()}\n")
         raise
     finally:
