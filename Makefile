@@ -6,13 +6,15 @@ DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 # Two workers with one thread each beat one worker with two threads on the small tensors of the tests. In the order of
 # their names the files with the longest tests come first, so that no worker is left with one at the end.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: help demo test faults mutants check format docs bench evidence clean
+.PHONY: help demo test near faults nightly mutants check format docs bench evidence clean
 help:
 	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
 	@echo "make test    the whole test suite"
+	@echo "make near FILE=src/anybatch/_scaling/clock.py   the tests that know one file of the core"
 	@echo "make faults  the long form of tests/faults: a hundred killed runs, 26,000 damaged files; 20 minutes"
+	@echo "make nightly the whole suite with many more cases of each kind; hours"
 	@echo "make mutants   a hundred changes of the core, one at a time, that the tests must notice; an hour, and goes on"
 	@echo "make check   lint, types and import levels"
 	@echo "make docs    the documentation's site, into site/; strict, and nothing from the network"
@@ -36,8 +38,14 @@ demo: $(DEMO)
 test: $(STAMP)
 	$(TEST)
 
+near: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/near.py $(FILE)
+
 faults: $(STAMP)
-	FAULTS=long $(TEST) tests/faults
+	CASES=long $(TEST) tests/faults
+
+nightly: $(STAMP)
+	CASES=long $(TEST)
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/mutants.py

@@ -1,5 +1,6 @@
-"""What the tests of accumulation and of DDP share: the oracle's task, given to the library."""
+"""What several files of tests share: how many cases they draw, and the oracle's task, given to the library."""
 
+import os
 from contextlib import contextmanager
 
 import oracle
@@ -7,6 +8,11 @@ import torch
 import torch.distributed as dist
 
 import anybatch
+
+
+def times(short, long):
+    """How many cases of a kind: `short` in `make test`, `long` in `make nightly`, which sets CASES=long."""
+    return long if os.environ.get("CASES") == "long" else short
 
 
 def attach_task(model, *, sample=1.0, **options):

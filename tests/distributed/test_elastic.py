@@ -4,8 +4,8 @@ World size 1 → 2 → 1 → 2, and once more. What the faults leave is read fro
 line for each start, save and end, the record a header for each start and a line for each step.
 
 The rendezvous' store is in the test's process, so that the agent that came first can be killed as well: an agent that
-holds the store takes the others down with it. An agent is started long before it is needed and waits for a line on its
-standard input, so that a run does not get far ahead on a machine that takes long to import torch.
+holds the store takes the others down with it. Agents and workers are forks of the server in `processes.py`, so that a
+run does not get far ahead on a machine that takes long to import torch; the undisturbed run is a fresh process.
 """
 
 import contextlib
@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from processes import Processes, state_of, torchrun
 from torch.distributed import TCPStore
 
 import anybatch
@@ -27,7 +29,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "elastic_digits.py"
 TOTAL, EVERY = 2000, 40
 BASE_BATCHES = 4  # of each rank and step
 SECONDS = 300  # for the whole test, on a machine many times slower than one where it takes a minute
-AGENT = "import sys, torch.distributed.run as run; sys.stdin.readline(); run.main(sys.argv[1:])"
 
 
 class Cluster:
@@ -36,31 +37,25 @@ class Cluster:
     def __init__(self, folder):
         self.folder = folder
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes = Processes(folder)
         self.agents = {}
         self.killed = []  # names of agents
         self.fired = []  # faults, in words
         self.deadline = time.monotonic() + SECONDS
 
-    def prepare(self, name):
-        """An agent that has imported torch and waits."""
+    def join(self, name):
+        """One more agent; returns where the log was before."""
+        since = len(self.log())
         conf = "is_host=false,join_timeout=200,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
-        command = [
-            *(sys.executable, "-c", AGENT, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=100"),
+        options = [
+            *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=100"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.store.port}", "--rdzv-id=digits"),
             *("--local-addr=127.0.0.1", f"--rdzv-conf={conf}"),
             *example(self.folder, "--min-step-seconds=0.05"),
         ]
-        with open(self.output(name), "wb") as output:
-            self.agents[name] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment()
-            )
-
-    def join(self, name):
-        self.agents[name].stdin.write(b"go\n")
-        self.agents[name].stdin.close()
-
-    def output(self, name):
-        return self.folder / f"agent-{name}.txt"
+        with mock.patch.dict(os.environ, environment(), clear=True):
+            self.agents[name] = self.processes.start(torchrun, *options)
+        return since
 
     def log(self, event=None):
         return [line for line in lines(self.folder / "log.jsonl") if event in (None, line["event"])]
@@ -69,10 +64,10 @@ class Cluster:
         """Wait for a state of the run that can be seen in its files."""
         while not (seen := condition()):
             for name, agent in self.agents.items():
-                if name not in self.killed and agent.poll() not in (None, 0):
-                    raise AssertionError(f"Agent {name} failed:\n{self.output(name).read_text()[-5000:]}")
+                if name not in self.killed and agent.exitcode not in (None, 0):
+                    raise AssertionError(f"Agent {name} failed:\n{agent.text()[-5000:]}")
             if time.monotonic() > self.deadline:
-                outputs = "\n".join(self.output(name).read_text()[-3000:] for name in self.agents)
+                outputs = "\n".join(agent.text()[-3000:] for agent in self.agents.values())
                 raise AssertionError(f"{what}: not seen in {SECONDS} seconds.\n{self.log()[-8:]}\n{outputs}")
             time.sleep(0.05)
         return seen
@@ -96,10 +91,10 @@ class Cluster:
 
     def kill_worker(self, worker):
         """SIGKILL a worker; its agent has to tell that it was this signal. Returns where the log was before."""
-        since, output = len(self.log()), self.output(self.agent_of(worker))
+        since, agent = len(self.log()), self.agents[self.agent_of(worker)]
         os.kill(worker["pid"], signal.SIGKILL)
         said = f"exitcode: -9) local_rank: 0 (pid: {worker['pid']})"
-        self.until(lambda: said in output.read_text(), "the agent's word on its killed worker")
+        self.until(lambda: said in agent.text(), "the agent's word on its killed worker")
         self.fired.append(f"worker {worker['rank']} of agent {self.agent_of(worker)}")
         return since
 
@@ -107,8 +102,7 @@ class Cluster:
         """SIGKILL an agent, and its worker too unless that is left an orphan, which has to end by itself."""
         since, name = len(self.log()), self.agent_of(worker)
         self.killed.append(name)
-        self.agents[name].kill()
-        assert self.agents[name].wait() == -signal.SIGKILL
+        assert self.agents[name].kill()
         if not orphan:
             os.kill(worker["pid"], signal.SIGKILL)
         self.until(lambda: not alive(worker["pid"]), "the end of the worker")
@@ -116,17 +110,8 @@ class Cluster:
         return since
 
     def close(self):
-        """End every process that is left: an agent that is asked to stop ends its workers."""
-        for agent in self.agents.values():
-            if agent.stdin and not agent.stdin.closed:
-                agent.stdin.close()
-            agent.terminate()
-        for agent in self.agents.values():
-            try:
-                agent.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                agent.kill()
-                agent.wait()
+        """End every process that is left: an agent with its session, and workers of a killed one."""
+        self.processes.close()
         for worker in self.log("start"):
             if alive(worker["pid"]):
                 with contextlib.suppress(ProcessLookupError):
@@ -152,12 +137,10 @@ def lines(path):
 
 
 def alive(pid):
-    """Whether the process runs our example: not gone, not a zombie, and no other that was given its number."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX" and EXAMPLE.name in Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    """Whether the process is a fork of the server: not gone, not a zombie, and no other that was given its number."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return state_of(pid)[0] not in ("", "Z", "X") and "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+    return False
 
 
 def segments(path):
@@ -173,24 +156,14 @@ def segments(path):
 
 def faults(cluster):
     """Let the run go through all its worlds."""
-
-    def joins(name):
-        since = len(cluster.log())
-        cluster.join(name)
-        return since
-
-    for name in "AB":
-        cluster.prepare(name)
-    one = cluster.running(1, since=joins("A"))
-    two = cluster.running(2, since=joins("B"))
+    one = cluster.running(1, since=cluster.join("A"))
+    two = cluster.running(2, since=cluster.join("B"))
     two = cluster.running(2, since=cluster.kill_worker(of_agent(one[0]["agent"], two)))
-    cluster.prepare("C")
     one = cluster.running(1, since=cluster.kill_agent(of_agent(one[0]["agent"], two), orphan=False))
-    two = cluster.running(2, since=joins("C"))
+    two = cluster.running(2, since=cluster.join("C"))
     two = cluster.running(2, since=cluster.kill_worker(two[0]))  # the one that saves
-    cluster.prepare("D")
     cluster.running(1, since=cluster.kill_agent(of_agent(one[0]["agent"], two), orphan=True))
-    cluster.running(2, since=joins("D"))
+    cluster.running(2, since=cluster.join("D"))
 
 
 def of_agent(pid, workers):
@@ -210,7 +183,7 @@ def test_agents_and_workers_may_be_killed_and_join(tmp_path, capsys):
         faults(cluster)
         (end,) = cluster.until(lambda: cluster.log("end"), "the end")
         remaining = [agent for name, agent in cluster.agents.items() if name not in cluster.killed]
-        cluster.until(lambda: all(agent.poll() == 0 for agent in remaining), "the agents' exit")
+        cluster.until(lambda: all(agent.exitcode == 0 for agent in remaining), "the agents' exit")
         assert undisturbed.wait(timeout=SECONDS) == 0
     finally:
         undisturbed.kill()

@@ -1,18 +1,18 @@
-"""The long form, `FAULTS=long` or `make faults`, has more faults of each kind; the short one is part of `make test`."""
+"""The long form, `CASES=long` or `make faults`, has more faults of each kind; the short one is part of `make test`."""
 
-import os
 import random
 
+import common
 import pytest
+from processes import Processes
 
 from faults.ledger import faults  # noqa: F401  # a fixture
-from faults.processes import Processes
 
 
 @pytest.fixture
 def times():
     """`times(short, long)`: how often, in the form that runs."""
-    return lambda short, long: long if os.environ.get("FAULTS") == "long" else short
+    return common.times
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import time
 import oracle
 import pytest
 import torch
+from processes import Processes, state_of, until
 
 import anybatch
 from faults import jobs
 from faults.ledger import json_lines, steps_of
-from faults.processes import Processes, state_of, until
 
 LONG_RUN = {"total": 400.0, "save_every": 15, "pause": 0.004}  # about 130 steps, a second
 

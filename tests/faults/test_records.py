@@ -7,12 +7,12 @@ import signal
 import warnings
 
 import pytest
+from processes import until
 
 import anybatch
 from examples import elastic_digits
 from faults import jobs
 from faults.ledger import steps_of
-from faults.processes import until
 
 STEPS = 30  # 11 lines may find room in the last page of a file
 

@@ -4,10 +4,10 @@ import signal
 import time
 
 import pytest
+from processes import state_of, until
 
 from faults import jobs
 from faults.ledger import json_lines
-from faults.processes import state_of, until
 
 TIMEOUT = 2  # seconds of the process group
 SLACK = 20  # for a machine with other work; without a timeout it would be forever

@@ -30,45 +30,12 @@ import torch.distributed.fsdp
 import torch.testing._internal.common_optimizers  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = ("_gradients", "_scaling", "_controller", "_ema")
+sys.path[:0] = [str(ROOT / "tests")]
+import near
+
 RESULTS = ROOT / "mutants.json"
 BUSY, WAITING = 300, 3600  # seconds for a mutant's tests: of work, which a busy machine does not stretch, and of clock
-# The tests that know a wing, the fastest and nearest first; before them those that are named as the file, or as here.
-NEAR = {
-    "_gradients": "gather waiting trust norms lagged scenarios accumulation",
-    "_scaling": "rules batch clock laws momentum schedules scenarios",
-    "_controller": "lagged controller first_hour several_optimizers trust scenarios gates",
-    "_ema": "ema ema_clock ema_changes ema_import ema_model",
-}
 FEW = [f"tests/test_scenarios.py::test_a_random_training_is_the_plain_loops[{seed}]" for seed in range(60)]
-FIRST = {
-    "accumulation": "batch_controller states wrong_types",
-    "consecutive": "scenarios",
-    "decay": "ema_clock wrong_types",
-    "fit": "first_hour",
-    "importers": "ema_import states",
-    "lerp": "ema_model",
-    "loops": "first_hour",
-    "metric": "metric",
-    "reduce": "weights",
-    "sizes": "first_hour weights",
-    "state": "states",
-    "tensors": "ema_model ema_changes",
-    "together": "trust",
-    "step": "peek",
-    "window": "metric weights",
-    "families": "optimizers maps",
-    "hyperparameters": "momentum optimizers",
-    "moments": "laws",
-    "weighing": "metric",
-}
-RANKS = {  # those of several ranks that know a file
-    "engine": "scenarios trust ddp fsdp", "fsdp": "scenarios trust fsdp metric", "join": "routes ddp",
-    "witness": "scenarios trust fsdp", "reduce": "scenarios trust routes ddp", "gather": "scenarios trust ddp fsdp",
-    "metric": "metric", "weighing": "metric", "controller": "trust routes checkpoint", "step": "scenarios trust routes",
-    "tally": "scenarios trust ddp", "hyperparameters": "zero",
-    "families": "zero", "tensors": "ema_sharded", "model_ema": "ema_sharded", "state": "ema_sharded",
-}  # fmt: skip
 SWAPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -132,7 +99,7 @@ def places(node, skipped):
 def mutants():
     """Every mutant of the core: its name, its kind, its file, and a function that gives the file's new text."""
     package = ROOT / "src" / "anybatch"
-    for path in sorted(path for wing in CORE for path in (package / wing).glob("*.py")):
+    for path in sorted(path for wing in near.PACKAGE for path in (package / wing).glob("*.py")):
         tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
         skipped = {i for i, line in enumerate(lines, 1) if "pragma: no cover" in line}
         for parent, field, index, node in places(tree, skipped):
@@ -162,12 +129,10 @@ def sample(found, count, *, seed=0):
 
 def stages(file):
     """The tests for a mutant of `file`, in the order in which they are asked; each only of who survived the last."""
-    wing, stem = Path(file).parts[0], Path(file).stem
-    named = dict.fromkeys([*FIRST.get(stem, stem).split(), *NEAR[wing].split()])
-    near = [[f"tests/test_{name}.py"] for name in named if (ROOT / f"tests/test_{name}.py").exists()]
-    ranks = [[f"tests/distributed/test_{name}.py"] for name in RANKS.get(stem, "").split()]
+    alone = [[path] for path in near.of_one_process(file)]
+    ranks = [[path] for path in near.of_several_ranks(file)]
     rest = [[str(path.relative_to(ROOT))] for path in sorted((ROOT / "tests").glob("test_*.py"))]
-    few = [FEW if each == ["tests/test_scenarios.py"] else each for each in near]
+    few = [FEW if each == ["tests/test_scenarios.py"] else each for each in alone]
     return [few, ranks, [each for each in rest if each not in few]]
 
 

@@ -7,6 +7,7 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
+from common import times
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -357,7 +358,7 @@ def test_three_steps(name, made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "total", "least"), [("cifar10", 600, 50), ("imagenet", 250, 40)])
+@pytest.mark.parametrize(("name", "total", "least"), [("cifar10", 600, 50), ("imagenet", times(125, 250), 40)])
 def test_learns_far_above_chance(name, total, least, made):
     task = TASKS[name](made(name), tiny=True)
     summary = run(task, Options(scale="4", total=total, evaluations=1))

@@ -1,4 +1,7 @@
-"""Processes that have imported torch already: forks of one server that Python keeps, a few milliseconds each."""
+"""Processes that have imported torch already: forks of one server that Python keeps, a few milliseconds each.
+
+`preloaded.py` is what the server imports. A process has the environment and the path of the test that starts it.
+"""
 
 import contextlib
 import datetime
@@ -6,24 +9,23 @@ import gc
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
+import sys
 import time
 import traceback
 import warnings
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
-import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 SECONDS = 120  # no process is waited for longer
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *("pytest", "anybatch", "anybatch._demo", "anybatch._gradients.fsdp", "torch.distributed.launcher.api"),
-        *("torch._dynamo", "torch._inductor.utils", "sympy"),  # which a first step under DDP imports
-        *("torch.distributed.elastic.rendezvous.registry", "torch.utils.serialization.config"),
-    ]
-)
+_CONTEXT.set_forkserver_preload(["preloaded"])
 
 
 class Processes:
@@ -61,7 +63,9 @@ class Child:
     def __init__(self, path, function, args, options):
         self._result = path.with_suffix(".pickle")
         self.output = path.with_suffix(".txt")
-        self._process = _CONTEXT.Process(target=_entry, args=(path, function, args, options))
+        self._process = _CONTEXT.Process(target=_entry, args=(path, {**os.environ}, function, args, options))
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+            forkserver.ensure_running()  # Python 3.11 gives the server no other path
         self._process.start()
         self.pid = self._process.pid
 
@@ -89,9 +93,9 @@ class Child:
         assert self._result.exists(), f"exit status {code} and no result:\n{self.text()[-3000:]}"
         return pickle.loads(self._result.read_bytes())
 
-    def result(self):
-        outcome = self.outcome()
-        assert outcome[0] == "returned", f"{outcome[1:]}\n{self.text()[-3000:]}"
+    def result(self, seconds=SECONDS):
+        outcome = self.outcome(seconds)
+        assert outcome[0] == "returned", f"{outcome[1][0]}: {outcome[2]}\n{self.text()[-3000:]}"
         return outcome[1]
 
     def text(self):
@@ -124,15 +128,32 @@ def state_of(pid):
     return fields[0], int(fields[-1])
 
 
-def _entry(path, function, args, options):
+def script(path, arguments):
+    """What `python path *arguments` does; a worker of torchrun, too, ends by itself once its agent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which `multiprocessing` would end it
+    sys.argv = [str(path), *map(str, arguments)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def torchrun(*options):
+    """What `torchrun *options` does; but its workers are forks of this process."""
+    config, _, (_, path, *arguments) = config_from_args(parse_args([*map(str, options)]))
+    config.start_method = "fork"
+    elastic_launch(config, script)(path, arguments)
+
+
+def _entry(path, environment, function, args, options):
     os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
     with path.with_suffix(".txt").open("wb", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch 2.13: a restart finds addresses of the dead
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     try:
+        import preloaded  # noqa: F401  # by the server, which keeps silent about an error in it
+
         outcome = ("returned", function(*args, **options))
     except Exception as error:
         traceback.print_exc()
