@@ -32,7 +32,7 @@ from anybatch._gradients import (
     trained_parameters,
 )
 from anybatch._numbers import real, shown
-from anybatch._record import Logbook, progress_bar, run_config
+from anybatch._record import RecordSinks, progress_bar, run_config
 from anybatch._scaling import (
     Clock,
     Family,
@@ -119,7 +119,7 @@ class Controller(Joinable):
                 ranks=engine.ranks.size,
                 trained=trained,
             )
-            self._logbook = Logbook(settings.record, config=config, first=engine.ranks.first)
+            self._sinks = RecordSinks(settings.record, config=config, first=engine.ranks.first)
         except Exception:
             self._remove_hooks()
             raise
@@ -139,7 +139,7 @@ class Controller(Joinable):
             gradients=self._gradients,
             drivers=self._drivers,
             run=run,
-            sinks=self._logbook,
+            sinks=self._sinks,
             share=lambda: self._join.share(joined=self._join_config.enable),
         )
         for driver in self._drivers:
@@ -485,7 +485,7 @@ class Controller(Joinable):
             InvalidValueError: a result that is not a number, or has the name of one of a step's own numbers.
             UsageError: `attach` was given no record on rank 0, or the controller is detached.
         """
-        self._logbook.metrics(results, step=self.steps, tau=self.tau)
+        self._sinks.metrics(results, step=self.steps, tau=self.tau)
 
     def progress(self, *, console: Any = None) -> AbstractContextManager[None]:
         """A context with a progress bar in tau: gain, scale, learning rate and the time left.
@@ -530,7 +530,7 @@ class Controller(Joinable):
         values = checked_state(state, mine=self.state_dict())
         self._run.adopt(values)
         self._step_hooks.forget()
-        self._logbook.resume()
+        self._sinks.resume()
         if self._gradients is not None:
             self._gradients.usual = int(values["backwards"])
         for driver in self._drivers:
@@ -542,7 +542,7 @@ class Controller(Joinable):
         self._step_hooks.detach()
         self._stored.remove()
         self._remove_hooks()
-        self._logbook.close()
+        self._sinks.close()
         for optimizer in self._optimizers:
             attached.discard(optimizer)
         self._attached = False

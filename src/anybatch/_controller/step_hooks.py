@@ -38,7 +38,7 @@ from anybatch._gradients import (
     trainable,
     withheld,
 )
-from anybatch._record import Logbook
+from anybatch._record import RecordSinks
 from anybatch._scaling import Hyperparameters, ScheduleDriver
 
 
@@ -86,7 +86,7 @@ class StepHooks:
         gradients: GradientHooks | None,
         drivers: Sequence[ScheduleDriver],
         run: RunState,
-        sinks: Logbook,
+        sinks: RecordSinks,
         share: Callable[[], Share | None],
     ) -> None:
         self._settings = settings

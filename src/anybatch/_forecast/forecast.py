@@ -114,8 +114,8 @@ def forecast(
     Returns:
         A `Forecast`: `scales`, `critical`, `total`, `recorded`, `unit`, and `notes`, which say what it rests on, an
         unfinished run among others. Each of its scales is a `ScaleForecast`: `scale`, `devices`, `iterations`,
-        `examples`, `efficiency`, `seconds`, `device_hours` and `cost`. The last six are each an `Estimate` with
-        `value`, `low` and `high`, and so is `critical`.
+        `examples`, `efficiency`, `seconds`, `device_hours`, `cost` and `step_seconds`. The last seven are each an
+        `Estimate` with `value`, `low` and `high`, and so is `critical`.
 
     Raises:
         InvalidValueError: no step of the record shows a variance, a value is out of range, the file is no record, or a

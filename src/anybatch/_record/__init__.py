@@ -1,18 +1,18 @@
 """What happened: one line of strict JSON for each step, written so that a kill loses nothing."""
 
 from anybatch._record.json import strict
-from anybatch._record.logbook import Destination, Logbook, destinations
 from anybatch._record.progress import progress_bar
 from anybatch._record.provenance import run_config
 from anybatch._record.read import Columns, iter_record, read_columns, read_record
 from anybatch._record.record import MetricRecord, Run, StepRecord
+from anybatch._record.record_sinks import Destination, RecordSinks, destinations
 from anybatch._record.writer import RunRecord
 
 __all__ = [
     "Columns",
     "Destination",
-    "Logbook",
     "MetricRecord",
+    "RecordSinks",
     "Run",
     "RunRecord",
     "StepRecord",

@@ -36,7 +36,8 @@ def read_record(path: str | os.PathLike[str]) -> Run:
         path: a file that a `RunRecord` wrote.
 
     Returns:
-        The run, without torn lines, and without steps that a resume from an earlier checkpoint took again.
+        A `Run`: `config`, `steps`, `torn`, `metrics`, `header` and `ranks`, without torn lines, and without steps that
+        a resume from an earlier checkpoint took again.
 
     Raises:
         InvalidValueError: the file cannot be read, or is not a record.

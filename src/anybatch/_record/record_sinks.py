@@ -1,4 +1,4 @@
-"""Logbook: where a controller's steps are written to, files and functions alike."""
+"""RecordSinks: where a controller's steps are written to, files and functions alike."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Sink = Callable[[dict[str, float]], object]
 Destination = str | PathLike[str] | RunRecord | Sink
 
 
-class Logbook:
+class RecordSinks:
     """The destinations of `attach(record=...)`.
 
     Args:
