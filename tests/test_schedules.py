@@ -477,7 +477,7 @@ def loaded(o, t):
         (cosine, loaded, False),
         (lambda o: Jumping(o, 100), write, False),  # the clock's rate holds at every step, whatever a loop makes of it
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_rate_that_something_else_changes_warns_once(scheduler_of, hand, warned):
     said = run(scheduler_of, before_step=hand)

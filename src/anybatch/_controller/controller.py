@@ -11,7 +11,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from anybatch._controller.gain_estimator import GainEstimator
-from anybatch._controller.loops import passes, shares
+from anybatch._controller.loops import Parts, passes
 from anybatch._controller.run_state import RunState, clipped
 from anybatch._controller.settings import Settings, optimizer_settings, schedule_settings
 from anybatch._controller.state import STATE_VERSION, checked_state
@@ -80,6 +80,7 @@ class Controller(Joinable):
         trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
         engine = engine_of(model, trained, settings.process_group)
         self._ranks, self._no_sync = engine.ranks, engine.no_sync
+        self._parts: Parts | None = None
         self._drivers = [
             ScheduleDriver(each, optimizer=optimizer, clock=run.clock, every=settings.schedule_every)
             for each, optimizer in _paired(schedulers, optimizers)
@@ -141,6 +142,7 @@ class Controller(Joinable):
             run=run,
             sinks=self._sinks,
             share=lambda: self._join.share(joined=self._join_config.enable),
+            check=self._check_parts,
         )
         for driver in self._drivers:
             driver.hold()
@@ -326,7 +328,8 @@ class Controller(Joinable):
         """The `n` equal micro-batches of `batch`, each with the share that its loss has in the step's.
 
         Under DDP all but the last are inside of `no_sync`. With several `batches` a step, multiply the share by one
-        over their number.
+        over their number. The size of a part is known by its first dimension: parts of a shorter last batch count as
+        less than `micro_batch`, in proportion to those of the first batch.
 
         Args:
             batch: as for `anybatch.split`.
@@ -338,6 +341,7 @@ class Controller(Joinable):
 
         Raises:
             InvalidValueError: as for `anybatch.split`.
+            UsageError: an earlier loop was left before its last part, and its gradients were not cleared.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
@@ -349,8 +353,24 @@ class Controller(Joinable):
             >>> controller.scale
             4.0
         """
-        pieces = split(batch, n)
-        return shares(pieces, n, share=1 / divisor_of(self._settings.reduction, n), no_sync=self._no_sync)
+        self._check_parts()
+        self._parts = Parts(
+            split(batch, n),
+            n,
+            share=1 / divisor_of(self._settings.reduction, n),
+            no_sync=self._no_sync,
+            size=lambda rows: None if self._gradients is None else self._gradients.sizes.part(rows),
+        )
+        return self._parts
+
+    def _check_parts(self) -> None:
+        """Raise if a loop over `parts` was left and its gradients are still there."""
+        parts, self._parts = self._parts, None
+        if parts is not None and parts.left and self._gradients is not None and self._gradients.holds():
+            raise UsageError(
+                f"A loop over controller.parts() was left at part {parts.taken} of {parts.n}, so .grad holds a part of "
+                "a step: call optimizer.zero_grad() and begin the step again."
+            )
 
     @property
     def micro_batch(self) -> float | None:
@@ -425,6 +445,29 @@ class Controller(Joinable):
         """
         step = self._step_hooks.peek()
         return self.gain if step is None else step.gain
+
+    def mean_gradients(self) -> None:
+        """Make `.grad` the mean over the window's micro-batches now, with `reduction="sum"` or a number.
+
+        `step()` does it where nobody did. Call it before `clip_grad_norm_`, so that the clip sees the mean, whose norm
+        does not depend on the accumulation. With `reduction="mean"` it does nothing.
+
+        Raises:
+            UsageError: as `step()` would.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale="count", reduction="sum")
+            >>> for x in torch.randn(8, 8, 4):
+            ...     model(x).square().mean().backward()
+            >>> controller.mean_gradients()
+            >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            >>> optimizer.step()
+            >>> controller.scale
+            8.0
+        """
+        self._step_hooks.mean_gradients()
 
     def paused(self) -> AbstractContextManager[None]:
         """A context whose backwards are not training: neither counted nor measured."""

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from anybatch._errors import InvalidValueError
 
 Batch = TypeVar("Batch")
@@ -33,13 +36,55 @@ def passes(loader: Iterable[Batch], *, done: Callable[[], bool], steps: Callable
             raise InvalidValueError("The loader has no batch: is drop_last=True set for less than one of data?")
 
 
-def shares(
-    pieces: Iterator[Any], n: int, *, share: float, no_sync: Callable[[], AbstractContextManager[None]]
-) -> Iterator[tuple[Any, float]]:
-    """Pairs of a part and its share in the step's loss; all but the last part are in a `no_sync()` context."""
-    for i, piece in enumerate(pieces, 1):
-        with nullcontext() if i == n else no_sync():
-            yield piece, share
+class Parts:
+    """Pairs of a part of a batch and its share in the step's loss.
+
+    Args:
+        pieces: the parts.
+        n: their number.
+        share: the share of each.
+        no_sync: a context for all but the last part.
+        size: is passed the first dimension of each part before it is handed out.
+    """
+
+    def __init__(
+        self,
+        pieces: Iterator[Any],
+        n: int,
+        *,
+        share: float,
+        no_sync: Callable[[], AbstractContextManager[None]],
+        size: Callable[[int], None],
+    ) -> None:
+        self.n = n
+        self.taken = 0
+        self._pairs = self._iterate(pieces, share, no_sync, size)
+
+    def __iter__(self) -> Iterator[tuple[Any, float]]:
+        return self
+
+    def __next__(self) -> tuple[Any, float]:
+        return next(self._pairs)
+
+    @property
+    def left(self) -> bool:
+        """Whether the loop has begun and not come to its last part."""
+        return 0 < self.taken < self.n
+
+    def _iterate(
+        self,
+        pieces: Iterator[Any],
+        share: float,
+        no_sync: Callable[[], AbstractContextManager[None]],
+        size: Callable[[int], None],
+    ) -> Iterator[tuple[Any, float]]:
+        for piece in pieces:
+            self.taken += 1
+            rows = next((t.shape[0] for t in tree_leaves(piece) if isinstance(t, Tensor) and t.dim() > 0), None)
+            if rows is not None:
+                size(rows)
+            with nullcontext() if self.taken == self.n else no_sync():
+                yield piece, share
 
 
 def _with_set_epoch(loader: Any) -> Iterator[Any]:

@@ -41,6 +41,8 @@ from anybatch._gradients import (
 from anybatch._record import RecordSinks
 from anybatch._scaling import Hyperparameters, ScheduleDriver
 
+_SAME = 1e-6  # of the squared norm: the variance that rounding leaves of equal gradients in float32
+
 
 @dataclass
 class _Prepared:
@@ -72,6 +74,7 @@ class StepHooks:
         run: the run's state.
         sinks: where steps are written to.
         share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
+        check: raises before a step whose loop over the parts of a batch was left.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class StepHooks:
         run: RunState,
         sinks: RecordSinks,
         share: Callable[[], Share | None],
+        check: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._model = model
@@ -99,8 +103,10 @@ class StepHooks:
         self._run = run
         self._sinks = sinks
         self._share = share
+        self._check = check
         # The window that some optimizers have stepped by, and not all: its stamp, and the factor on its loss.
         self._partial: tuple[int | None, Tensor | None] = None, None
+        self._partial_window = 0
         self._pending: Step | None = None
         self._prepared: _Prepared | None = None
         driven = {id(driver.optimizer) for driver in drivers}
@@ -155,6 +161,13 @@ class StepHooks:
         prepared = self._prepare_window(self._values[0].optimizer)
         return None if prepared is None or prepared.step.count == 0 else prepared.step
 
+    def mean_gradients(self) -> None:
+        """Make `.grad` the mean, once a window."""
+        if self._gradients is not None and self._gradients.pending and self._settings.reduction != "mean":
+            prepared = self._prepare_window(self._values[0].optimizer)
+            if prepared is not None:
+                self._use(prepared, ahead=True)
+
     # ---- before ----
 
     def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,8 +193,15 @@ class StepHooks:
     def _prepare(self, index: int) -> None:
         """Change the values of one optimizer for its step."""
         values = self._values[index]
-        if self._taken and self._prepared is not None and self._backed_off():
-            self._count(self._prepared.step, skipped=True)
+        if self._taken and self._prepared is not None:
+            if self._backed_off():
+                self._count(self._prepared.step, skipped=True)
+            elif self._gradients is not None and self._gradients.windows != self._partial_window:
+                self._diagnostics.once(
+                    "Some optimizers of a controller stepped, and then the gradients were cleared before the others "
+                    "did: this step does not count. Call step() of each after the last backward."
+                )
+                self._count(self._prepared.step, skipped=True)
         self._check_turn(index)
         prepared = self._prepared if self._taken else self._prepare_window(values.optimizer)
         if prepared is None:
@@ -240,9 +260,11 @@ class StepHooks:
             warn_of_foreign_average(self._model)
         for driver in self._drivers:
             driver.check()
+        self._check()
         share = self._share()
         if gradients is not None:
             self._engine.check(share is not None)
+            gradients.check_joined(joined=share is not None)
             if not gradients.pending:
                 check_in_use(optimizer, model=self._model)
         stamp = self._stamp
@@ -251,15 +273,23 @@ class StepHooks:
         # Else the same window again: after peek(), a step() that raised, or from a step() that calls another one.
         return self._prepared
 
-    def _use(self, prepared: _Prepared) -> None:
-        """Make the mean of the gradients, once a window; `peek()` does not do this."""
+    def _use(self, prepared: _Prepared, *, ahead: bool = False) -> None:
+        """Make the mean of the gradients, once a window, at the step or ahead of it; `peek()` does not do this."""
         if prepared.used:
             return
         prepared.used = True
-        if self._gradients is not None:
-            self._gradients.sizes.check(self._gradients.pending)
-            if self._settings.reduction != "mean":
-                self._gradients.average(divisor_of(self._settings.reduction, self._gradients.pending))
+        gradients, reduction = self._gradients, self._settings.reduction
+        if gradients is None:
+            return
+        gradients.sizes.check(gradients.pending)
+        if reduction != "mean" and gradients.pending not in (0, divisor := divisor_of(reduction, gradients.pending)):
+            if not ahead and self._settings.grad_scaler is None and gradients.changed():
+                self._diagnostics.once(
+                    "The gradients were changed between the last backward and the step, as clip_grad_norm_ does, while "
+                    f"they were a sum (reduction={reduction!r}): the clip then depends on the accumulation. Call "
+                    "controller.mean_gradients() before the clip."
+                )
+            gradients.average(divisor)
 
     def _trainable(self) -> list[Tensor]:
         return [p for each in self._values for p in trainable(each.optimizer)]
@@ -290,9 +320,14 @@ class StepHooks:
             )
         checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
         reduction = self._settings.reduction
-        return self._estimator.step(
-            running, reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share)
-        )
+        seen = reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share)
+        step = self._estimator.step(running, seen)
+        if ranks.group is not None and step.raw.sqnorm > 0 and abs(step.raw.variance) <= _SAME * step.raw.sqnorm:
+            self._diagnostics.once(
+                f"The gradients of all {step.count} micro-batches of a step are equal, so the gain is 1. Does every "
+                "rank see the same examples? Give each its own, by a DistributedSampler for example."
+            )
+        return step
 
     def _rates(self) -> list[float]:
         """The base learning rate of every group; one in a device's memory is left out, since a read synchronises."""
@@ -315,6 +350,7 @@ class StepHooks:
         self._taken[index] = found_inf is not None and bool(found_inf)
         if len(self._taken) < len(self._values):
             self._partial = self._stamp, self._factor()
+            self._partial_window = 0 if self._gradients is None else self._gradients.windows
             return
         skipped = step.skipped or any(self._taken.values())
         if self._gradients is not None:

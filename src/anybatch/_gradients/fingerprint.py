@@ -57,9 +57,10 @@ class Fingerprint:
     def cleared(self) -> bool:
         """Whether it is gone, or zero where it was not."""
         grad = _grad_of(self.parameter)
-        return grad is None or ((self._changed(grad) or self.nonzero is True) and is_zero(grad))
+        return grad is None or ((self.changed(grad) or self.nonzero is True) and is_zero(grad))
 
-    def _changed(self, grad: Tensor) -> bool:
+    def changed(self, grad: Tensor) -> bool:
+        """Whether `grad` is another object, or was written to."""
         return self.grad() is not grad or _versions(grad) != self.versions
 
 
@@ -141,6 +142,11 @@ class GradientFingerprint:
     def emptied(self) -> bool:
         """Whether `.grad`, on a host, is zero and was not; on a device its values are not read."""
         return self._last is not None and self._last.nonzero is True and self._last.cleared()
+
+    def changed(self) -> bool:
+        """Whether `.grad` was written to, or replaced, since the last backward."""
+        grad = _grad_of(self._parameter)
+        return self._last is not None and grad is not None and self._last.changed(grad)
 
     def value(self) -> float | None:
         """The squared norm of the parameter's `.grad`, to compare it with a later one; synchronises."""

@@ -17,6 +17,7 @@ backward around them.
 Nothing here depends on what the observed gradients are a part of: `reduce` makes samples of a window.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
+from anybatch._errors import AnybatchWarning, InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
 from anybatch._gradients.fingerprint import GradientFingerprint, is_zero
 from anybatch._gradients.probe import Placement, Probe
@@ -33,6 +34,13 @@ from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.summed import SummedBackwards
 from anybatch._gradients.window import Window
 from anybatch._gradients.window_norms import WindowNorms
+
+_DISCARDED = 10  # windows in a row without a step before a warning: a GradScaler may skip some to find its factor
+_NO_STEP = (
+    f"The gradients of {_DISCARDED} windows in a row were cleared without a call of optimizer.step(), so the clock "
+    "stands. Call step() of the optimizer that was passed to attach. Where its step has another name, as SAM's "
+    "second_step, pass attach the optimizer inside of it."
+)
 
 
 class GradientHooks:
@@ -83,6 +91,8 @@ class GradientHooks:
         self._stray: Tensor | None = None  # a parameter that got a gradient while paused
         self._together: SummedBackwards | None = None
         self._before = 0  # backwards of the window before
+        self._discarded = 0  # windows in a row whose gradients were cleared without a step
+        self.windows = 0  # opened so far
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
         self.stamp = 0  # changes with all that alters what `window()` would say
@@ -287,17 +297,38 @@ class GradientHooks:
             return False
         return all(p.grad is None for p in self._norms.parameters) or (self._fingerprint.emptied() and self._cleared())
 
+    def holds(self) -> bool:
+        """Whether `.grad` holds gradients of the open window."""
+        return self.pending > 0 and not self._cleared()
+
+    def changed(self) -> bool:
+        """Whether something has written to `.grad` since the last backward; by one parameter's version."""
+        return self._fingerprint.changed()
+
+    def check_joined(self, *, joined: bool) -> None:
+        """Raise if a step in `Join` has several synchronised backwards: ranks that have run out match one.
+
+        Raises:
+            UsageError: it has.
+        """
+        if joined and self._synchronised > 1:
+            raise UsageError(
+                f"{self._synchronised} backwards of this step were synchronised. In Join a rank that has run out of "
+                "data takes part in one all-reduce a step: run all but the last backward of a step, with its forward, "
+                "inside of model.no_sync()."
+            )
+
     def average(self, divisor: float) -> None:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
-        if self.pending not in (0, divisor):
-            with torch.no_grad():
-                torch._foreach_div_(self._norms.grads(), self.pending / divisor)
+        with torch.no_grad():
+            torch._foreach_div_(self._norms.grads(), self.pending / divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """The step was taken. `forget` drops the previous gradient too: it was not finite."""
         self._fingerprint.stepped()
         self._norms.close(self.pending, forget=forget)
         self._before = self.pending
+        self._discarded = 0
         self._open()
 
     def detach(self) -> None:
@@ -311,6 +342,8 @@ class GradientHooks:
 
     def _open(self) -> None:
         self.stamp += 1
+        self.windows += 1
+        self._synchronised = 0  # backwards of the window that left the average in `.grad`
         self._fires = [0] * len(self._leaves)
         self.sizes.open()
         self._backwards = 0
@@ -396,6 +429,9 @@ class GradientHooks:
         if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
             if self.pending:  # nobody stepped by it: to a GradScaler it was not finite, say
                 self._norms.forget()
+                self._discarded += 1
+                if self._discarded == _DISCARDED:
+                    warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
             self._open()
         if not self._tasks:
             self._fingerprint.begin(parameter)
@@ -416,6 +452,7 @@ class GradientHooks:
                 self._backwards += 1
             self._nested_only = False
         self._here = self._arrived()
+        self._synchronised += self._reduced is not None and self._reduced()
         self._fingerprint.confirm(arrived=self._here)
         self.sizes.count(self.pending)
         self._norms.scaled()

@@ -31,6 +31,10 @@ class Sizes:
         self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
         self._given = None if given is None or self.auto else self.now  # what forwards are compared with
         self.weight: float | None = None  # of the next micro-batch in the step's mean
+        self._rows: int | None = None  # of the first part of a batch, whose size is the given one
+        self._part: float | None = None  # the size of the next micro-batch, a part of a batch
+        self._compared = True  # whether the window's forwards are compared with the given size
+        self._last = self.now
         self._left = _LOOKS
         self._shapes: list[torch.Size] = []
         self._model = model
@@ -55,11 +59,13 @@ class Sizes:
             return
         if self.auto:
             self.now = self._shown()
+        size, self._part = self._part or self.now, None
+        self._last = size
         weight, self.weight = self.weight, None
         self.shares = Shares(
             backwards,
-            before.inverse_sizes + new / self.now,
-            before.sizes + new * self.now,
+            before.inverse_sizes + new / size,
+            before.sizes + new * size,
             before.weights + new * (weight or 0.0),
             before.squares + new * (weight or 0.0) ** 2,
             before.weighted + (0 if weight is None else new),
@@ -68,7 +74,14 @@ class Sizes:
     @property
     def inverse_of_last(self) -> float:
         """One over the size of the last micro-batch that was counted."""
-        return 1 / self.now
+        return 1 / self._last
+
+    def part(self, rows: int) -> None:
+        """The next micro-batch is a part of so many rows; its size is in proportion to that of the first part."""
+        if self._given is not None:
+            self._rows = self._rows or rows
+            self._part = self._given * rows / self._rows
+            self._compared = self._compared and rows == self._rows
 
     def set(self, value: float) -> None:
         """Each micro-batch to come is of `value`, and no forward need tell."""
@@ -89,7 +102,8 @@ class Sizes:
     def check(self, backwards: int) -> None:
         """Compare a step's forwards with what `attach` was told, in the first steps."""
         shapes, self._shapes = self._shapes, []
-        if self._given is None or not shapes or backwards == 0:
+        compared, self._compared = self._compared, True
+        if self._given is None or not shapes or backwards == 0 or not compared:
             return
         self._left -= 1
         if self._left == 0:
