@@ -46,21 +46,20 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
     """The engine that `model` is wrapped in.
 
     Raises:
-        UnsupportedError: FSDP1, tensor parallelism, or parameters on different meshes.
+        UnsupportedError: FSDP1, or parameters on meshes that do not fit.
         UsageError: several ranks, but nothing that averages their gradients.
     """
     if any(hasattr(p, "device_mesh") for p in parameters):
-        from anybatch._gradients.fsdp import rows_of, sharded_ranks, synchronised, unsharded_leaves
+        from anybatch._gradients.fsdp import rows_of, sharding_of, synchronised
 
-        ranks, replicas = sharded_ranks(parameters, process_group)
-        arrived = synchronised(model)
+        sharding, arrived = sharding_of(model, parameters, process_group), synchronised(model)
         return Engine(
-            ranks,
-            place=lambda new: [Placement(leaf, mean_copies=replicas) for leaf in unsharded_leaves(model, new)],
-            reduced=None if ranks.group is None else arrived,
+            sharding.ranks,
+            place=lambda new: sharding.place(model, new),
+            reduced=None if sharding.ranks.group is None else arrived,
             arrived=arrived,
-            rows=rows_of,
-            shards=ranks.size // replicas,
+            rows=_no_rows if sharding.ranks.model > 1 else rows_of,
+            shards=sharding.shards,
         )
     if dist.is_available() and dist.is_initialized():
         from anybatch._gradients.fsdp import refuse_fsdp1
@@ -77,6 +76,13 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
         check=lambda joined: _check_ddp(ddp, joined=joined),
         no_sync=ddp.no_sync,
         ddp=ddp,
+    )
+
+
+def _no_rows(_: Tensor) -> slice | None:
+    raise UnsupportedError(
+        "AdaScale(metric='adam') works without tensor parallelism: there Adam's second moments are split over ranks in "
+        "two ways. Use metric='euclidean'."
     )
 
 

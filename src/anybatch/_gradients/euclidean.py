@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybatch._gradients.norms import SMALL, condensed, local_of, total_squared_norm
+from anybatch._gradients.norms import SMALL, condensed, part_of, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import Norms
 
@@ -116,7 +116,7 @@ class EuclideanNorms(Probe):
         parts = []
         for copies in dict.fromkeys(self._mean_copies):
             mine = zip(parameters, self._mean_copies, strict=True)
-            square = total_squared_norm([local_of(p.grad) for p, n in mine if n == copies and p.grad is not None])
+            square = total_squared_norm([part_of(p.grad, p) for p, n in mine if n == copies and p.grad is not None])
             parts.append(square if copies == 1 else square / copies)
         self._mean = _sum(parts)
 

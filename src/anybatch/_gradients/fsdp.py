@@ -1,6 +1,7 @@
-"""FSDP2: where the gradients of a sharded parameter arrive, and over which ranks its shards lie."""
+"""FSDP2 and tensor parallelism: where the gradients of a parameter arrive, and which ranks hold the same part."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -9,7 +10,39 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from anybatch._errors import UnsupportedError, UsageError
+from anybatch._gradients.probe import Placement
 from anybatch._gradients.reduce import Ranks
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the ranks share a model.
+
+    Args:
+        ranks: the ranks.
+        shards: number of ranks over which FSDP2 shards the optimizer's state.
+    """
+
+    ranks: Ranks
+    shards: int
+
+    def place(self, model: nn.Module, parameters: Sequence[Tensor]) -> list[Placement]:
+        """Where the gradients of `parameters` are measured; every rank must call this together."""
+        each = self.ranks.model
+        whole = self.ranks.size * each
+        return [
+            Placement(leaf, each // _shards(leaf), whole // _shards(p))
+            for p, leaf in zip(parameters, unsharded_leaves(model, parameters), strict=True)
+        ]
+
+
+def _shards(tensor: Tensor) -> int:
+    """Number of different parts of a tensor on its mesh."""
+    found = 1
+    if isinstance(tensor, DTensor):
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            found *= 1 if placement.is_replicate() else size
+    return found
 
 
 def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -18,8 +51,7 @@ def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Ten
     FSDP2 keeps these tensors and only frees and fills their storage, so that hooks on them stay. One module at a time
     is gathered to see them; every rank must call this together.
 
-    Raises:
-        UnsupportedError: a parameter is a DTensor that FSDP2 does not gather whole: tensor parallelism.
+    Under tensor parallelism that is a DTensor over the ranks that share a micro-batch, or a plain tensor.
     """
     found: dict[int, Tensor] = {}
     for module in model.modules():
@@ -32,15 +64,7 @@ def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Ten
             if leaf is not sharded[name]:
                 found[id(sharded[name])] = leaf
         module.reshard()
-    leaves = [found.get(id(p), p) for p in parameters]
-    for leaf in leaves:
-        if isinstance(leaf, DTensor):
-            raise UnsupportedError(
-                "A trained parameter is a DTensor outside of FSDP2 (tensor parallelism): its gradient is spread over "
-                "ranks that see the same examples, beside parameters that each of them holds whole, and anybatch adds "
-                "up norms over ranks that see others. Shard over the data alone, by FSDP2 (fully_shard) on all ranks."
-            )
-    return leaves
+    return [found.get(id(p), p) for p in parameters]
 
 
 def synchronised(model: nn.Module) -> Callable[[], bool]:
@@ -63,34 +87,58 @@ def _groups_of(state: Any) -> Iterable[Any]:
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
-def sharded_ranks(parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> tuple[Ranks, int]:
-    """The ranks over which FSDP2 averages the gradients of `parameters`, and how many hold the same shard.
+def sharding_of(model: nn.Module, parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> Sharding:
+    """The ranks that share `model` by FSDP2 and tensor parallelism.
 
     Raises:
-        UnsupportedError: the parameters lie on different meshes, or some are not sharded at all.
-        UsageError: a mesh of two dimensions (HSDP) that is not the whole world, without `process_group`.
+        UnsupportedError: modules are sharded over different meshes, or parameters lie on meshes that do not fit.
+        UsageError: the ranks are not the whole world, and no `process_group` was given.
     """
-    sharded = [p for p in parameters if isinstance(p, DTensor)]
-    layouts = {(p.device_mesh, tuple(placement.is_replicate() for placement in p.placements)) for p in sharded}
-    if len(sharded) != len(parameters) or len(layouts) != 1:
+    meshes = list(dict.fromkeys(_meshes(model)))
+    if len(meshes) > 1:
         raise UnsupportedError(
-            "Under FSDP2 all trained parameters must be sharded over one mesh: some of these are not, or over another."
+            f"FSDP2 shards the modules over {len(meshes)} different meshes, and anybatch adds up norms over one: shard "
+            "all of them over the same mesh."
         )
-    mesh, placements = sharded[0].device_mesh, sharded[0].placements
-    replicas = 1
-    for size, placement in zip(mesh.shape, placements, strict=True):
-        replicas *= size if placement.is_replicate() else 1
-    if mesh.size() == 1:
-        return Ranks(), 1
+    tensors = [p for p in parameters if isinstance(p, DTensor)]
+    data = meshes[0].size() if meshes else 1
+    largest = max((p.device_mesh.size() for p in tensors), default=1)
+    if not meshes and any(p.device_mesh.size() != largest for p in tensors):
+        raise UnsupportedError("The trained parameters lie on meshes of different sizes: use one for all of them.")
+    whole = max(data, largest)
+    if meshes and (whole % data or any(p.device_mesh.size() not in (data, whole) for p in tensors)):
+        raise UnsupportedError(
+            f"Parameters lie on meshes of {sorted({p.device_mesh.size() for p in tensors})} ranks, of which FSDP2 has "
+            f"{data}: shard each of them by FSDP2 and tensor parallelism over one mesh."
+        )
+    if meshes and len(tensors) != len(parameters):
+        raise UnsupportedError("Under FSDP2 all trained parameters must be sharded: some of these are not.")
+    if whole == 1:
+        return Sharding(Ranks(), 1)
+    mesh = next(p.device_mesh for p in tensors if p.device_mesh.size() == whole)
     if given is None and mesh.ndim > 1:
-        if mesh.size() != dist.get_world_size():
+        if whole != dist.get_world_size():
             raise UsageError(
                 f"The parameters lie on a mesh of {tuple(mesh.shape)} ranks, which is not the whole world: give "
                 "attach the process_group of all these ranks."
             )
         given = dist.group.WORLD
     group = given if given is not None else mesh.get_group()
-    return Ranks(group, mesh.size(), replicated=False), replicas
+    if dist.get_world_size(group) != whole:
+        raise UsageError(
+            f"The process_group has {dist.get_world_size(group)} ranks, and the parameters lie on {whole}: give attach "
+            "the process_group of all ranks that hold a part of the model."
+        )
+    ranks = Ranks(group, data, replicated=False, model=whole // data)
+    return Sharding(ranks, max((_shards(p) for p in tensors if p.device_mesh.size() == data), default=1))
+
+
+def _meshes(model: nn.Module) -> Iterable[Any]:
+    """The meshes over which FSDP2 shards, replicas included."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _groups_of(module._get_fsdp_state()):
+                yield group.mesh_info.mesh
 
 
 def rows_of(parameter: Tensor) -> slice | None:

@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from anybatch._errors import AnybatchWarning, InvalidValueError, UnsupportedError, UsageError
 from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
 from anybatch._gradients.fingerprint import GradientFingerprint, is_zero
+from anybatch._gradients.norms import part_of
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.summed import SummedBackwards
@@ -361,6 +362,8 @@ class GradientHooks:
         # reference would keep them, and the process group's threads, alive for good.
         reference = weakref.ref(self)
         queued, queue = self._norms.euclidean.queued[index], self._norms.euclidean.queues[index]
+        leaf_of = self._leaves[index]
+        distributed = hasattr(leaf_of(), "_local_tensor")
         append, note = queue.waiting.append, queue.versions.append
 
         def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
@@ -371,6 +374,8 @@ class GradientHooks:
             if task != hooks._task and (task == hooks._counted or not hooks._enter(task, index, grad)):
                 return
             hooks._fires[index] += 1
+            if distributed and (leaf := leaf_of()) is not None:
+                grad = part_of(grad, leaf)
             if queued and not grad.is_sparse:
                 append(grad)
                 note(grad._version)
@@ -399,7 +404,7 @@ class GradientHooks:
             parameter = self._norms.alive()[index]
             self._begin_backward(task, leaf if parameter is None else parameter)
         if self._together is not None:
-            self._fires[index] += self._together.add(index, grad)
+            self._fires[index] += self._together.add(index, self._part(index, grad))
             return False
         if not self._norms.taken:
             self._fires[index] += 1
@@ -408,10 +413,14 @@ class GradientHooks:
             return False
         if not self._norms.simple:
             self._fires[index] += 1
-            self._norms.sample(self._fires[index] - 1, index, grad)
+            self._norms.sample(self._fires[index] - 1, index, self._part(index, grad))
             return False
         self._task = task
         return True
+
+    def _part(self, index: int, grad: Tensor) -> Tensor:
+        leaf = self._leaves[index]()
+        return grad if leaf is None else part_of(grad, leaf)
 
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from anybatch._gradients.norms import local_of, norm_into, total_squared_norm
+from anybatch._gradients.norms import norm_into, part_of, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe, Table
 from anybatch._gradients.window import Norms
 
@@ -81,7 +81,7 @@ class LayerNorms(Probe):
             if p.grad is None:
                 out.zero_()
             else:
-                norm_into(out, local_of(p.grad))
+                norm_into(out, part_of(p.grad, p))
         self._table.mean_written()
 
     def forget_mean(self) -> None:

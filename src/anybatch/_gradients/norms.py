@@ -10,9 +10,13 @@ they are copied together, block by block, and a block takes one product in float
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _ROW = 512  # not a power of 4: entries of equal size would put the rows' norms on a binade's edge, 4e-8 off
 SMALL = 16384
@@ -74,6 +78,18 @@ def local_of(tensor: Tensor) -> Tensor:
     """The tensor itself, or a DTensor's shard on this rank."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
     return local
+
+
+def part_of(grad: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a gradient, laid out as its parameter: the tensor itself, or a DTensor's shard.
+
+    Under tensor parallelism a gradient may have another layout, such as a partial sum for a norm's weights under
+    SequenceParallel. It is redistributed first, a collective of the gradient's size.
+    """
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and getattr(grad, "placements", placements) != placements:
+        grad = cast("DTensor", grad).redistribute(placements=placements)
+    return local_of(grad)
 
 
 def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:

@@ -46,14 +46,16 @@ class Ranks:
     """The ranks whose gradients are averaged.
 
     Args:
-        group: their process group; `None` for one rank.
-        size: how many they are, W.
+        group: the process group of all ranks that hold a part of the model; `None` for one rank.
+        size: W, how many see micro-batches of their own.
         replicated: whether each of them holds the whole `.grad`, so that all must hold the same.
+        model: how many ranks share each micro-batch, by tensor parallelism; the group has W times as many.
     """
 
     group: dist.ProcessGroup | None = None
     size: int = 1
     replicated: bool = True
+    model: int = 1
 
     @property
     def first(self) -> bool:
@@ -212,7 +214,7 @@ def _on_one_rank(window: Window, reduction: Reduction) -> ReducedWindow:
 def _over_ranks(
     found: Mapping[str, Tensor], window: Window, *, ranks: Ranks, reduction: Reduction, share: Share | None
 ) -> ReducedWindow:
-    sums = Counts(*found["counts"].tolist())
+    sums = Counts(*(found["counts"] / ranks.model).tolist())
     count, active, mean_factor = round(sums.backwards), ranks.size, 1.0
     shares = Shares(count, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
     if share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
@@ -336,7 +338,7 @@ def check_same(settings: Mapping[str, object], *, ranks: Ranks, first: First, on
     """
     if ranks.group is None:
         return first
-    found: list[Any] = [None] * ranks.size
+    found: list[Any] = [None] * ranks.size * ranks.model
     dist.all_gather_object(found, (dict(settings), first, dict(only_first)), group=ranks.group)
     names = {name: None for mine, _, _ in found for name in mine}
     for name in names:

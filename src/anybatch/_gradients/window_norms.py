@@ -16,7 +16,7 @@ from torch import Tensor
 from anybatch._errors import UsageError
 from anybatch._gradients.consecutive import ConsecutiveGradients, Pair
 from anybatch._gradients.euclidean import EuclideanNorms
-from anybatch._gradients.norms import local_of
+from anybatch._gradients.norms import local_of, part_of
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import PAIR, Norms, Shares, Window
 
@@ -151,7 +151,7 @@ class WindowNorms:
         if self._consecutive is None:
             return
         if alone:
-            grads = {index: local_of(p.grad) for index, p in enumerate(self.parameters) if p.grad is not None}
+            grads = {index: part_of(p.grad, p) for index, p in enumerate(self.parameters) if p.grad is not None}
             self._pair = self._consecutive.pair(grads, loss_scale=self.scale, inverse_size=inverse_size)
         else:
             self.forget()
