@@ -108,7 +108,6 @@ def replicated(rank, world):
 def refusals(rank, world):
     warnings.simplefilter("ignore")
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     outcome = {}
 
@@ -126,10 +125,6 @@ def refusals(rank, world):
 
     mesh = init_device_mesh("cpu", (world,))
     attempt("FSDP1", lambda: FullyShardedDataParallel(oracle.make_model(), device_id=torch.device("cpu")))
-    attempt(
-        "tensor parallel",
-        lambda: parallelize_module(oracle.make_model(), mesh, {"0": ColwiseParallel(), "2": ColwiseParallel()}),
-    )
 
     def partly():
         model = oracle.make_model()

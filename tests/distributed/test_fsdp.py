@@ -84,8 +84,6 @@ def test_replicate():
 def test_what_cannot_be_measured_is_a_typed_error():
     for outcome in launch.run(workers.refusals, world=2, args=(2,)):
         assert "FSDP2" in outcome["FSDP1"]
-        assert "UnsupportedError: A trained parameter is a DTensor outside of FSDP2" in outcome["tensor parallel"]
-        assert "fully_shard" in outcome["tensor parallel"]
         assert "UnsupportedError" in outcome["partly sharded"]
         assert outcome["whole 2-D mesh"] == "ran: 2"
         assert "PowerSGD" in outcome["PowerSGD"]
