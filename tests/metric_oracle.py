@@ -68,14 +68,16 @@ def plain_loop(*, steps, counts, amsgrad=False, sample=1.0, total=100.0, repeat=
             x, y = oracle.micro_batch(t, i)
             grads += [torch.autograd.grad(oracle.loss_fn(model(x), y), list(model.parameters()))] * repeat
         scale = len(grads) * sample
-        euclidean.add(*moments_of(grads, [torch.ones_like(x) for x in w], sample), scale)
-        means = euclidean
-        if t >= READY:
+        measured = t == 0 or n >= counts[(t - 1) % len(counts)]  # not a window shorter than the one before
+        if measured:
+            euclidean.add(*moments_of(grads, [torch.ones_like(x) for x in w], sample), scale)
+        means = metric if metric.samples else euclidean
+        if t >= READY and measured:
             second = top if amsgrad else v
             weight = [1 / ((x / (1 - BETAS[1] ** tau)).sqrt() + EPS) for x in second]
             metric.add(*moments_of(grads, weight, sample), scale)
             means = metric
-        r = gain_of(*means.read(), scale, t + 1)
+        r = gain_of(*means.read(), scale, len(euclidean.samples))
         mean = [sum(g[k] for g in grads) / len(grads) for k in range(len(w))]
         lr, betas = LR * r**0.5, [beta**r for beta in BETAS]
         tau += r

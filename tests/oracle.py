@@ -45,9 +45,9 @@ def norm2(vector):
     return sum(float(t.square().sum()) for t in vector)
 
 
-def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
+def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL, several=False):
     """Gains and final parameters of `steps` steps; step t has `counts[t % len(counts)]` micro-batches of `sample`
-    base batches. A window shorter than the one before is not measured."""
+    base batches. On one process a window shorter than the one before is not measured."""
     model = make_model()
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = None
@@ -65,7 +65,7 @@ def adascale(*, steps, counts, sample=1.0, horizon=0.01 * TOTAL):
             grads.append(torch.autograd.grad(loss_fn(model(x), y), list(model.parameters())))
         mean = [sum(g[k] for g in grads) / n for k in range(len(weights))]
         scale = n * sample
-        shorter = t > 0 and n < counts[(t - 1) % len(counts)]
+        shorter = not several and t > 0 and n < counts[(t - 1) % len(counts)]
         if n > 1 and not shorter:
             deviation = sum(norm2([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
             variance = sample * deviation  # covariance of one micro-batch's gradient -> of one base batch's

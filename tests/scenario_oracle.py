@@ -63,7 +63,7 @@ def expected(s):
         line = {"scale": scale, "gain": gain, "factor": factor, "iterations": iterations}
         line |= {"lr": [], "momentum": [], "weight decay": []}
         step = {id(p): g for p, g in zip(parameters, mean)}
-        clipping(s, step, present, times=n // s.world if s.reduction == "sum" else 1)
+        clipping(s, step, present, times=n // s.world if s.reduction == "sum" and not s.mean_first else 1)
         for group, members, lr in zip(s.groups, groups, rate):
             update = sgd if s.optimizer == "SGD" else adam
             mine = [(p.data, step[id(p)], states[id(p)]) for p in members if id(p) in present]

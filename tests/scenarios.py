@@ -6,6 +6,7 @@ Both sides share the model, the data and the drawn numbers here, and nothing tha
 import contextlib
 import math
 import random
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,7 @@ class Scenario:
     schedule: tuple
     set_to_none: bool
     clip: float | None
+    mean_first: bool
     sync_every: bool
     bucket_view: bool
     by_layer: bool
@@ -160,6 +162,7 @@ def draw(seed, *, engine="one", world=1):
         schedule=_schedule(r),
         set_to_none=maybe(0.6),
         clip=r.choice([None, None, None, 0.5]),
+        mean_first=random.Random(f"mean first {engine} {seed}").random() < 0.5,
         sync_every=maybe(0.5),
         bucket_view=maybe(0.5),
         by_layer=not (net["tied"] or net["twice"]) and maybe(0.5),
@@ -262,9 +265,13 @@ def _train(s, net, wrap, rank):
             with _synchronised(model, s.sync_every or a == own - 1):
                 loss = (model(x.to(s.dtype), micro_batch.use_branch) - y.to(s.dtype)).square().mean()
                 (loss / own if s.reduction == "mean" else loss).backward()
+        if s.clip and s.mean_first:
+            controller.mean_gradients()
         if s.clip:
             torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip)
-        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The gradients were changed")  # a clip of a sum, on purpose
+            optimizer.step()
         optimizer.zero_grad(set_to_none=s.set_to_none)
         record = records[-1] if records else {}  # rank 0 alone writes
         lines.append(

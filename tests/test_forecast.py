@@ -193,7 +193,7 @@ def test_the_critical_scale_of_an_unfinished_run_holds_that_of_the_whole():
             whole = recorded(moments, source, seed=3, config={"ranks": source})  # one base batch for each device
             full = anybatch.forecast(whole, [64]).critical
             for share in (0.25, 0.5, 0.75):
-                part = anybatch.Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
+                part = Run(whole.config, [s for s in whole.steps if s.tau <= share * TOTAL], 0)
                 critical = anybatch.forecast(part, [64]).critical
                 inside.append(critical.low <= full.value <= critical.high)
                 wide.append(critical.high / critical.low)
@@ -329,7 +329,7 @@ def test_with_two_sizes_timed_a_third_is_known(name):
     seconds, lines = STEP_SECONDS[name], []
     for i, step in enumerate(truth(falling(), 8)):
         lines.append(line(i, step, scale=(4, 16)[i % 2], seconds=seconds((4, 16)[i % 2])))
-    found = anybatch.forecast(anybatch.Run({"total": TOTAL}, lines, 0), [1, 8], per_device=16)
+    found = anybatch.forecast(Run({"total": TOTAL}, lines, 0), [1, 8], per_device=16)
     for s in found.scales:
         assert s.step_seconds.low == s.step_seconds.high == pytest.approx(seconds(s.scale))
     assert not found.notes

@@ -271,7 +271,7 @@ def test_memory_no_parameter_sized_buffer():
 
 def test_a_gradient_that_ranks_have_not_averaged_is_unknown_whatever_the_loss_scale():
     p = nn.Parameter(torch.ones(2))
-    gradients = GradientHooks([p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
+    gradients = GradientHooks(lambda: [p], measure=True, reduced=lambda: False, loss_scale=lambda: torch.tensor(2.0))
     (2 * p).sum().backward()
     window = gradients.window()
     assert window.norms["euclidean"].samples.item() == pytest.approx(2)

@@ -161,7 +161,7 @@ def test_a_scheduler_of_a_wrapped_optimizer_that_attach_was_not_given():
     wrapped = WrappedOptimizer(optimizer)
     CosineAnnealingLR(wrapped, 40)
     linear(wrapped, model)
-    with pytest.warns(anybatch.AnybatchWarning, match="attach was not given"):
+    with pytest.warns(anybatch.AnybatchWarning, match="was not passed to attach"):
         step(model, wrapped)
 
 

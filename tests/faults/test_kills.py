@@ -120,7 +120,7 @@ def check_against_oracle(faults, folder):
     counts = [step.count for step in steps]
     assert list(dict.fromkeys(counts)) == [8, 6, 4], "each world has taken steps"
     assert counts[-1] == 8, "the last one too"
-    gains, taus, weights = oracle.adascale(steps=len(steps), counts=counts)
+    gains, taus, weights = oracle.adascale(steps=len(steps), counts=counts, several=True)
     assert [step.gain for step in steps] == pytest.approx(gains, rel=1e-6)
     assert [step.tau for step in steps] == pytest.approx(taus, rel=1e-6)
     final = torch.load(folder / "checkpoint.pt")

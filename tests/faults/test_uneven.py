@@ -69,7 +69,7 @@ def left_alone(rank, given):
 def test_under_join_it_is_the_oracles_training(faults, processes, given):
     """The later a rank, the sooner it is done, so that the micro-batches that are left have the oracle's numbers."""
     counts = [jobs.ACCUMULATION * sum(t < n for n in given) for t in range(given[0])]
-    gains, taus, weights = oracle.adascale(steps=given[0], counts=counts)
+    gains, taus, weights = oracle.adascale(steps=given[0], counts=counts, several=True)
     results = processes.results(steps, len(given), given, join=True)
     faults.fired(len(set(given)))
     for rank, (mine, clock, state, parameters) in enumerate(results):

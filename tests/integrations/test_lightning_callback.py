@@ -524,7 +524,7 @@ def test_swa_at_a_larger_batch_is_on_the_clock_and_warns_that_it_counts_passes()
 
 
 # Without max_epochs, Lightning takes one batch more of the finished epoch, for which SWA has made no scheduler yet.
-@pytest.mark.filterwarnings("ignore:This optimizer has a scheduler that attach was not given")
+@pytest.mark.filterwarnings("ignore:This optimizer has a scheduler that was not passed to attach")
 def test_swa_resumed_in_its_midst(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     make = functools.partial(workers.Module, make=cosine_by_step)

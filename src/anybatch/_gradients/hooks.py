@@ -36,7 +36,7 @@ from anybatch._gradients.summed import SummedBackwards
 from anybatch._gradients.window import Window
 from anybatch._gradients.window_norms import WindowNorms
 
-_DISCARDED = 10  # windows in a row without a step before a warning: a GradScaler may skip some to find its factor
+_DISCARDED = 10  # windows in a row without a step before a warning
 _NO_STEP = (
     f"The gradients of {_DISCARDED} windows in a row were cleared without a call of optimizer.step(), so the clock "
     "stands. Call step() of the optimizer that was passed to attach. Where its step has another name, as SAM's "
@@ -438,7 +438,7 @@ class GradientHooks:
         if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
             if self.pending:  # nobody stepped by it: to a GradScaler it was not finite, say
                 self._norms.forget()
-                self._discarded += 1
+                self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
                 if self._discarded == _DISCARDED:
                     warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
             self._open()
