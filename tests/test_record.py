@@ -20,8 +20,9 @@ import anybatch
 
 
 def step(i, **values):
-    names = [field.name for field in dataclasses.fields(anybatch.StepRecord)]
-    plain = {**dict.fromkeys(names, 1.5), "step": i, "count": 2, "skipped": False, "per_layer": {}}
+    of_type = {float: 1.5, int: 2, bool: False}
+    plain = {field.name: of_type.get(field.type, {}) for field in dataclasses.fields(anybatch.StepRecord)}
+    plain["step"] = i
     return anybatch.StepRecord(**{**plain, **values})
 
 

@@ -106,7 +106,7 @@ def test_smoothing(smoothing, total, scale, iterations, theta):
     assert mine == pytest.approx(theta, abs=5e-4)
 
 
-@pytest.mark.parametrize("rule", [anybatch.Identity, anybatch.Linear, anybatch.SquareRoot, anybatch.AdaScale])
+@pytest.mark.parametrize("rule", dict.fromkeys(type(rule) for rule, _ in RULES.values()))
 @pytest.mark.parametrize("decays", ["sometimes", -0.1, 1.1, True, None])
 def test_every_rule_checks_its_decays(rule, decays):
     with pytest.raises(anybatch.InvalidValueError, match="decays must be"):

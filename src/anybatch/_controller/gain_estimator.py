@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import isfinite, nan
+from typing import Any
 
 from torch import Tensor
 
@@ -31,19 +32,56 @@ _MEASURED = ("unbiased", "euclidean")  # with these an optimizer's own noise fac
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """The moments averaged over the steps so far.
+    """The moments averaged over the steps so far: a field for each metric.
 
     Args:
         averages: of the Euclidean moments.
         metric: of the moments in Adam's metric, since the last gap in their measurement.
     """
 
-    averages: Averages = field(default_factory=Averages)
-    metric: Averages = field(default_factory=Averages)
+    averages: Averages = field(default_factory=Averages, metadata={"probe": EuclideanNorms.name})
+    metric: Averages = field(default_factory=Averages, metadata={"probe": AdamNorms.name})
+
+    @classmethod
+    def probes(cls) -> dict[str, str]:
+        """The field of each probe, by the probe's name, which `AdaScale(metric=...)` has too."""
+        return {each.metadata["probe"]: each.name for each in fields(cls)}
+
+    @classmethod
+    def prefixes(cls) -> dict[str, str]:
+        """How the names of each field's numbers begin in a saved state: the Euclidean ones have no prefix."""
+        return {name: "" if name == "averages" else f"{name}_" for name in cls.probes().values()}
+
+    @classmethod
+    def of_numbers(cls, values: Mapping[str, float]) -> "RunningMoments":
+        """The averages with these `numbers()`."""
+        found = {}
+        for name, prefix in cls.prefixes().items():
+            mine: dict[str, Any] = {each.name: values[prefix + each.name] for each in fields(Averages)}
+            found[name] = Averages(**{**mine, "samples": int(mine["samples"]), "age": int(mine["age"])})
+        return cls(**found)
+
+    def numbers(self) -> dict[str, float | int]:
+        """All numbers by their names in a saved state."""
+        return {
+            prefix + name: value
+            for each, prefix in self.prefixes().items()
+            for name, value in vars(getattr(self, each)).items()
+        }
+
+    def of_probe(self, name: str) -> Averages:
+        """The averages of the moments that the probe of this name measures."""
+        found: Averages = getattr(self, self.probes()[name])
+        return found
+
+    @property
+    def measured(self) -> Averages:
+        """The averages in the one metric that is measured beside the Euclidean; empty where none is."""
+        return next((each for name, each in vars(self).items() if name != "averages" and each.samples), Averages())
 
     def moved(self, iterations: float) -> "RunningMoments":
         """The same after the clock has moved by `iterations`."""
-        return RunningMoments(self.averages.moved(iterations), self.metric.moved(iterations))
+        return RunningMoments(**{name: each.moved(iterations) for name, each in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -157,11 +195,12 @@ class GainEstimator:
             total=self._clock.total,
             every=self._measurement.every,
         )
-        metric = Averages()
-        if AdamNorms.name in seen.norms:
-            (raw_metric,) = self._moments(seen.norms[AdamNorms.name], seen, sample=sample, batch=scale)
-            metric = updated(running.metric, raw_metric)
-        return raw, RunningMoments(updated(running.averages, raw), metric)
+        found = {"averages": updated(running.averages, raw)}
+        for probe, name in RunningMoments.probes().items():
+            if probe != EuclideanNorms.name and probe in seen.norms:
+                (weighed,) = self._moments(seen.norms[probe], seen, sample=sample, batch=scale)
+                found[name] = updated(running.of_probe(probe), weighed)
+        return raw, RunningMoments(**found)
 
     def _decide(self, running: RunningMoments, *, count: int, inverse_sizes: float, raw: Moments | None) -> Step:
         """The step of `count` micro-batches; 0 where the scale is a number and nothing was counted."""
@@ -170,8 +209,8 @@ class GainEstimator:
         scale, _ = self._batch.of_step(count or 1, inverse_sizes)
         gain = nan
         if self._measurement is not None:
-            weighed = self._measurement.metric == "adam" and running.metric.samples > 0
-            averages = running.metric if weighed else running.averages
+            weighed = running.of_probe(self._measurement.metric)
+            averages = weighed if weighed.samples > 0 else running.averages
             gain = averages.gain(scale, noise_factor=self.noise_factor)
             if self._measurement.estimator == "unbiased":  # the paper starts with r_0 = 1
                 gain = careful(gain, running.averages.samples)

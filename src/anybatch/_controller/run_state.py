@@ -3,13 +3,12 @@
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from math import isnan
 from zlib import crc32
 
 from anybatch._controller.gain_estimator import RunningMoments, Step
 from anybatch._record import StepRecord
-from anybatch._scaling import Averages, BatchSize, Clock
+from anybatch._scaling import BatchSize, Clock
 
 
 class RunState:
@@ -56,20 +55,19 @@ class RunState:
             "tau": self.clock.tau,
             "steps": self.steps,
             "skipped": self.skipped,
-            **vars(self.running.averages),
-            **{f"metric_{name}": value for name, value in vars(self.running.metric).items()},
+            **self.running.numbers(),
         }
 
     def checksum(self, *others: float) -> int:
         """16 bits of what must be the same on every rank: the clock, the averages and `others`."""
-        numbers = [self.clock.tau, *vars(self.running.averages).values(), *vars(self.running.metric).values(), *others]
+        numbers = [self.clock.tau, *self.running.numbers().values(), *others]
         return crc32(struct.pack(f"{len(numbers)}d", *numbers)) >> 16
 
     def adopt(self, values: Mapping[str, float]) -> None:
         """Continue from the `numbers()` of another run state."""
         self.clock.tau = values["tau"]
         self.steps, self.skipped = int(values["steps"]), int(values["skipped"])
-        self.running = RunningMoments(_averages_of(values, ""), _averages_of(values, "metric_"))
+        self.running = RunningMoments.of_numbers(values)
         self.last = None
 
     @property
@@ -79,7 +77,7 @@ class RunState:
 
     def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
         """The record's line for the step just added."""
-        now, metric = self.running.averages.moments, self.running.metric.moments
+        now, metric = self.running.averages.moments, self.running.measured.moments
         return StepRecord(
             step=self.steps,
             tau=self.clock.tau,
@@ -100,11 +98,6 @@ class RunState:
             metric_sqnorm=clipped(metric.sqnorm),
             per_layer={} if skipped else step.layers,
         )
-
-
-def _averages_of(values: Mapping[str, float], prefix: str) -> Averages:
-    found = {each.name: values[prefix + each.name] for each in fields(Averages)}
-    return Averages(**{**found, "samples": int(found["samples"]), "age": int(found["age"])})  # type: ignore[arg-type]
 
 
 def clipped(value: float) -> float:

@@ -3,20 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
+from anybatch._controller.gain_estimator import RunningMoments
 from anybatch._errors import StateError
 from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
 STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: how many backwards the last window had, and the samples' age
-_NEW_IN_2 = {f"metric_{name}": float(value) for name, value in vars(Averages()).items()}
 _NEW_IN_3 = {"backwards": 0.0, "age": 1.0, "metric_age": 1.0}
-_NEW: dict[float, dict[str, float]] = {1: {**_NEW_IN_2, **_NEW_IN_3}, 2: _NEW_IN_3}
+_NEW: dict[float, dict[str, float]] = {1: _NEW_IN_3, 2: _NEW_IN_3}
+# The averages in each metric but the Euclidean; a state from before the metric has none of these numbers.
+_METRICS = [prefix for prefix in RunningMoments.prefixes().values() if prefix]
+_PREFIXES = ("", *_METRICS)
 
 # The least and the most that a number may be; of those without a line any finite one may come up.
-_COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version", "backwards", "age", "metric_age")
+_COUNTS = (
+    *("steps", "skipped", "parameters", "version", "backwards"),
+    *(prefix + name for prefix in _PREFIXES for name in ("samples", "age")),
+)
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys((*_COUNTS, "base_batch", "tau", "iterations", "metric_iterations"), (0, MOST)),
-    **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
+    **dict.fromkeys((*_COUNTS, "base_batch", "tau", *(f"{prefix}iterations" for prefix in _PREFIXES)), (0, MOST)),
+    **dict.fromkeys((f"{prefix}weight" for prefix in _PREFIXES), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
     "schedule_offset": (-1, MOST),  # torch's schedulers are at -1 before their first step
 }
 _LARGEST = 1e100  # an averaged moment: far beyond what a gradient in float32 comes to, and its square is a float
@@ -52,6 +58,9 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         raise StateError(
             f"The state has version {values['version']:g}, this anybatch reads up to {STATE_VERSION}: upgrade anybatch."
         )
+    for prefix in _METRICS:
+        if not any(name.startswith(prefix) for name in values):
+            values |= {prefix + name: float(value) for name, value in vars(Averages()).items()}
     if (version := values.get("version")) in _NEW:
         values = {**_NEW[version], **values, "version": float(STATE_VERSION)}
     if set(values) != set(mine):
@@ -66,7 +75,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
             )
     if values["version"] != STATE_VERSION:
         raise StateError(f"The state is damaged: there is no version {values['version']:g}.")
-    for prefix in ("", "metric_"):
+    for prefix in _PREFIXES:
         names = [prefix + name for name in ("variance", "sqnorm", "weight", "samples")]
         variance, sqnorm, weight, samples = (values[name] for name in names)
         if (samples > 0) != (weight > 0) or max(abs(variance), abs(sqnorm)) > _LARGEST * weight:

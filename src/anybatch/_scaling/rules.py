@@ -268,10 +268,10 @@ class AdaScale(Rule):
                 f"consecutive=True measures each step's gradient against the last one's: every={self.every} would "
                 "leave it without one."
             )
-        if self.metric == "adam" and self.consecutive:
+        if self.metric != "euclidean" and self.consecutive:
             raise InvalidValueError(
-                'consecutive=True compares gradients of two steps, between which the weights of metric="adam" change: '
-                "use one of them."
+                f"consecutive=True compares gradients of two steps by their Euclidean norms, so metric={self.metric!r} "
+                "would have no effect: use one of them."
             )
 
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
