@@ -1,5 +1,6 @@
 """forecast: from one logged run at any small scale, what every other batch size would cost."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, isfinite, nan
@@ -23,7 +24,7 @@ class ScaleForecast:
     Args:
         scale: S.
         devices: how many devices a step takes.
-        iterations: optimizer steps.
+        steps: optimizer steps.
         examples: what the run sees, in the unit of `base_batch`; in base batches where the record has none.
         efficiency: statistical efficiency, the mean gain over S.
         step_seconds: seconds of one step; nan where no time is known. Where all steps that were timed had one size and
@@ -35,13 +36,19 @@ class ScaleForecast:
 
     scale: float
     devices: int
-    iterations: Estimate
+    steps: Estimate
     examples: Estimate
     efficiency: Estimate
     step_seconds: Estimate
     seconds: Estimate
     device_hours: Estimate
     cost: Estimate
+
+    @property
+    def iterations(self) -> Estimate:
+        """The old name of `steps`."""
+        warnings.warn("ScaleForecast.iterations is now ScaleForecast.steps.", DeprecationWarning, stacklevel=2)
+        return self.steps
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def forecast(
     sync_seconds: float = 0.0,
     price_per_device_hour: float | None = None,
 ) -> Forecast:
-    """Forecast iterations, examples, efficiency, wall time and cost at other scales from the record of one run.
+    """Forecast steps, examples, efficiency, wall time and cost at other scales from the record of one run.
 
         steps(S) = number of steps until the sum of r(S; sigma^2(tau), mu^2(tau)) reaches the total
         examples = steps * S * base_batch         efficiency = total / (steps * S)
@@ -113,7 +120,7 @@ def forecast(
 
     Returns:
         A `Forecast`: `scales`, `critical`, `total`, `recorded`, `unit`, and `notes`, which say what it rests on, an
-        unfinished run among others. Each of its scales is a `ScaleForecast`: `scale`, `devices`, `iterations`,
+        unfinished run among others. Each of its scales is a `ScaleForecast`: `scale`, `devices`, `steps`,
         `examples`, `efficiency`, `seconds`, `device_hours`, `cost` and `step_seconds`. The last seven are each an
         `Estimate` with `value`, `low` and `high`, and so is `critical`.
 
@@ -131,7 +138,7 @@ def forecast(
         ...     record.write(step(i + 1))
         >>> record.close()
         >>> found = anybatch.forecast(path, [1, 8])
-        >>> [(s.scale, s.iterations.value, round(s.efficiency.value, 2)) for s in found.scales]
+        >>> [(s.scale, s.steps.value, round(s.efficiency.value, 2)) for s in found.scales]
         [(1.0, 100.0, 1.0), (8.0, 58.0, 0.22)]
 
     Source:
@@ -186,7 +193,7 @@ def _scale(
     return ScaleForecast(
         scale=scale,
         devices=time.devices(scale),
-        iterations=Estimate(*(float(ceil(n - 1e-6)) for n in (steps.value, steps.low, steps.high))),
+        steps=Estimate(*(float(ceil(n - 1e-6)) for n in (steps.value, steps.low, steps.high))),
         examples=steps.times(scale * unit),
         efficiency=Estimate(*(total / (n * scale) for n in (steps.value, steps.high, steps.low))),
         step_seconds=step,
