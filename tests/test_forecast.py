@@ -411,7 +411,7 @@ def test_a_rule_that_measures_nothing_is_said_so(tmp_path):
     """The header has the names of AdaScale's settings, without values, for every rule."""
     run = recorded(falling(), 4)
     config = {**run.config, "rule": "Linear()", "estimator": None, "smoothing": None}
-    assert "not AdaScale's" in anybatch.forecast(Run(config, run.steps, 0), [8]).notes[0]
+    assert "did not use AdaScale" in anybatch.forecast(Run(config, run.steps, 0), [8]).notes[0]
 
 
 def test_runs_of_one_configuration_may_differ_in_the_batch_alone():
