@@ -194,9 +194,7 @@ class ModelEMA:
             UsageError: Called inside of `applied()`, `base_batch` is missing, or the model has lost a parameter.
         """
         if self._own is not None:
-            raise UsageError(
-                "update() cannot run inside of applied(), where the model has the averages: call it after applied()."
-            )
+            raise UsageError("The model has the averages inside of applied(): call update() after it.")
         moved, waiting = self._pending + self._counted(iterations, batch_size), self._waiting + 1
         if waiting >= self._update_every:
             lerp = self._prepared()
@@ -289,9 +287,7 @@ class ModelEMA:
             UsageError: Called inside of `applied()`, or a parameter has changed its shape.
         """
         if self._own is not None:
-            raise UsageError(
-                "A state cannot be loaded inside of applied(), where the model has the averages: load it after."
-            )
+            raise UsageError("The model has the averages inside of applied(): call load_state_dict() after it.")
         names = self._tensors.names
         state = checked_state(state, decays=self._decays, names=names)
         saved = [state[key] for key in averages_keys(self._decays)]

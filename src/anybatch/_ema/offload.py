@@ -14,10 +14,6 @@ class Offload:
     A call queues copies to pinned memory and returns. The averages are updated at the next call or at `wait()`, when
     the copies have long finished. The copies are queued on the training's stream. So any later write to the weights
     (an optimizer, a clamp, a replayed graph) comes after the copies.
-
-    Args:
-        sources: The weights.
-        averages: For each decay, the averages on the CPU.
     """
 
     def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:

@@ -40,9 +40,6 @@ class Tensors:
         model: The module. Names are those inside of a DistributedDataParallel, without torch.compile's prefix.
         include: Selects floating or complex parameters and statistics by name.
         statistics: Whether running_mean and running_var are averaged too.
-
-    Raises:
-        InvalidValueError: There is nothing to average, or a tensor has no storage.
     """
 
     def __init__(self, model: nn.Module, include: Callable[[str], bool], *, statistics: bool) -> None:
@@ -51,7 +48,9 @@ class Tensors:
         self.reshard()
         self._slots = self._averaged()
         if not self._slots:
-            raise InvalidValueError("include selects no floating parameter of the model: nothing to average.")
+            raise InvalidValueError(
+                "There is nothing to average: include must select a floating parameter of the model."
+            )
         self.names = list(self._slots)
         self._shards: dict[str, Any] = {}
         for name, (owner, key) in self._slots.items():
@@ -69,11 +68,7 @@ class Tensors:
         return bool(self._shards)
 
     def check(self) -> None:
-        """Check that the model has the averaged tensors in the same modules, and no others.
-
-        Raises:
-            UsageError: A layer was replaced, parametrized or added, or weights were tied or untied.
-        """
+        """Raise UsageError if a layer was replaced, parametrized or added, or weights were tied or untied."""
         known, now = ({n: (id(owner), k) for n, (owner, k) in s.items()} for s in (self._slots, self._averaged()))
         changed = [name for name in known | now if known.get(name) != now.get(name)]
         if changed:
@@ -83,11 +78,7 @@ class Tensors:
             )
 
     def local(self) -> list[Tensor]:
-        """Return the tensors of this rank.
-
-        Raises:
-            UsageError: The model no longer has one of them.
-        """
+        """Return the tensors of this rank, or raise UsageError if the model has lost one."""
         found = self._found()
         for name, tensor in zip(self.names, found, strict=True):
             if tensor is None:
@@ -149,11 +140,7 @@ class Tensors:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
     def as_held(self, name: str, saved: Any) -> Tensor:
-        """Return this rank's part of a saved tensor.
-
-        Raises:
-            StateError: It cannot be copied, has another shape, or is sharded in another way.
-        """
+        """Return this rank's part of a saved tensor, or raise StateError if it does not fit."""
         whole = self._whole(name)
         if not isinstance(saved, Tensor):
             raise StateError(f"The state is damaged: {name} must be a tensor, got {shown(saved)}.")
