@@ -142,9 +142,9 @@ def forecast(
         [(1.0, 100.0, 1.0), (8.0, 58.0, 0.22)]
 
     Source:
-        Johnson et al., AdaScale SGD, ICML 2020 (the gain); McCandlish et al. 2018, Section 2 (steps against examples:
-        their critical batch is where the product of the two is smallest); Qiao et al., Pollux, OSDI 2021, Section 3
-        (statistical efficiency, the time of a step).
+        Johnson et al., AdaScale SGD, ICML 2020 (the gain). McCandlish et al. 2018, Section 2 (steps against examples:
+        their critical batch minimises the product). Qiao et al., Pollux, OSDI 2021, Section 3 (statistical efficiency,
+        the time of a step).
     """
     run = record if isinstance(record, Run) else read_columns(record, {*FIELDS, "skipped"})
     name = "The record" if isinstance(record, Run) else f"The record {fspath(record)!r}"
