@@ -156,12 +156,12 @@ def compare(name: str, *, seeds: int, folder: Path) -> dict[str, Any]:
     rows = []
     for recorded, forecast in found.items():
         for s in forecast.scales:
-            n = s.iterations
+            n = s.steps
             rows.append({
                 "recorded": recorded, "scale": int(s.scale), "real": real[int(s.scale)], "forecast": n.value,
                 "low": n.low, "high": n.high, "error": n.value / real[int(s.scale)] - 1,
             })  # fmt: skip
-    bands = [[(s.iterations.low, s.iterations.high) for s in f.scales] for f in found.values()]
+    bands = [[(s.steps.low, s.steps.high) for s in f.scales] for f in found.values()]
     agree = all(max(a[0], b[0]) <= min(a[1], b[1]) for a, b in zip(*bands, strict=True))
     whole = {s: anybatch.read_record(folder / f"{name}-S{s}-seed0.jsonl") for s in sorted(steps)}
     return {
@@ -174,7 +174,7 @@ def compare(name: str, *, seeds: int, folder: Path) -> dict[str, Any]:
 def unfinished(run: Run, part: float, real: dict[int, float]) -> list[float]:
     """Errors of the forecasts from the first `part` of a record."""
     cut = replace(run, steps=[step for step in run.steps if step.tau <= part * run.config["total"]])
-    return [s.iterations.value / real[int(s.scale)] - 1 for s in anybatch.forecast(cut, SCALES).scales]
+    return [s.steps.value / real[int(s.scale)] - 1 for s in anybatch.forecast(cut, SCALES).scales]
 
 
 def share(run: Run, start: float, end: float) -> float:

@@ -105,7 +105,7 @@ def rows_of(name: str, *, results: Path, data: Path) -> list[Row]:
                 recorded_recipe(name, lr=lr, scale=scale, path=path, data=data)
             found = {int(s.scale): s for s in anybatch.forecast(path, [s for s in real if s > scale]).scales}
             rows += [{"task": name, "recorded": scale, "scale": s, "real": real[s],
-                      "forecast": round(each.iterations.value, 1)} for s, each in found.items()]  # fmt: skip
+                      "forecast": round(each.steps.value, 1)} for s, each in found.items()]  # fmt: skip
     return rows
 
 

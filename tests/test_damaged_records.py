@@ -110,9 +110,9 @@ def test_a_damaged_record_is_forecast_or_refused(tmp_path):
             assert "\n" not in str(found)
             continue
         for s in found.scales:
-            assert 0 < s.iterations.low <= s.iterations.value <= s.iterations.high < math.inf
+            assert 0 < s.steps.low <= s.steps.value <= s.steps.high < math.inf
             least, most = sorted((found.total / s.scale, found.total))
-            assert math.ceil(least - 1e-6) <= s.iterations.value <= math.ceil(most)
+            assert math.ceil(least - 1e-6) <= s.steps.value <= math.ceil(most)
         assert found.critical.value > 0
     assert 80 < refused < 260
 
@@ -180,7 +180,7 @@ def test_a_total_that_the_run_went_beyond_is_noted(total):
     found = anybatch.forecast(run, [0.5, 8])
     assert found.total == total
     assert "beyond the total" in found.notes[0]
-    assert found.scales[1].iterations.value <= math.ceil(total)
+    assert found.scales[1].steps.value <= math.ceil(total)
 
 
 @pytest.mark.parametrize("name", ["per_device", "seconds_per_step", "sync_seconds", "price_per_device_hour"])
@@ -205,7 +205,7 @@ def test_a_tiny_scale_and_a_long_memory_take_no_longer(config):
     run = recorded(falling(), 4, total=100.0, config=config)
     found = bounded(anybatch.forecast, run, [1e-12, 1e-3, 0.5])
     for s in found.scales:
-        assert found.total - 1e-6 <= s.iterations.value <= math.ceil(found.total / s.scale)
+        assert found.total - 1e-6 <= s.steps.value <= math.ceil(found.total / s.scale)
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.2])
@@ -213,7 +213,7 @@ def test_steps_put_together_while_the_averages_fill_are_the_plain_loops(scale):
     """The paper's memory of 1000 / S steps is all of this run."""
     run = recorded(falling(), 4, config={"smoothing": "paper"})
     expected = len(truth(falling(), scale, theta=1 - scale / 1000))
-    found = anybatch.forecast(run, [scale]).scales[0].iterations
+    found = anybatch.forecast(run, [scale]).scales[0].steps
     assert expected > 2000
     assert found.value == pytest.approx(expected, rel=0.01)
 

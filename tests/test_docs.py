@@ -259,7 +259,7 @@ def eight_points(runs, arm, scale):
 
 def test_the_supervised_tables_are_those_of_the_results():
     for name, table, points in (
-        ("supervised", ema_tables("Supervised, the average only looked at")[0], range(8)),
+        ("supervised", ema_tables("Supervised learning")[0], range(8)),
         ("supervised_adamw", ema_tables("Under Adam and AdamW")[1], (0, 1, 3, 5, 7)),
     ):
         runs, many = ema_results(name)["runs"], {label: arm for arm, label in LABELS.items()}

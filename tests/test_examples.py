@@ -123,4 +123,4 @@ def test_the_noise_scale_is_measured_and_forecast(tmp_path):
     record = anybatch.read_record(tmp_path / "run.jsonl")
     assert {(step.gain, step.scale, step.lr_factor) for step in record.steps} == {(1.0, 1.0, 1.0)}
     forecast = anybatch.forecast(tmp_path / "run.jsonl", [1, 8])
-    assert forecast.scales[0].iterations.value == 200 > forecast.scales[1].iterations.value >= 25
+    assert forecast.scales[0].steps.value == 200 > forecast.scales[1].steps.value >= 25

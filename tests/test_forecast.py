@@ -62,7 +62,7 @@ def recorded(moments, scale, *, total=TOTAL, config=None, unit=1.0, seed=None, *
 
 
 def value(found, scale):
-    return next(s for s in found.scales if s.scale == scale).iterations.value
+    return next(s for s in found.scales if s.scale == scale).steps.value
 
 
 @pytest.mark.parametrize("source", [1, 2, 8, 64])
@@ -70,14 +70,14 @@ def value(found, scale):
 def test_the_plain_loop_takes_as_many_steps(moments, source):
     found = anybatch.forecast(recorded(moments, source), [0.5, 2, 4, 16, 128])
     for s in found.scales:
-        assert s.iterations.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03, abs=2)
+        assert s.steps.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03, abs=2)
 
 
 def test_a_long_run_is_simulated_in_strides():
     run = recorded(falling(), 4, total=30_000.0)
     found = anybatch.forecast(run, [2, 8, 512])
     for s in found.scales:
-        assert s.iterations.value == pytest.approx(len(truth(falling(), s.scale, total=30_000.0)), rel=0.02, abs=2)
+        assert s.steps.value == pytest.approx(len(truth(falling(), s.scale, total=30_000.0)), rel=0.02, abs=2)
 
 
 @pytest.mark.parametrize(("smoothing", "theta"), [(0.9, 0.9), ("paper", None), (0.0, 0.0)])
@@ -91,9 +91,9 @@ def test_the_rules_own_memory_is_simulated(smoothing, theta):
 def test_scale_one_takes_the_total_and_the_runs_own_scale_its_own_steps():
     run = recorded(falling(), 8, seed=0)
     at_one, at_own = anybatch.forecast(run, [1, 8]).scales
-    assert at_one.iterations == Estimate(1000, 1000, 1000)
+    assert at_one.steps == Estimate(1000, 1000, 1000)
     assert (at_one.efficiency.value, at_one.examples.value) == (1, 8000)
-    assert at_own.iterations.low <= len(run.steps) <= at_own.iterations.high
+    assert at_own.steps.low <= len(run.steps) <= at_own.steps.high
     fractional = Run({"total": 99.5}, run.steps, 0)
     assert value(anybatch.forecast(fractional, [1]), 1) == 100
 
@@ -104,7 +104,7 @@ def test_noisy_records_of_all_scales_agree_with_the_truth_within_their_bands(sou
     for seed in range(5):
         found = anybatch.forecast(recorded(falling(), source, seed=seed), [4, 16, 64])
         for s in found.scales:
-            inside.append(s.iterations.low <= len(truth(falling(), s.scale)) <= s.iterations.high)
+            inside.append(s.steps.low <= len(truth(falling(), s.scale)) <= s.steps.high)
     assert sum(inside) >= 13  # of 15
 
 
@@ -136,12 +136,12 @@ def test_laws(late, pace, sqnorm, source, seed, scales):
     assert [s.scale for s in found.scales] == sorted(scales)
     for s in found.scales:
         least, most = sorted((150 / s.scale, 150))
-        n = s.iterations
+        n = s.steps
         assert math.ceil(least - 1e-6) <= n.low <= n.value <= n.high <= math.ceil(most)
         assert s.efficiency.low <= s.efficiency.value <= s.efficiency.high
         assert min(1, 1 / s.scale) - 1e-9 <= s.efficiency.value <= max(1, 1 / s.scale) + 1e-9
     for a, b in zip(found.scales, found.scales[1:]):
-        assert a.iterations.value >= b.iterations.value
+        assert a.steps.value >= b.steps.value
         assert a.examples.value <= b.examples.value * (1 + 1e-9)
     assert found.critical.low <= found.critical.value <= found.critical.high
 
@@ -151,7 +151,13 @@ def test_the_unit_of_the_gradient_does_not_matter(unit):
     plain, other = (anybatch.forecast(recorded(falling(), 4, seed=1, unit=u), [2, 64]) for u in (1.0, unit))
     for a, b in zip(plain.scales, other.scales):
         for field in ("value", "low", "high"):
-            assert getattr(a.iterations, field) == getattr(b.iterations, field)
+            assert getattr(a.steps, field) == getattr(b.steps, field)
+
+
+def test_the_old_name_of_the_steps_warns():
+    (found,) = anybatch.forecast(recorded(falling(), 4), [2]).scales
+    with pytest.warns(DeprecationWarning, match=r"ScaleForecast\.steps"):
+        assert found.iterations == found.steps
 
 
 def test_a_forecast_is_the_same_every_time():
@@ -170,11 +176,11 @@ def test_an_unfinished_run_goes_on_with_its_trend_and_a_wider_band(share):
     assert any(f"{share:.0%}" in note and "trend" in note for note in cut.notes)
     assert not any("trend" in note for note in full.notes)
     expected = len(truth(falling(pace=0.4), 64))
-    n = cut.scales[1].iterations
+    n = cut.scales[1].steps
     assert n.low <= expected <= n.high
     assert n.value == pytest.approx(expected, rel=0.25 if share < 0.5 else 0.1)
     if share < 0.5:
-        assert n.high - n.low > full.scales[1].iterations.high - full.scales[1].iterations.low
+        assert n.high - n.low > full.scales[1].steps.high - full.scales[1].steps.low
 
 
 # Noise scales that grow: at a falling pace, with the variance, and ever faster.
@@ -209,7 +215,7 @@ def test_an_elastic_run_forecasts_as_one_of_a_single_scale():
     lines += [line(0, (s[0], min(s[1], s[0] - start), *s[2:]), scale=32) for s in large if s[0] > start]
     run = Run({"total": TOTAL}, lines, 0)
     for s in anybatch.forecast(run, [8, 128]).scales:
-        assert s.iterations.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03)
+        assert s.steps.value == pytest.approx(len(truth(moments, s.scale)), rel=0.03)
 
 
 def test_without_a_total_the_record_is_the_run():
@@ -292,12 +298,12 @@ def test_devices_grow_with_the_batch_and_time_follows_the_steps():
     assert (found.scales[0].step_seconds.low, found.scales[0].step_seconds.high) == pytest.approx((0.1, 0.2))
     for s, step in zip(found.scales, [math.sqrt(0.1 * 0.2), 0.2, 0.25, 0.25]):
         assert s.step_seconds.value == pytest.approx(step)
-        assert s.seconds.value == pytest.approx(s.iterations.value * step, rel=0.02)
+        assert s.seconds.value == pytest.approx(s.steps.value * step, rel=0.02)
         assert s.device_hours.value == pytest.approx(s.seconds.value * s.devices / 3600)
         assert s.cost.value == pytest.approx(3 * s.device_hours.value)
     given = anybatch.forecast(run, [8], per_device=1, seconds_per_step=7.0)
     assert given.scales[0].devices == 8
-    assert given.scales[0].seconds.value == pytest.approx(7 * given.scales[0].iterations.value, rel=0.02)
+    assert given.scales[0].seconds.value == pytest.approx(7 * given.scales[0].steps.value, rel=0.02)
     assert math.isnan(given.scales[0].cost.value)
 
 
@@ -351,7 +357,7 @@ def test_several_step_sizes_part_the_fixed_time_from_the_rest():
         size = 4 if i % 2 else 8
         lines.append(line(i, step, scale=size, seconds=0.3 + 0.1 * size))
     found = anybatch.forecast(Run({"total": TOTAL}, lines, 0), [8, 80], per_device=8)
-    assert found.scales[0].seconds.value == pytest.approx(1.1 * found.scales[0].iterations.value, rel=0.01)
+    assert found.scales[0].seconds.value == pytest.approx(1.1 * found.scales[0].steps.value, rel=0.01)
     two = Run({"total": TOTAL, "ranks": 2}, lines, 0)
     assert [s.devices for s in anybatch.forecast(two, [8, 80], per_device=8).scales] == [1, 10]
     assert "synchronisation" in anybatch.forecast(two, [8]).notes[-1]
@@ -391,7 +397,7 @@ def test_a_scale_out_of_reach_is_a_typed_error(extreme):
     with pytest.raises(anybatch.InvalidValueError, match="per_device must be between"):
         anybatch.forecast(run, [1], per_device=extreme)
     for edge in (1e-12, 1e12):
-        assert math.isfinite(anybatch.forecast(run, [edge], per_device=edge).scales[0].iterations.value)
+        assert math.isfinite(anybatch.forecast(run, [edge], per_device=edge).scales[0].steps.value)
 
 
 def test_a_run_on_several_numbers_of_ranks_is_noted():
@@ -405,7 +411,7 @@ def test_a_rule_that_measures_nothing_is_said_so(tmp_path):
     """The header has the names of AdaScale's settings, without values, for every rule."""
     run = recorded(falling(), 4)
     config = {**run.config, "rule": "Linear()", "estimator": None, "smoothing": None}
-    assert "not AdaScale's" in anybatch.forecast(Run(config, run.steps, 0), [8]).notes[0]
+    assert "did not use AdaScale" in anybatch.forecast(Run(config, run.steps, 0), [8]).notes[0]
 
 
 def test_runs_of_one_configuration_may_differ_in_the_batch_alone():
@@ -437,6 +443,6 @@ def test_fifty_kills_change_no_forecast(tmp_path):
     assert [s.step for s in killed.steps] == [s.step for s in run.steps]
     scales = [1, 2, 16, 64]
     for mine, undisturbed in zip(anybatch.forecast(path, scales).scales, anybatch.forecast(run, scales).scales):
-        n = undisturbed.iterations
-        assert n.low <= mine.iterations.value <= n.high
-        assert mine.iterations.value == pytest.approx(n.value, rel=1e-3)
+        n = undisturbed.steps
+        assert n.low <= mine.steps.value <= n.high
+        assert mine.steps.value == pytest.approx(n.value, rel=1e-3)

@@ -63,7 +63,7 @@ def test_coverage_on_tasks_left_out_is_what_the_page_says(rows):
 @pytest.mark.parametrize("scale", [16, 64, 4])
 def test_a_band_reaches_at_least_as_far_as_the_measured_errors(scale):
     found = anybatch.forecast(recorded(falling(), 8), [scale, 8])
-    n = next(s.iterations for s in found.scales if s.scale == scale)
+    n = next(s.steps for s in found.scales if s.scale == scale)
     total, doublings = found.total, abs(math.log2(scale / 8))
     down, up = (DOWN, UP) if scale > 8 else (UP, DOWN)
     assert n.low <= max(math.ceil(n.value * math.exp(-down * (1 + doublings))), math.ceil(total / scale))

@@ -77,7 +77,7 @@ def test_json_is_what_the_function_returns(tmp_path):
     found = json.loads(result.output, parse_constant=lambda name: pytest.fail(name))
     forecast = anybatch.forecast(str(path), [2, 16])
     assert found["critical"]["value"] == forecast.critical.value
-    assert [s["iterations"]["high"] for s in found["scales"]] == [s.iterations.high for s in forecast.scales]
+    assert [s["steps"]["high"] for s in found["scales"]] == [s.steps.high for s in forecast.scales]
     assert found["scales"][0]["seconds"]["value"] is None
     result = run(cli.app, ["forecast", str(path), "--out", str(tmp_path / "plot.svg")])
     assert result.exit_code == 0, result.output
@@ -145,7 +145,7 @@ def test_without_matplotlib_only_pictures_are_missing(tmp_path, monkeypatch):
 def test_torn_and_repeated_lines_change_nothing_but_the_note(tmp_path):
     path = tmp_path / "run.jsonl"
     steps = written(path)
-    clean = anybatch.forecast(path, [32]).scales[0].iterations
+    clean = anybatch.forecast(path, [32]).scales[0].steps
     lines = path.read_bytes().splitlines(keepends=True)
     lines[41:41] = lines[40:41] * 2  # written twice
     lines[100] = lines[100][:50] + b"\n"  # cut
@@ -153,12 +153,12 @@ def test_torn_and_repeated_lines_change_nothing_but_the_note(tmp_path):
     path.write_bytes(b"".join(lines))
     found = anybatch.forecast(path, [32])
     assert any("could not be read" in note for note in found.notes)
-    assert found.scales[0].iterations.value == pytest.approx(clean.value, rel=0.05)
+    assert found.scales[0].steps.value == pytest.approx(clean.value, rel=0.05)
     resumed = anybatch.RunRecord(path, config={"total": 1000})
     for step in steps[len(steps) // 2 :]:  # from a checkpoint in the middle: every line after it is there twice
         resumed.write(step)
     resumed.close()
-    assert anybatch.forecast(path, [32]).scales[0].iterations.value == pytest.approx(clean.value, rel=0.05)
+    assert anybatch.forecast(path, [32]).scales[0].steps.value == pytest.approx(clean.value, rel=0.05)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -195,7 +195,7 @@ def test_a_real_run_forecasts_another(tmp_path, half):
         taken = train(1, parts=2, record=path) if half else train(4, parts=4, record=path)
         real = train(16, parts=16)
     found = anybatch.forecast(path, [1 if half else 4, 16])
-    own, other = (s.iterations for s in found.scales)
+    own, other = (s.steps for s in found.scales)
     assert own.low <= taken <= own.high
     assert other.value == pytest.approx(real, rel=0.2 if half else 0.12)
     assert other.low <= real <= other.high

@@ -87,7 +87,7 @@ def test_it_is_that_of_a_plain_loop(tmp_path):
     controller.detach()
     found = anybatch.forecast(tmp_path / "run.jsonl", [1, 4])
     assert found.unit == "examples"
-    assert (found.recorded, found.scales[0].iterations.value) == (1.0, 200)
+    assert (found.recorded, found.scales[0].steps.value) == (1.0, 200)
 
 
 def test_one_gradient_a_step_shows_none_and_says_so():

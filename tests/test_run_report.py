@@ -66,7 +66,7 @@ def test_forecasts_are_those_of_the_function(tmp_path):
     assert found.happened[8] == (len(runs[8, 0].steps) + len(runs[8, 1].steps)) / 2
     from_32 = next(forecasts for source, forecasts in found.forecasts if source.scale == 32)
     real = anybatch.forecast(tmp_path / "32-0.jsonl", [2, 8, 32]).scales
-    assert {s: e.value for s, e in from_32.items()} == {s.scale: s.iterations.value for s in real[:2]}
+    assert {s: e.value for s, e in from_32.items()} == {s.scale: s.steps.value for s in real[:2]}
     assert "Forecast and what happened" in report(sorted(tmp_path.glob("*.jsonl")))
 
 

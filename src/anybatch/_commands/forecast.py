@@ -99,7 +99,7 @@ def _show(found: "Forecast", console: "Console") -> None:
     columns = {
         "scale": [f"{s.scale:g}" for s in found.scales],
         "devices": [f"{s.devices}" for s in found.scales],
-        "steps": [_with_band(s.iterations) for s in found.scales],
+        "steps": [_with_band(s.steps) for s in found.scales],
         found.unit: [f"{s.examples.value:,.0f}" for s in found.scales],
         "efficiency": [f"{s.efficiency.value:.1%}" for s in found.scales],
     }

@@ -1,4 +1,4 @@
-"""How much of a model average a stretch of the clock replaces."""
+"""The weight of the newest weights in a model average after a number of base iterations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from math import ceil, cos, expm1, log, log1p, pi
 from anybatch._errors import InvalidValueError
 from anybatch._numbers import positive, real, shown
 
-# The ramp (1 + t) / (_RAMP + 1 + t) of TensorFlow's moving averages, which timm, diffusers and torch_ema have too.
+# The ramp (1 + t) / (_RAMP + 1 + t) of TensorFlow's moving averages. timm, diffusers and torch_ema use it too.
 _RAMP = 9
-# Of Simpson's rule over one step: panels to begin with, and halvings of one, so that a jump is known to 2**-32 of the
-# step. Then the error of the integral, relative, and of a logarithm near 0.
+# Simpson's rule over one step: the first number of panels, and the largest number of halvings. A jump of the decay is
+# then located to 2**-32 of the step.
 _PANELS, _DEPTH = 2, 30
-_EXACT, _ROUNDING = 1e-10, 1e-16
+_EXACT, _ROUNDING = 1e-10, 1e-16  # relative error of the integral, and the error of a logarithm near 0
 
 
 def half_life(span: float, *, base_batch: float | None = None) -> float:
-    """The decay per base iteration of an average in which weights count half as much after `span`.
+    """Return the decay per base iteration of an average whose memory halves in `span`.
 
         decay = 0.5 ** (base_batch / span)
 
     Args:
-        span: the half-life, positive: in base iterations, or in the unit of `base_batch`, if that is given.
-        base_batch: examples or tokens of one base iteration, positive; 1 if `span` counts base iterations.
+        span: The half-life, positive: in base iterations, or in the unit of `base_batch` if that is given.
+        base_batch: Examples or tokens of one base iteration, positive; 1 if `span` counts base iterations.
 
     Returns:
         The decay, in [0, 1).
 
     Raises:
-        InvalidValueError: an argument is not positive and finite, or the decay would round to 1.
+        InvalidValueError: An argument is not positive and finite, or the decay rounds to 1.
 
     Example:
         >>> anybatch.half_life(1)
@@ -45,40 +45,36 @@ def half_life(span: float, *, base_batch: float | None = None) -> float:
         known.append(number)
     decay = float(0.5 ** (known[1] / known[0]))
     if decay >= 1:
-        raise InvalidValueError(f"A half-life of {span!r} is too long: its decay rounds to 1, an average that stays.")
+        raise InvalidValueError(f"span={span!r} is too long: the decay rounds to 1. Use a shorter half-life.")
     return decay
 
 
 def factors(decay: object) -> tuple[float, ...]:
-    """One decay or several, in [0, 1) each.
-
-    Raises:
-        InvalidValueError: something else, or two that are the same.
-    """
-    given = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str | bytes) else (decay,)
-    known = [number for number in map(real, given) if number is not None and 0 <= number < 1]
-    if len(known) != len(given):
-        raise InvalidValueError(f"decay is a factor per base iteration in [0, 1), got {shown(decay)}.")
+    """Return one decay or a sequence of different ones as a tuple, each in [0, 1)."""
+    values = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str | bytes) else (decay,)
+    known = [number for number in map(real, values) if number is not None and 0 <= number < 1]
+    if len(known) != len(values):
+        raise InvalidValueError(f"decay must be a factor per base iteration in [0, 1), got {shown(decay)}.")
     if not known or len(set(known)) < len(known):
-        raise InvalidValueError(f"Several decays must be different, and at least one, got {shown(decay)}.")
+        raise InvalidValueError(f"decay must be at least one number, and all different, got {shown(decay)}.")
     return tuple(known)
 
 
 def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[float], float]:
-    """The decay that rises along a cosine, as BYOL's and DINO's teachers have it; a function of the clock.
+    """Return a decay that rises along a cosine of the clock, as in BYOL and DINO.
 
         rho(tau) = end - (end - start) * (1 + cos(pi * tau / total)) / 2
 
     Args:
-        start: the decay per base iteration at tau = 0, in (0, 1].
-        total: base iterations until `end`, positive; from there on it stays.
-        end: the decay at the end, in (0, 1]; at 1 the average stands still.
+        start: The decay per base iteration at tau = 0, in (0, 1].
+        total: Base iterations until `end`, positive. The decay is constant after that.
+        end: The decay at the end, in (0, 1]. At 1 the average no longer moves.
 
     Returns:
         The function, for `ModelEMA(model, cosine_decay(...), clock=controller.clock)`.
 
     Raises:
-        InvalidValueError: a value out of range.
+        InvalidValueError: A value is out of range.
 
     Example:
         >>> rho = anybatch.cosine_decay(0.996, total=1000)
@@ -89,12 +85,12 @@ def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[f
         Grill et al., Bootstrap Your Own Latent, NeurIPS 2020, Section 3.2.
 
     Differs from the paper in:
-        1. Its argument is the clock, base iterations, in place of steps: the same schedule at any batch size.
+        1. The argument is the clock in base iterations, not the step. The schedule is the same at any batch size.
     """
     for name, value in (("start", start), ("end", end)):
         number = positive(value)
         if number is None or number > 1:
-            raise InvalidValueError(f"{name} is a decay in (0, 1], got {shown(value)}.")
+            raise InvalidValueError(f"{name} must be a decay in (0, 1], got {shown(value)}.")
     if positive(total) is None:
         raise InvalidValueError(f"total must be positive and finite, got {shown(total)}.")
     return _Cosine(start, total, end)
@@ -102,7 +98,7 @@ def cosine_decay(start: float, *, total: float, end: float = 1.0) -> Callable[[f
 
 @dataclass(frozen=True)
 class _Cosine:
-    """The function of `cosine_decay`: an object of a class, so that it can be pickled."""
+    """The function that `cosine_decay` returns, as a class, so that it can be pickled."""
 
     start: float
     total: float
@@ -114,15 +110,12 @@ class _Cosine:
 
 
 def scheduled_weight(decay: Callable[[float], float], *, iterations: float, tau: float) -> float:
-    """The weight of the newest weights after `iterations` more base iterations from `tau` on, of a decay that changes.
+    """Return the newest weights' weight for a decay that is a function of tau.
 
-        1 - exp(integral of log(rho) from tau to tau + k)
+        1 - exp(integral of log(rho) from tau to tau + iterations)
 
-    by Simpson's rule, with each part of the stretch halved until the integral is exact to 1e-10 of itself, through
-    kinks and jumps of rho too: a step of k base iterations is k steps of one.
-
-    Raises:
-        InvalidValueError: the schedule left (0, 1].
+    Simpson's rule halves its panels until the relative error is 1e-10, also at kinks and jumps of rho. So one step of k
+    base iterations equals k steps of one.
     """
     if iterations == 0:
         return 0.0
@@ -143,39 +136,11 @@ def scheduled_weight(decay: Callable[[float], float], *, iterations: float, tau:
     return -expm1(integral)
 
 
-def stretch_weight(kept: Callable[[float, float], float], *, iterations: float, tau: float) -> float:
-    """The weight of the newest weights, by a function that gives what a stretch of the clock keeps.
-
-    Raises:
-        InvalidValueError: it left [0, 1].
-    """
-    if iterations == 0:
-        return 0.0
-    given = kept(tau, iterations)
-    share = real(given)
-    if share is None or not 0 <= share <= 1:
-        raise InvalidValueError(
-            f"A stretch keeps a share in [0, 1] of an average, got {shown(given)} for {iterations:g} base iterations "
-            f"from tau = {tau:g}."
-        )
-    return 1 - share
-
-
-def takes_stretches(decay: Callable[..., float]) -> bool:
-    """Whether a schedule is a function of tau and k, and not of tau alone, by its arguments without a default."""
-    try:
-        arguments = signature(decay).parameters.values()
-    except (TypeError, ValueError):  # a builtin without one
-        return False
-    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in positional and each.default is Parameter.empty for each in arguments) == 2
-
-
 def _log(decay: Callable[[float], float], tau: float) -> float:
-    given = decay(tau)
-    rho = real(given)
+    value = decay(tau)
+    rho = real(value)
     if rho is None or not 0 < rho <= 1:
-        raise InvalidValueError(f"A decay is in (0, 1], got {shown(given)} at tau = {tau:g}.")
+        raise InvalidValueError(f"A decay must be in (0, 1], got {shown(value)} at tau = {tau:g}.")
     return log(rho)
 
 
@@ -183,15 +148,38 @@ def _simpson(width: float, values: Sequence[float]) -> float:
     return width * (values[0] + 4 * values[1] + values[2]) / 6
 
 
+def interval_weight(kept: Callable[[float, float], float], *, iterations: float, tau: float) -> float:
+    """Return the weight of the newest weights; `kept(tau, k)` is the share that k base iterations keep."""
+    if iterations == 0:
+        return 0.0
+    value = kept(tau, iterations)
+    share = real(value)
+    if share is None or not 0 <= share <= 1:
+        raise InvalidValueError(
+            f"decay(tau, k) must return the share in [0, 1] that the average keeps, got {shown(value)} for "
+            f"k = {iterations:g} base iterations from tau = {tau:g}."
+        )
+    return 1 - share
+
+
+def takes_interval(decay: Callable[..., float]) -> bool:
+    """Return whether a schedule has two arguments without a default: tau and k, not tau alone."""
+    try:
+        arguments = signature(decay).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in positional and each.default is Parameter.empty for each in arguments) == 2
+
+
 def new_weight(decay: float, *, iterations: float, tau: float, warmup: bool) -> float:
-    """The weight of the newest weights after `iterations` more base iterations, from `tau` on.
+    """Return the newest weights' weight for a constant decay.
 
-        1 - rho**k        without a warm-up
+        1 - rho**k        without a warm-up; k = iterations.
 
-    With one, base iteration t has the decay `min(rho, (1 + t) / (10 + t))`. The product of the ramp from tau to tau + k
-    telescopes: `prod_{j=1..9} (tau + j) / (tau + k + j)`, which has a meaning for a fractional tau and k, too. The ramp
-    ends at the first whole t at which it is above rho. So one step of k base iterations is k steps of one, and any
-    other division of the same stretch, to all digits.
+    With a warm-up, base iteration t has the decay `min(rho, (1 + t) / (10 + t))`. The ramp ends at the first whole t at
+    which it exceeds rho. Its product from tau to tau + k telescopes to `prod_{j=1..9} (tau + j) / (tau + k + j)`, which
+    is defined for fractional tau and k. So every division of an interval into steps has the same result to all digits.
     """
     if decay == 0:
         return 1.0 if iterations else 0.0

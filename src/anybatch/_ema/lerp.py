@@ -1,4 +1,4 @@
-"""Moving averages towards tensors: what can be prepared is prepared once, the rest is one pass over the memory."""
+"""Moving averages of lists of tensors, in one pass over the memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,63 +7,57 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Where tensors are widened, or read for several averages, they are taken in pieces that stay in a cache between their
-# uses: 4 MB of float32 on a CPU (measured: smaller ones cost more in calls). On a GPU a piece costs a launch.
+# Tensors that are widened, or read for several averages, are processed in pieces that stay in the cache between uses.
+# 4 MB of float32 on a CPU: smaller pieces cost more in calls (measured). On a GPU each piece costs a launch.
 _PIECE_CPU = 1 << 20
 _PIECE_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Pieces that are moved together: same device, same type.
-
-    Args:
-        sources: pieces of the tensors to move towards.
-        wide: for each, the scratch in which it has its average's type; the sources themselves if they have it already.
-        averages: for each decay, the pieces of its averages.
-    """
+    """Pieces of one device and type that are updated together."""
 
     sources: list[Tensor]
-    wide: list[Tensor]
-    averages: list[list[Tensor]]
+    wide: list[Tensor]  # buffers of the averages' type; the sources themselves if they have that type
+    averages: list[list[Tensor]]  # for each decay
 
 
 class Lerp:
-    """`average <- average + weight * (source - average)` for lists of tensors, and for several averages of each source.
+    """`average <- average + weight * (source - average)` for lists of tensors, with several averages of each source.
 
     Args:
-        sources: the tensors to move towards; they are held, so that what is written to them is seen.
-        averages: for each decay, one average for each source, on its device and of its shape.
+        sources: The source tensors. They are referenced, not copied.
+        averages: For each decay, one average for each source, with its device and shape.
     """
 
     def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         pieces = [_Piece(*each) for each in zip(sources, zip(*averages, strict=True), strict=True)]
         pieces.sort(key=lambda piece: str(piece.kind))
         self._groups = [
-            self._prepared(cut) for _, alike in groupby(pieces, key=lambda p: p.kind) for cut in _cuts(list(alike))
+            self._group(cut) for _, alike in groupby(pieces, key=lambda p: p.kind) for cut in _cuts(list(alike))
         ]
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[float]) -> None:
-        """Move; `weights` has one for each decay."""
+        """Update the averages with one weight for each decay."""
         for group in self._groups:
             if group.wide is not group.sources:
                 torch._foreach_copy_(group.wide, group.sources)
             for averages, weight in zip(group.averages, weights, strict=True):
                 torch._foreach_lerp_(averages, group.wide, weight)
 
-    def _prepared(self, pieces: list["_Piece"]) -> _Group:
+    def _group(self, pieces: list["_Piece"]) -> _Group:
         sources = [piece.source for piece in pieces]
         averages = [list(each) for each in zip(*(piece.averages for piece in pieces), strict=True)]
         if not pieces[0].narrow:
             return _Group(sources, sources, averages)
-        first = pieces[0].averages[0]
-        total = sum(source.numel() for source in sources)
-        key = (first.device, first.dtype)
-        if key not in self._scratch or self._scratch[key].numel() < total:
-            self._scratch[key] = torch.empty(max(total, _piece(first.device)), dtype=first.dtype, device=first.device)
-        parts = self._scratch[key][:total].split([source.numel() for source in sources])
+        first, sizes = pieces[0].averages[0], [source.numel() for source in sources]
+        key, total = (first.device, first.dtype), sum(sizes)
+        if key not in self._buffers or self._buffers[key].numel() < total:
+            size = max(total, _piece_size(first.device))
+            self._buffers[key] = torch.empty(size, dtype=first.dtype, device=first.device)
+        parts = self._buffers[key][:total].split(sizes)
         return _Group(sources, [part.view(s.shape) for part, s in zip(parts, sources, strict=True)], averages)
 
 
@@ -81,10 +75,9 @@ class _Piece:
         return self.source.device, self.source.dtype, self.averages[0].dtype
 
     def cut(self, size: int) -> Iterator["_Piece"]:
-        """In pieces of at most `size` elements, if source and averages lie in memory alike and without gaps."""
+        """Yield pieces of at most `size` elements if source and averages have the same dense layout, else the whole."""
         source, averages = self.source.detach(), self.averages
-        alike = all(average.stride() == source.stride() for average in averages)
-        if not alike or not _dense(source):
+        if not _dense(source) or any(average.stride() != source.stride() for average in averages):
             yield _Piece(source, averages)
             return
         flat = [t.as_strided((t.numel(),), (1,)).split(size) for t in (source, *averages)]
@@ -93,29 +86,28 @@ class _Piece:
 
 
 def _cuts(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces of one kind, in groups of about a cache's size where a source is used more than once."""
+    """Yield pieces of one kind in groups of about the cache's size where a source is used more than once."""
     if not pieces[0].narrow and len(pieces[0].averages) == 1:
         yield pieces
         return
-    size = _piece(pieces[0].source.device)
+    size = _piece_size(pieces[0].source.device)
     group: list[_Piece] = []
     filled = 0
-    for piece in pieces:
-        for part in piece.cut(size):
-            if group and filled + part.source.numel() > size:
-                yield group
-                group, filled = [], 0
-            group.append(part)
-            filled += part.source.numel()
+    for part in (part for piece in pieces for part in piece.cut(size)):
+        if group and filled + part.source.numel() > size:
+            yield group
+            group, filled = [], 0
+        group.append(part)
+        filled += part.source.numel()
     yield group
 
 
-def _piece(device: torch.device) -> int:
+def _piece_size(device: torch.device) -> int:
     return _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in whatever order."""
+    """Return whether the elements fill one interval of memory, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

@@ -1,4 +1,4 @@
-"""Averages on the CPU of weights on a GPU: the weights are copied at once, the averages moved when that is over."""
+"""Averages on the CPU of weights on a GPU: asynchronous copies of the weights, then the update."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,9 @@ from anybatch._ema.lerp import Lerp
 class Offload:
     """A `Lerp` whose sources are on another device than the averages.
 
-    A call queues copies to pinned memory and returns; the averages move at the next call or `wait()`, when the copies
-    are long done. They are queued on the stream that the training runs on, so that whatever writes the weights next (an
-    optimizer, a clamp, a replayed graph) comes after them.
-
-    Args:
-        sources: the weights.
-        averages: for each decay, the averages on the CPU.
+    A call queues copies to pinned memory and returns. The averages are updated at the next call or at `wait()`, when
+    the copies have long finished. The copies are queued on the training's stream. So any later write to the weights
+    (an optimizer, a clamp, a replayed graph) comes after the copies.
     """
 
     def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
@@ -30,7 +26,7 @@ class Offload:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[float]) -> None:
-        """Begin to move the averages towards the weights as they are now."""
+        """Start an update of the averages with the current values of the sources."""
         self.wait()
         for source, staged in zip(self._sources, self._staged, strict=True):
             staged.copy_(source, non_blocking=source.is_cuda)
@@ -38,7 +34,7 @@ class Offload:
         self._weights = list(weights)
 
     def wait(self) -> None:
-        """Until the averages have moved."""
+        """Finish the pending update."""
         weights, self._weights = self._weights, None
         if weights is not None:
             for copied in self._copied:

@@ -1,4 +1,4 @@
-"""The saved state of a ModelEMA, checked before any of it is used."""
+"""The saved state of a ModelEMA and its validation."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -12,21 +12,21 @@ STATE_VERSION = 2
 
 
 def numbers(decays: Sequence[float], *, tau: float, pending: float, waiting: int) -> dict[str, Any]:
-    """All of a state but the averages; "decay" is a list if there are several."""
+    """Return the state without the averages; "decay" is a list for several decays."""
     decay = decays[0] if len(decays) == 1 else list(decays)
     return {"version": STATE_VERSION, "decay": decay, "tau": tau, "pending": pending, "waiting": waiting}
 
 
 def averages_keys(decays: Sequence[float]) -> list[str]:
-    """Under which keys the averages of each decay are saved."""
+    """Return the key of the state for the averages of each decay."""
     return ["averages" if i == 0 else f"averages_{i}" for i in range(len(decays))]
 
 
 def checked_state(state: Mapping[str, Any], *, decays: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
-    """The state in today's form, if it has averages of these decays and names; the tensors are not looked at.
+    """Return the state in the current version, with these decays and names; the tensors are not checked.
 
     Raises:
-        StateError: it is newer, of another model, of other decays, or no state of a ModelEMA.
+        StateError: The state is newer, of another model, of other decays, or not the state of a ModelEMA.
     """
     if not isinstance(state, Mapping) or not {"version", "decay", "averages"} <= set(state):
         raise StateError(
@@ -35,14 +35,16 @@ def checked_state(state: Mapping[str, Any], *, decays: Sequence[float], names: S
         )
     version = whole(state["version"])
     if version is None or version < 1:
-        raise StateError(f"The state is damaged: there is no version {shown(state['version'])}.")
+        raise StateError(f"The state is damaged: version {shown(state['version'])} does not exist.")
     if version > STATE_VERSION:
-        raise StateError(f"The state has version {version}, this anybatch reads up to {STATE_VERSION}.")
+        raise StateError(
+            f"The state has version {version}; this anybatch reads up to {STATE_VERSION}. Upgrade anybatch."
+        )
     keys = averages_keys(decays)
     for key in keys:
         found = state.get(key, {})
         if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise StateError(f"The state is damaged: {key} are tensors by their names, got {shown(type(found))}.")
+            raise StateError(f"The state is damaged: {key} must be tensors by name, got {shown(type(found))}.")
     state = dict(state) if version >= STATE_VERSION else _upgraded(state, names)
     if set(state) != {*numbers(decays, tau=0, pending=0, waiting=0), *keys}:
         raise StateError(f"Not the state of a ModelEMA with {len(decays)} decays: it has {shown(list(state))}.")
@@ -57,21 +59,24 @@ def _checked_numbers(state: Mapping[str, Any], decays: Sequence[float]) -> dict[
     saved = state["decay"] if isinstance(state["decay"], list | tuple) else [state["decay"]]
     known = [number for number in map(real, saved) if number is not None and 0 <= number < 1]
     if len(known) != len(saved):
-        raise StateError(f"The state is damaged: decay is in [0, 1), got {shown(state['decay'])}.")
+        raise StateError(f"The state is damaged: decay must be in [0, 1), got {shown(state['decay'])}.")
     if len(known) != len(decays) or (len(decays) > 1 and known != list(decays)):
-        raise StateError(f"The state has the averages of decays {shown(state['decay'])}, this object {list(decays)}.")
-    # A warm-up that is over, in a state from elsewhere, is at infinity.
+        raise StateError(
+            f"The state has averages of the decays {shown(state['decay'])}, this ModelEMA has {list(decays)}. "
+            "Load it into a ModelEMA with the same decays."
+        )
+    # tau is infinite where a warm-up in another library is over.
     tau = inf if isinstance(state["tau"], float) and state["tau"] == inf else real(state["tau"])
     pending, waiting = real(state["pending"]), whole(state["waiting"])
     for name, value in (("tau", tau), ("pending", pending), ("waiting", waiting)):
         if value is None or value < 0:
             kind = "whole number" if name == "waiting" else "number"
-            raise StateError(f"The state is damaged: {name} is a {kind}, not negative, got {shown(state[name])}.")
+            raise StateError(f"The state is damaged: {name} must be a {kind} >= 0, got {shown(state[name])}.")
     return {"tau": tau, "pending": pending, "waiting": waiting}
 
 
 def _upgraded(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Version 1 had no warm-up, whose end infinity is, and the names of a model as it was wrapped."""
+    """Upgrade version 1, which had no warm-up (tau is infinite) and the parameter names of the wrapped model."""
     averages = {clean(name): value for name, value in state["averages"].items()}
     if set(averages) != set(names) and all(name.startswith("module.") for name in averages):
         averages = {name.removeprefix("module."): value for name, value in averages.items()}

@@ -1,4 +1,4 @@
-"""One run tells all: steps, time and cost at other batch sizes, from one record."""
+"""Steps, time and cost of a run at other batch sizes, from one record."""
 
 from anybatch._forecast.forecast import Forecast, forecast
 from anybatch._forecast.steps import Estimate

@@ -1,4 +1,4 @@
-"""What a record may say and a user ask: within these ranges the work is bounded, and every number stays a number."""
+"""Ranges of the numbers in records and arguments; within them the work is bounded and every result is finite."""
 
 from collections.abc import Iterable, Mapping
 from math import isnan
@@ -12,10 +12,9 @@ from anybatch._numbers import chosen, positive, real, shown
 from anybatch._record import Columns, StepRecord
 
 _SCALE = (1e-12, 1e12)
-_CLOCK = (1e-12, 1e15)  # base iterations: a longer sum of steps is no longer exact
+_CLOCK = (1e-12, 1e15)  # base iterations; a longer sum of steps is not exact
 SECONDS = (0.0, 1e12)
-# grad^2; its square is still a float, and what float32 can hold is far below.
-_MOMENT = (-1e100, 1e100)
+_MOMENT = (-1e100, 1e100)  # grad^2, far beyond float32; its square is still a float
 
 _STEP = {
     "tau": _CLOCK,
@@ -27,15 +26,11 @@ _STEP = {
 }
 _MAY_BE_UNKNOWN = ("raw_variance", "raw_sqnorm", "seconds")
 _HEADER = {"total": _CLOCK, "ranks": (1.0, 1e9), "base_batch": (1e-12, 1e15), "noise_factor": (1e-12, 1e12)}
-_SLACK = 1e-6  # of a long sum
+_SLACK = 1e-6  # relative rounding error of a long sum
 
 
 def within(name: str, value: object, *, least: float, most: float) -> float:
-    """An argument as a float, in a range.
-
-    Raises:
-        InvalidValueError: it is no number, or outside.
-    """
+    """Return an argument as a float, or raise InvalidValueError if it is not a number in the range."""
     number = real(value)
     if number is None or not least <= number <= most:
         raise InvalidValueError(f"{name} must be between {least:g} and {most:g}, got {shown(value)}.")
@@ -43,16 +38,12 @@ def within(name: str, value: object, *, least: float, most: float) -> float:
 
 
 def scale_within(name: str, value: object) -> float:
-    """A scale whose numbers of steps and devices are still numbers."""
+    """Return a scale for which the numbers of steps and devices are finite."""
     return within(name, value, least=_SCALE[0], most=_SCALE[1])
 
 
 def of_header(config: Mapping[str, Any], name: str, *, record: str) -> float | None:
-    """A positive number of the header's configuration; `None` where it says none.
-
-    Raises:
-        InvalidValueError: it is one that no run has.
-    """
+    """Return a positive number of the header's configuration; `None` if it has none."""
     number = positive(config.get(name))
     return None if number is None else _possible(name, number, record=f"{record}, in its header")
 
@@ -62,7 +53,7 @@ Steps = Mapping[str, Tensor]  # the steps that moved the clock, as columns of fl
 
 
 def moved(columns: Columns) -> Steps | None:
-    """The steps that moved the clock; `None` where `walk` might refuse one, or finds none."""
+    """Return the steps that moved the clock; `None` if there is none or `walk` may reject one."""
     counted = columns["skipped"] == 0
     for name, (least, most) in _STEP.items():
         possible = (columns[name] >= least) & (columns[name] <= most)
@@ -77,25 +68,15 @@ def moved(columns: Columns) -> Steps | None:
     return {name: chosen(columns[name], on) for name in FIELDS} if on.any() else None
 
 
-def as_columns(steps: Iterable[StepRecord]) -> Steps:
-    """The steps that `walk` gives, as columns."""
-    found = list(steps)
-    return {name: torch.tensor([getattr(step, name) for step in found], dtype=torch.float64) for name in FIELDS}
-
-
-def walk(steps: Iterable[StepRecord], *, record: str) -> list[StepRecord]:
-    """The steps that moved the clock, each of them tested.
-
-    Args:
-        steps: of a whole run, in their order.
-        record: its name, for errors.
+def walk(steps: Iterable[object], *, record: str) -> Steps:
+    """Validate each step of a whole run, in order, and return those that moved the clock.
 
     Raises:
-        InvalidValueError: there is none, or one that no run has.
+        InvalidValueError: There is none, or a step is impossible; the message names `record`.
     """
     moved: list[StepRecord] = []
     for step in steps:
-        if step.skipped:
+        if not isinstance(step, StepRecord) or step.skipped:
             continue
         where = f"{record}, in the line of step {shown(step.step)}"
         for name in _STEP:
@@ -103,26 +84,26 @@ def walk(steps: Iterable[StepRecord], *, record: str) -> list[StepRecord]:
             if not (name in _MAY_BE_UNKNOWN and isinstance(value, float) and isnan(value)):
                 _possible(name, value, record=where)
         if step.iterations > step.tau * (1 + _SLACK):
-            raise _damaged(where, f"iterations = {step.iterations:g} is more than tau = {step.tau:g}, their sum")
+            raise _damaged(where, f"iterations = {step.iterations:g} exceeds its sum, tau = {step.tau:g}")
         if moved and step.tau < moved[-1].tau * (1 - _SLACK):
             raise _damaged(where, f"tau = {step.tau:g} is less than in the step before it, {moved[-1].tau:g}")
         if step.iterations > 0:
             moved.append(step)
     if not moved:
-        raise InvalidValueError(f"{record} holds no step, so there is nothing to forecast from.")
-    return moved
+        raise InvalidValueError(f"{record} has no step, so a forecast is not possible: record a run first.")
+    return {name: torch.tensor([getattr(step, name) for step in moved], dtype=torch.float64) for name in FIELDS}
 
 
 def _possible(name: str, value: object, *, record: str) -> float:
     least, most = (_STEP | _HEADER)[name]
     number = real(value)
     if number is None or not least <= number <= most:
-        raise _damaged(record, f"{name} = {shown(value)} is no number from {least:g} to {most:g}")
+        raise _damaged(record, f"{name} = {shown(value)} is not a number from {least:g} to {most:g}")
     return number
 
 
 def _damaged(where: str, what: str) -> InvalidValueError:
     return InvalidValueError(
-        f"{where}: {what}. Put the record back from a copy, or correct or delete this line: a forecast can do without "
-        "single steps."
+        f"{where}: {what}. Restore the record from a copy, or correct or delete this line: a forecast does not need "
+        "every step."
     )

@@ -1,4 +1,4 @@
-"""What a record's header says of the run, read with nothing taken for granted."""
+"""The settings of a run in its record's header, which may be missing or damaged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,7 @@ from anybatch._scaling import Estimator, Smoothing
 
 @dataclass(frozen=True)
 class RuleConfig:
-    """What of a rule the forecast needs.
-
-    Args:
-        adascale: whether it is AdaScale's.
-        estimator, smoothing, noise_factor: as in `AdaScale`.
-    """
+    """The settings of a rule that a forecast needs: `adascale` is whether it is AdaScale, the others are as there."""
 
     adascale: bool
     estimator: Estimator
@@ -24,9 +19,9 @@ class RuleConfig:
 
 
 def longer_momentum(config: Mapping[str, Any]) -> bool:
-    """Whether a momentum is not, or not all of the way, on the clock, so that its memory in tau grows with the scale.
+    """Return whether a momentum is not fully on the clock, so that its memory in tau grows with the scale.
 
-    What "auto" stands for is the clock for betas and for Muon, and constant or half of the way for a momentum.
+    The default "auto" is the clock for betas and for Muon; a momentum is constant or half on the clock.
     """
     decays, name = config.get("decays"), config.get("optimizer")
     if decays == "clock" or real(decays) == 1:
@@ -41,14 +36,8 @@ def longer_momentum(config: Mapping[str, Any]) -> bool:
     return any(g.get(kind) for g in groups for kind in kinds)
 
 
-def adam(config: Mapping[str, Any]) -> bool:
-    """Whether one of the run's optimizers is of the Adam family, by its class's name."""
-    name = config.get("optimizer")
-    return isinstance(name, str) and "Adam" in name
-
-
 def rule_of(config: Mapping[str, Any], *, noise_factor: float) -> RuleConfig:
-    """What the record says of the rule; AdaScale's defaults where it says nothing."""
+    """Return the rule in the header, with AdaScale's defaults for missing settings."""
     estimator, smoothing, rule = config.get("estimator"), config.get("smoothing"), config.get("rule", "AdaScale()")
     number = real(smoothing)
     theta: Smoothing = number if number is not None and 0 <= number < 1 else None

@@ -1,8 +1,8 @@
-"""A record's moments as functions of tau, whatever the scale they were measured at.
+"""A record's moments as functions of tau, for every scale.
 
-[Note: moments belong to tau] The variance and the squared mean of one base batch's gradient are a property of where
-training is, not of the batch it got there with. So the raw moments of one run, smoothed along tau, stand for those of
-every other scale.
+The variance and the squared mean of one base batch's gradient depend on the
+progress of training, and hardly on the batch size so far. So the raw moments of one run, smoothed along tau, are used
+at every other scale.
 """
 
 from bisect import bisect_left, bisect_right
@@ -16,58 +16,41 @@ from anybatch._errors import InvalidValueError
 from anybatch._forecast.bounds import Steps
 from anybatch._numbers import chosen
 
-# Shares of the run. 4 % forecasts as well as 2 % from a record at scale 8 or more, and better from one at 1 or 2, where
-# two samples a step are all there is (tried on the digits).
+# Share of the run. From a record at scale 8 or more, 4 % forecasts as well as 2 % (measured on the digits). From one at
+# 1 or 2, with only two samples a step, it forecasts better.
 _WINDOW = 0.04
-_BLOCK = 0.005  # what the bootstrap draws together: fluctuations of neighbouring steps are not independent
+_BLOCK = 0.005  # share of a bootstrap block: fluctuations of neighbouring steps are not independent
 _BINS = 2000
 _GRID = 500
-_SPANS = (
-    (1, 0.25),
-    (0, 0.5),
-)  # which quarter the last one is compared with, and how far it is, as a share of the record
-_LEAST = 4  # steps in a window, however few the record has
+# The last quarter of the record is compared with these quarters, at these distances (shares of the record).
+_SPANS = ((1, 0.25), (0, 0.5))
+_LEAST = 4  # steps in a window
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The measured steps of a run in order of tau, in bins.
+    """The measured steps of a run in bins of tau."""
 
-    Args:
-        tau: where each bin's gradients were taken, base iterations.
-        weight: base iterations that each stands for.
-        variance, sqnorm: weighted means of the raw moments, grad^2.
-        steps: how many steps are in it.
-        end: how far the run got, base iterations.
-        total: base iterations of the whole run.
-        beyond: measured steps that began beyond the total, and are not in it.
-    """
-
-    tau: list[float]
-    weight: list[float]
-    variance: list[float]
+    tau: list[float]  # mean position of the bin's gradients, base iterations
+    weight: list[float]  # base iterations
+    variance: list[float]  # weighted means of the raw moments, grad^2
     sqnorm: list[float]
     steps: list[int]
-    end: float
-    total: float
-    beyond: int
+    end: float  # last tau of the run, base iterations
+    total: float  # base iterations of the whole run
+    beyond: int  # measured steps that began beyond the total, which are left out
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Smoothed moments on an even grid from 0 to `total`, several versions of them.
+    """Several versions of the smoothed moments on an even grid from 0 to `total` base iterations."""
 
-    Args:
-        variance, sqnorm: `[versions, points]`, float64.
-        total: base iterations of the whole run.
-    """
-
-    variance: Tensor
+    variance: Tensor  # float64 [versions, points]
     sqnorm: Tensor
     total: float
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Both moments at `tau`, `[..., versions]`; linear between the points of the grid."""
+        """Interpolate both moments linearly at `tau`, `[..., versions]`."""
         x = tau * (_GRID / self.total)
         i = x.long().clamp_(0, _GRID - 1)
         share, row = x - i, torch.arange(len(self.variance))
@@ -78,20 +61,17 @@ class Curves:
 
 
 def samples(steps: Steps, *, total: float, record: str) -> Samples:
-    """The raw moments of the steps that moved the clock.
+    """Return the raw moments of the steps that moved the clock.
 
-    A step's weight is half of what the step before it and the step itself moved the clock. Its own alone would favour
-    the steps whose chance error was towards a large gain.
-
-    Raises:
-        InvalidValueError: no step shows a variance.
+    A step's weight is the mean advance of the clock in this step and the one before. Its own advance alone would give
+    more weight to steps whose random error increases the gain.
     """
     measured = steps["raw_variance"].isfinite() & steps["raw_sqnorm"].isfinite()
     if not measured.any():
         raise InvalidValueError(
-            f"{record} has no step that shows a variance, so there is nothing to forecast from. Record a run with "
-            "rule=AdaScale() and two or more gradients a step: accumulate, use several ranks, or anybatch.split(batch, "
-            "2); scale 1 in two halves is enough."
+            f"{record} has no step with a variance, so a forecast is not possible. Record a run with rule=AdaScale() "
+            "and two or more gradients a step: accumulate, use several ranks, or anybatch.split(batch, 2). Scale 1 in "
+            "two halves is enough."
         )
     tau, moved, variance, sqnorm = (
         chosen(steps[name], measured) for name in ("tau", "iterations", "raw_variance", "raw_sqnorm")
@@ -101,7 +81,7 @@ def samples(steps: Steps, *, total: float, record: str) -> Samples:
     start, weight, variance, sqnorm = (chosen(column, inside) for column in (start, weight, variance, sqnorm))
     if not len(start):
         raise InvalidValueError(
-            f"{record} shows a variance only beyond tau = {total:g}, the total that its header has: correct the header."
+            f"{record} has a variance only beyond tau = {total:g}, the total in its header: correct the header."
         )
     place = (start / total * _BINS).long()
     counts = place.bincount()
@@ -124,15 +104,15 @@ def samples(steps: Steps, *, total: float, record: str) -> Samples:
 
 
 def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
-    """The moments smoothed over a window of 4 % of the run; past the record's end its last quarter, with its trend.
+    """Smooth the moments over a window of 4 % of the run, and extrapolate the last quarter of an unfinished one.
 
     Args:
-        found: the samples.
-        trend: how much of the trend goes on past the record's end, `[versions]`: 0 holds the last values, 1 follows it;
-            a half lies between what training does under a constant and under a falling learning rate. Above 1 it gets
-            steeper, by as much again of the steeper one of the trends since the third and the second quarter: the noise
-            scale often grows faster towards the end, and one trend alone is known badly.
-        draws: factors on the samples' weights, `[versions, samples]`.
+        found: The samples.
+        trend: The share of the trend that continues after the record's end, `[versions]`; 0 keeps the last values. A
+            half is between training with a constant and with a falling learning rate. The part above 1 multiplies the
+            steeper of two trends: since the third and since the second quarter. The noise scale often grows faster
+            towards the end, and one trend alone is uncertain.
+        draws: Factors on the samples' weights, `[versions, samples]`.
     """
     weights = draws * torch.tensor(found.weight, dtype=torch.float64)
     columns = torch.tensor([[1.0] * len(found.tau), found.variance, found.sqnorm], dtype=torch.float64)
@@ -150,21 +130,21 @@ def curves(found: Samples, *, trend: Tensor, draws: Tensor) -> Curves:
         quarters = means([(0.25 * end, 0.5 * end), (0.5 * end, 0.75 * end), (0.75 * end, end)])
         last, long = (_slope(*(values[:, (first, 2)] for values in quarters), distance=d * end) for first, d in _SPANS)
         slope = trend.clamp(max=1) * last + (trend - 1).clamp(min=0) * torch.minimum(last, long)
-        # From the middle of the last quarter: the last few steps alone are mostly noise.
+        # Start at the middle of the last quarter, because the last few steps alone are mostly noise.
         beyond = torch.arange(len(points), _GRID + 1, dtype=torch.float64) * step - 0.875 * end
         late_variance, late_sqnorm = (values[:, 2:] for values in quarters)
         variance = torch.cat([variance, late_variance.expand(-1, len(beyond))], 1)
         sqnorm = torch.cat([sqnorm, late_sqnorm * torch.exp(slope[:, None] * beyond)], 1)
     if not (variance.isfinite().all() and sqnorm.isfinite().all()):
         raise InvalidValueError(
-            "The record's steps are so unlike that they have no mean: iterations or moments of some are beyond all "
-            "digits of the others'. Look for lines that are damaged, and delete them."
+            "The record's steps have no mean, because iterations or moments of some steps exceed those of others by "
+            "more than float64's precision. Delete the damaged lines."
         )
     return Curves(variance, sqnorm, found.total)
 
 
 def _inside(found: Samples, low: float, high: float) -> tuple[int, int]:
-    """The range of samples from `low` to `high`, with nearer ones around it until it holds enough steps."""
+    """Return the range of samples from `low` to `high`, extended to the nearest ones until it has enough steps."""
     i, j = bisect_left(found.tau, low), bisect_right(found.tau, high)
     steps, middle = sum(found.steps[i:j]), (low + high) / 2
     while steps < _LEAST and (i > 0 or j < len(found.tau)):
@@ -176,14 +156,14 @@ def _inside(found: Samples, low: float, high: float) -> tuple[int, int]:
 
 
 def _slope(variance: Tensor, sqnorm: Tensor, *, distance: float) -> Tensor:
-    """How fast the logarithm of `sqnorm / variance` falls; a rise is not followed, for it would grow without end."""
+    """Return the slope of log(sqnorm / variance), at most 0: a rise would grow without bound."""
     known = (torch.minimum(variance, sqnorm) > 0).all(1)
     ratio = torch.where(known[:, None], sqnorm / variance, 1.0)
     return torch.log(ratio[:, 1] / ratio[:, 0]).clamp_(max=0.0) / distance
 
 
 def resampled(found: Samples, *, versions: int, generator: torch.Generator) -> Tensor:
-    """Bootstrap factors of mean 1 on the samples' weights, one draw for each block of tau: `[versions, samples]`."""
+    """Return bootstrap factors of mean 1 on the samples' weights, equal in a block of tau: `[versions, samples]`."""
     blocks = torch.tensor([int(tau / (_BLOCK * found.total)) for tau in found.tau])
     drawn = torch.empty(versions, int(blocks[-1]) + 1, dtype=torch.float64).exponential_(generator=generator)
     return drawn[:, blocks]

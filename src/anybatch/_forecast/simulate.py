@@ -1,4 +1,4 @@
-"""The rule's own estimator, run over curves of the moments: how many steps a whole run takes at a scale."""
+"""Simulation of a whole run: the rule's estimator along curves of the moments."""
 
 from collections.abc import Sequence
 
@@ -9,26 +9,26 @@ from anybatch._forecast.config import RuleConfig
 from anybatch._forecast.curve import Curves
 from anybatch._scaling import EPSILON, thetas
 
-_STRIDE = 1000  # steps of a run of more than this are put together
-_FIRST = 4  # the first ones never
-# While the averages fill, steps are taken one by one: from scale 1 on that is at most 1000 of them by the paper's.
-# Below, where it is 1000 / S, and for a longer memory of one's own, a twentieth of those taken so far is put together,
-# which moves a plain mean little (the steps at scale 0.05 by 4e-4): a few hundred looks whatever the scale.
+_STRIDE = 1000  # a longer run is simulated in about this many updates, of several steps each
+_FIRST = 4  # single steps at the start
+# Single steps while the averages fill, which the paper's smoothing does in 1000 steps, and in 1000 / S below scale 1.
+# After that many (20 below scale 1), an update has a twentieth of the steps so far. This changes a plain mean little
+# (the number of steps at scale 0.05 by 4e-4) and limits the updates to a few hundred.
 _SINGLE = 1000
 _FILLING = 20
 
 
 def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_clock: bool) -> Tensor:
-    """Optimizer steps from tau = 0 to the total at each of `scales`, the last one in part: `[scales, versions]`.
+    """Return the optimizer steps from tau = 0 to the total, with a fractional last step: `[scales, versions]`.
 
-    These are `_scaling.Averages`, for many scales and curves at once, so that the memory of the averages and the
-    clock's being held for a whole step are in the forecast. Where a run is long, several steps are taken with one gain.
+    This is `_scaling.Averages` for many scales and curves at once. So the forecast includes the memory of the averages
+    and the clock's constant value within a step. In a long run several steps have one gain.
 
     Args:
-        moments: the curves.
-        scales: each S, positive.
-        rule: whose estimator and smoothing are taken.
-        on_clock: whether the run was given a total, so that the averages' horizon is on the clock.
+        moments: The curves.
+        scales: Each S, positive.
+        rule: Its estimator and smoothing are used.
+        on_clock: Whether the run had a total, so that the averages' horizon is on the clock.
     """
     total, shape = moments.total, (len(scales), len(moments.variance))
     by_clock = on_clock and rule.smoothing is None
@@ -36,7 +36,7 @@ def simulate(moments: Curves, scales: Sequence[float], *, rule: RuleConfig, on_c
     columns = (*zip(*kept, strict=True), scales)
     of_step, of_iteration, scale = (torch.tensor(c, dtype=torch.float64)[:, None] for c in columns)
     variance, sqnorm, weight, tau, steps = torch.zeros(5, *shape, dtype=torch.float64).unbind()
-    together = moved = torch.ones(shape, dtype=torch.float64)  # steps and base iterations since the last look
+    together = moved = torch.ones(shape, dtype=torch.float64)  # steps and base iterations of the last update
     found = torch.full(shape, torch.nan, dtype=torch.float64)
     single = torch.where(scale < 1, _FILLING, _SINGLE)
     samples, share = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Optimizer steps by scale, each with its band, and the scale at which more devices stop paying."""
+"""Optimizer steps by scale with their bands, and the critical scale."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from anybatch._forecast.simulate import simulate
 from anybatch._forecast.time import StepTime
 
 _DRAWS = 40
-_LEVEL = 0.05  # each side of the record's own noise
-# Of the logarithm of the steps taken over those forecast, for one and each doubling to a larger scale: exceeded in 5 %
-# of the cases each, over 18 tasks of one weight (benchmarks/forecast_band.py, docs/forecast.md).
+# Share of the bootstrap outside of the band, on each side.
+_LEVEL = 0.05
+# Bounds of log(actual steps / forecast steps) per (1 + doublings to a larger scale). Each is exceeded in 5 % of the
+# cases over 18 tasks of equal weight (benchmarks/forecast_band.py, docs/forecast.md).
 DOWN, UP = 0.034, 0.141
-_TREND = 2.0  # of an unfinished run's trend, what half of the draws follow; the others follow none
-_DOUBLINGS = 20  # how far the critical scale is looked for
+_TREND = 2.0  # half of the draws follow this multiple of an unfinished run's trend, the others none
+_DOUBLINGS = 20  # range of the search for the critical scale
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A forecast number and its band.
+    """A forecast and its band.
 
     Args:
-        value: the forecast; nan where it is not known.
-        low, high: the band.
+        value: The forecast; nan if it is unknown.
+        low, high: The band.
     """
 
     value: float
@@ -36,12 +37,12 @@ class Estimate:
     high: float
 
     def times(self, factor: float) -> "Estimate":
-        """The same, `factor` times as large."""
+        """Return the estimate and its band, multiplied by `factor`."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 class StepForecast:
-    """Steps by scale, from the curves of the record and of its bootstrap; version 0 is the forecast itself."""
+    """Steps by scale, from the curves of the record (version 0) and of its bootstrap."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class StepForecast:
         doublings = (time.per_device * 2**k for k in range(_DOUBLINGS))
         self._lattice = [s for s in doublings if s <= 4 * found.total] or [time.per_device]
         generator = torch.Generator().manual_seed(0)
-        trend = _TREND * torch.rand(_DRAWS, generator=generator, dtype=torch.float64).round()  # each end or none
+        trend = _TREND * torch.rand(_DRAWS, generator=generator, dtype=torch.float64).round()
         draws = resampled(found, versions=_DRAWS, generator=generator)
         versions = curves(
             found, trend=torch.cat([torch.full_like(trend[:1], 0.5), trend]), draws=pad(draws, (0, 0, 1, 0), value=1.0)
@@ -67,12 +68,12 @@ class StepForecast:
         self._simulated = dict(zip([*self._scales, *self._lattice], simulated, strict=True))
 
     def table(self) -> dict[float, Estimate]:
-        """Steps at each of the scales, with the band."""
+        """Return the steps at each scale, with the band."""
         columns = self._steps(self._scales)
         return {scale: self._estimate(scale, columns[scale].tolist()) for scale in self._scales}
 
     def critical(self) -> Estimate:
-        """Where wall time times device time is smallest, over doublings of the devices."""
+        """Return the scale of the smallest product of wall time and device time, over doublings of the devices."""
         columns = self._steps(self._lattice)
         middle, *ends = [self._critical(columns, which) for which in range(3)]
         value = middle[0]
@@ -80,7 +81,7 @@ class StepForecast:
         return Estimate(value, min(value, *(low for low, _ in bands)), max(value, *(high for _, high in bands)))
 
     def _critical(self, columns: dict[float, Tensor], which: int) -> list[float]:
-        """That scale for each version of the curves, with one of the three times of `StepTime.step`."""
+        """Return the critical scale of each version, with one of the three times of `StepTime.step`."""
         time, products = self._time, []
         for scale in self._lattice:
             step = time.step(scale)[which] if isfinite(time.per_base) else 1.0
@@ -88,7 +89,7 @@ class StepForecast:
         return [self._lattice[0] * 2 ** _lowest(column) for column in torch.stack(products, 1).tolist()]
 
     def _steps(self, scales: Sequence[float]) -> dict[float, Tensor]:
-        """A larger batch never takes more steps nor fewer examples: chance in the curves is not let to say so."""
+        """Clamp the steps, so that a larger batch never takes more steps or fewer examples."""
         columns = {1.0: torch.full_like(next(iter(self._simulated.values())), self._total)}
         for side in (sorted(s for s in scales if s > 1), sorted((s for s in scales if s < 1), reverse=True)):
             near = 1.0
@@ -99,12 +100,12 @@ class StepForecast:
         return columns
 
     def _estimate(self, scale: float, column: Sequence[float]) -> Estimate:
-        """The wider of the draws' band and of what was measured on other tasks, kept within the laws."""
+        """Return the wider of the bootstrap's band and the errors on other tasks, within the possible steps."""
         value, (low, high) = column[0], _quantiles(column[1:])
         least, most = sorted((self._total / scale, self._total))
         doublings = log2(scale / self._recorded)
-        # From a large scale to a small one the same errors go the other way. Cases were measured from one doubling on,
-        # 1 + d times as wide as their numbers; below that the band narrows evenly to the record's own scale.
+        # To a smaller scale the errors have the other sign. They were measured from one doubling on, where the reach is
+        # 1 + d. Below one doubling the band narrows linearly to the record's own scale.
         down, up = (DOWN, UP) if doublings > 0 else (UP, DOWN)
         reach = min(1 + abs(doublings), 2 * abs(doublings))
         low, high = min(low, value * exp(-down * reach)), max(high, value * exp(up * reach))
@@ -112,7 +113,7 @@ class StepForecast:
 
 
 def _lowest(values: Sequence[float]) -> float:
-    """Where a sequence is lowest, between its points by a parabola through three."""
+    """Return the position of the minimum, interpolated by a parabola through three points."""
     i = min(range(len(values)), key=values.__getitem__)
     if i in (0, len(values) - 1):
         return float(i)

@@ -1,4 +1,4 @@
-"""How long a step takes: a record's seconds, and what more devices make of them."""
+"""The time of a step: a record's seconds, scaled to other numbers of devices."""
 
 from dataclasses import dataclass
 from math import ceil, isclose, nan, sqrt
@@ -9,39 +9,32 @@ import torch
 from anybatch._forecast.bounds import Steps
 from anybatch._numbers import median
 
-_ENOUGH = 8  # steps of one kind, for a median
+_ENOUGH = 8  # steps of one size, for a median
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """The throughput model: the devices grow with the batch, and each goes on doing its share.
+    """The throughput model: the number of devices grows with the batch, at a constant share per device.
 
         devices = ceil(S / per_device)      step = per_base * S / devices + fixed + (sync if devices > 1)
 
-    Gradient and synchronisation are added; where they overlap, this is an upper bound (Pollux' exponent 1).
-    Steps of one size do not show what part of their time grows with it. So for another size the gradient takes from
-    the same time to a time in proportion.
-
-    Args:
-        per_device: base batches that one device takes in a step.
-        per_base: seconds for the gradient of one base batch on one device; nan where not known.
-        fixed: seconds a step that do not depend on the batch.
-        sync: seconds of synchronisation a step, with more than one device.
-        measured: base batches of a device in the steps that were timed, if all had one size; `None` for several sizes.
+    The sum of gradient and synchronisation is an upper bound if they overlap (Pollux' exponent 1). Steps of one size do
+    not show which part of their time grows with the size. So for another size the gradient's time is a range: from the
+    same time to a time in proportion.
     """
 
-    per_device: float
-    per_base: float
-    fixed: float
-    sync: float
-    measured: float | None
+    per_device: float  # base batches
+    per_base: float  # seconds for the gradient of one base batch on one device; nan if unknown
+    fixed: float  # seconds a step that do not depend on the batch
+    sync: float  # seconds a step, with more than one device
+    measured: float | None  # base batches per device in the timed steps; None for several sizes
 
     def devices(self, scale: float) -> int:
-        """How many devices a step at `scale` takes."""
+        """Return the number of devices of a step at `scale`."""
         return max(1, ceil(scale / self.per_device - 1e-9))
 
     def step(self, scale: float) -> tuple[float, float, float]:
-        """Seconds of one step at `scale`: the middle of a range by ratios, its low end and its high one."""
+        """Return the seconds of one step at `scale`: the geometric mean of a range, its low and its high end."""
         devices = self.devices(scale)
         rest = self.fixed + (self.sync if devices > 1 else 0.0)
         size = scale / devices
@@ -58,10 +51,9 @@ def step_time(
     seconds_per_step: float | None,
     sync_seconds: float,
 ) -> StepTime:
-    """The model, from what was given, and else from the record.
+    """Return the model, from the arguments or else from the record.
 
-    Where a run's steps had several sizes, a line through the medians of their seconds parts what grows with the batch
-    from what does not.
+    For steps of several sizes, a line through the medians of their seconds separates the constant part.
     """
     shares, seconds = steps["scale"] / ranks, steps["seconds"]
     share = median(shares) if per_device is None else per_device

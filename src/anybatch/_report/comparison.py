@@ -55,7 +55,7 @@ def _comparison(runs: Sequence[Summary]) -> Comparison | None:
     forecasts, notes = [], []
     for run in sources:
         try:
-            steps = {s.scale: s.iterations for s in anybatch.forecast(run.path, scales).scales}
+            steps = {s.scale: s.steps for s in anybatch.forecast(run.path, scales).scales}
         except anybatch.AnybatchError as error:
             notes.append(f"No forecast from {run.name}: {error}")
             continue

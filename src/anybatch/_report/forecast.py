@@ -29,7 +29,7 @@ def plot(found: Forecast, path: str | Path, *, real: Mapping[float, float] | Non
 
 def _steps(axes: "Axes", found: Forecast, real: Mapping[float, float]) -> None:
     scales = [s.scale for s in found.scales]
-    steps = [s.iterations for s in found.scales]
+    steps = [s.steps for s in found.scales]
     axes.fill_between(scales, [n.low for n in steps], [n.high for n in steps], color=_BLUE, alpha=0.18, lw=0)
     axes.plot(scales, [n.value for n in steps], color=_BLUE, lw=2, marker="o", ms=3.5, label="forecast, with its band")
     axes.plot(scales, [found.total / s for s in scales], color=SOFT, lw=1.2, ls="--", label="if doubling were free")
@@ -85,7 +85,7 @@ def _tradeoff(axes: "Axes", found: Forecast) -> None:
         y = [s.cost if priced else s.device_hours for s in found.scales]
         axes.set(xlabel=f"wall time of a run ({name})", ylabel="cost of a run" if priced else "device hours of a run")
     else:
-        x, y = [s.iterations for s in found.scales], [s.examples for s in found.scales]
+        x, y = [s.steps for s in found.scales], [s.examples for s in found.scales]
         axes.set(xlabel="optimizer steps of a run", ylabel=f"{found.unit} of a run")
     for a, b in zip(x, y, strict=True):
         axes.plot([a.low, a.high], [b.low, b.high], color=_BLUE, alpha=0.25, lw=6, solid_capstyle="round")
