@@ -281,7 +281,7 @@ def test_a_size_that_cannot_be_told_is_an_error(sizes):
     model, _, _ = build(base_batch=4, micro_batch="auto")
     outs = [model(torch.ones(size, 6, dtype=torch.float64)).mean() for size in sizes]
     loss = sum(outs) if outs else sum(p.square().sum() for p in model.parameters())
-    with pytest.raises(anybatch.UsageError, match="cannot tell the size"):
+    with pytest.raises(anybatch.UsageError, match="the size is unknown"):
         loss.backward()
 
 
@@ -385,7 +385,7 @@ def test_a_gradient_that_is_no_mean_is_an_error():
     x, y = oracle.micro_batch(0, 0)
     for _ in range(3):
         (oracle.loss_fn(model(x), y) / 3).backward()
-    with pytest.raises(anybatch.UsageError, match="which no mean is"):
+    with pytest.raises(anybatch.UsageError, match=r"\.grad is not their mean"):
         optimizer.step()
 
 

@@ -14,15 +14,7 @@ from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._numbers import shown
 from anybatch._record import Destination, destinations
-from anybatch._scaling import (
-    AdaScale,
-    BatchSize,
-    Clock,
-    Rule,
-    bare_optimizer,
-    check_positive,
-    refuse_deepspeed,
-)
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
 
 
 def attach(

@@ -172,11 +172,7 @@ class Controller(Joinable):
             entry = second_moment_of(self._optimizers[0], families[0])
             probes.append(
                 AdamNorms(
-                    self._optimizers[0],
-                    entry=entry,
-                    steps=lambda: run.steps,
-                    rows=engine.rows,
-                    shards=engine.shards,
+                    self._optimizers[0], entry=entry, steps=lambda: run.steps, rows=engine.rows, shards=engine.shards
                 )
             )
         if per_layer is not None:

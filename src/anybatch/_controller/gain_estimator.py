@@ -10,18 +10,7 @@ from torch import Tensor
 
 from anybatch._errors import AnybatchWarning, InvalidValueError
 from anybatch._gradients import PAIR, AdamNorms, EuclideanNorms, LayerNorms, Norms, ReducedWindow
-from anybatch._scaling import (
-    AdaScale,
-    Averages,
-    BatchSize,
-    Clock,
-    Moments,
-    Rule,
-    Scaling,
-    careful,
-    horizon_of,
-    moments,
-)
+from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, horizon_of, moments
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)

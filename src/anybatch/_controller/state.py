@@ -1,4 +1,4 @@
-"""The controller's saved state: a flat dictionary of numbers, checked name by name before any of it is used."""
+"""The controller's saved state: a flat dictionary of numbers, all checked before any is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,19 @@ from anybatch._errors import StateError
 from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
-STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: how many backwards the last window had, and the samples' age
+STATE_VERSION = 3  # 2: the averages in Adam's metric; 3: the number of backwards of the last window, the samples' age
 _NEW_IN_2 = {f"metric_{name}": float(value) for name, value in vars(Averages()).items()}
 _NEW_IN_3 = {"backwards": 0.0, "age": 1.0, "metric_age": 1.0}
 _NEW: dict[float, dict[str, float]] = {1: {**_NEW_IN_2, **_NEW_IN_3}, 2: _NEW_IN_3}
 
-# The least and the most that a number may be; of those without a line any finite one may come up.
+# The least and the largest value of a number; any other number may have any finite value.
 _COUNTS = ("steps", "skipped", "samples", "metric_samples", "parameters", "version", "backwards", "age", "metric_age")
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*_COUNTS, "base_batch", "tau", "iterations", "metric_iterations"), (0, MOST)),
-    **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
+    **dict.fromkeys(("weight", "metric_weight"), (0, 1 + 1e-9)),  # the rounding of a long sum
     "schedule_offset": (-1, MOST),  # torch's schedulers are at -1 before their first step
 }
-_LARGEST = 1e100  # an averaged moment: far beyond what a gradient in float32 comes to, and its square is a float
+_LARGEST = 1e100  # of an averaged moment: far above any of float32 gradients, and its square is a float
 _WHOLE = (*_COUNTS, "schedule_offset")
 
 
@@ -27,10 +27,10 @@ def checked_numbers(state: object, *, whose: str) -> dict[str, float]:
     """The numbers of a flat state by their names.
 
     Raises:
-        StateError: it is no mapping of names to finite numbers.
+        StateError: it is not a mapping of names to finite numbers.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"Not the state of {whose}: pass what its state_dict() gave, got {shown(state)}.")
+        raise StateError(f"Not the state of {whose}: pass the result of its state_dict(), got {shown(state)}.")
     values = {}
     for name, value in state.items():
         number = real(value)
@@ -41,11 +41,10 @@ def checked_numbers(state: object, *, whose: str) -> dict[str, float]:
 
 
 def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of `state`, if it can go on where `mine` is.
+    """The numbers of `state`, if a run with the state `mine` can continue from it.
 
     Raises:
-        StateError: it has other names or a newer version, holds a number that no run comes to, or is of another model
-            or base batch.
+        StateError: it has other names, a newer version, an impossible number, or another model or base batch.
     """
     values = checked_numbers(state, whose="a controller")
     if values.get("version", 0) > STATE_VERSION:
@@ -62,7 +61,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
             kind = "a whole number" if name in _WHOLE else "a number"
             raise StateError(
                 f"The state is damaged: {name} is {kind} from {least:g} to {most:.16g}, got {values[name]!r}. Load the "
-                "state as state_dict() gave it."
+                "unchanged result of state_dict()."
             )
     if values["version"] != STATE_VERSION:
         raise StateError(f"The state is damaged: there is no version {values['version']:g}.")
@@ -70,9 +69,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         names = [prefix + name for name in ("variance", "sqnorm", "weight", "samples")]
         variance, sqnorm, weight, samples = (values[name] for name in names)
         if (samples > 0) != (weight > 0) or max(abs(variance), abs(sqnorm)) > _LARGEST * weight:
-            raise StateError(
-                f"The state is damaged: { ({name: values[name] for name in names}) } contradict each other."
-            )
+            raise StateError(f"The state is damaged: { ({n: values[n] for n in names}) } contradict each other.")
     if values["parameters"] != mine["parameters"]:
         raise StateError(
             f"The state is of a model with {values['parameters']:.0f} parameters in its optimizers, this one has "
@@ -81,6 +78,6 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
     if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:
         raise StateError(
             f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
-            f"{mine['base_batch']:g}: the hyperparameters are tuned for one base batch, keep it."
+            f"{mine['base_batch']:g}: pass attach the base_batch of the state, for which the hyperparameters were tuned."
         )
     return values
