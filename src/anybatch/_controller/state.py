@@ -78,6 +78,6 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
     if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:
         raise StateError(
             f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
-            f"{mine['base_batch']:g}: pass attach the base_batch of the state, for which the hyperparameters were tuned."
+            f"{mine['base_batch']:g}: pass attach the base_batch that the hyperparameters were tuned for."
         )
     return values

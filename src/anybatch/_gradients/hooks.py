@@ -1,7 +1,7 @@
 """GradientHooks: the norms of the gradients of every backward.
 
 [Note: where norms are taken] A hook on each parameter gets every micro-batch's gradient before it is added to `.grad`.
-This holds on one device, under DDP (before its reduction) and under `no_sync`. The squared norm of their mean is taken from
+This holds on one device, under DDP (before its reduction) and under `no_sync`. The norm of their mean is taken from
 `.grad` in a callback at the end of the autograd engine's run. DDP has then averaged and written back, and the user has
 not yet unscaled or clipped. So both norms are of the same gradients in the same units, and the user's communication
 hook is unchanged. `window_norms` takes them.
