@@ -156,7 +156,9 @@ class BatchController(Accumulation):
         if measurement is None:
             raise UsageError("The rule of this controller measures no noise: pass attach rule=anybatch.AdaScale().")
         if bounds[0] == controller.ranks == 1 and not measurement.consecutive:
-            raise InvalidValueError("One gradient a step shows no noise: on one rank the lower bound is at least 2.")
+            raise InvalidValueError(
+                "One gradient a step shows no noise: on one rank the lower bound must be at least 2."
+            )
         self._efficiency = target
         self._start()
 
@@ -181,7 +183,7 @@ class Seesaw(Accumulation):
 
     Args:
         controller: One with a scheduler, and a scale that is counted.
-        bounds: The least and the largest number of backwards of a step on each rank. The least is the batch at the peak.
+        bounds: The least and the largest number of backwards of a step on each rank, the least at the peak.
 
     Raises:
         InvalidValueError: bounds out of range.

@@ -147,7 +147,7 @@ class GainEstimator:
             (raw,) = self._moments(seen.norms[EuclideanNorms.name], seen, sample=sample, batch=scale)
             return raw
         if PAIR in seen.norms:
-            # The difference of samples of two sizes has the variance of two of their harmonic mean.
+            # Two samples of different sizes show the variance of two of their harmonic mean size.
             harmonic = 2 * sample / (1 + seen.pair_inverse_size * seen.shares.count / seen.shares.inverse)
             norms = seen.norms[PAIR]
             mean = nan if norms.mean is None else float(norms.mean)
