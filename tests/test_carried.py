@@ -161,9 +161,7 @@ def loaded(*, total=oracle.TOTAL, base_batch=4, saved_total=oracle.TOTAL, steps=
 
 
 def test_of_a_finished_run_it_says_so():
-    with pytest.warns(
-        anybatch.AnybatchWarning, match=r"of a run of 4 base iterations, at tau = \d"
-    ) as seen:
+    with pytest.warns(anybatch.AnybatchWarning, match=r"of a run of 4 base iterations, at tau = \d") as seen:
         *_, controller = loaded(total=4, saved_total=4)
     assert "remove what begins with 'anybatch_run_'" in str(seen[0].message)
     assert controller.done

@@ -226,7 +226,7 @@ def test_a_step_after_the_end_is_said_once():
 @pytest.mark.parametrize(("given", "size"), [(16, 128), (128, 16)])
 def test_a_size_that_the_forwards_do_not_have_is_said_once(given, size):
     model, optimizer, _ = build(base_batch=16, micro_batch=given, rule=anybatch.Linear())
-    with pytest.warns(anybatch.AnybatchWarning, match=f"micro_batch={given}, but each forward .* give {size}"):
+    with pytest.warns(anybatch.AnybatchWarning, match=f"micro_batch={given}, but each forward .* pass {size}"):
         step(model, optimizer, size=size)
     step(model, optimizer, size=size)
 

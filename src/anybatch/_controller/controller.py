@@ -449,7 +449,7 @@ class Controller(Joinable):
         return nullcontext() if self._gradients is None else self._gradients.together()
 
     def observe(self, gradients: Sequence[Tensor]) -> None:
-        """Use a step's micro-batch gradients computed elsewhere, for example with `torch.func.vmap`, instead of backwards.
+        """Use micro-batch gradients computed elsewhere, for example with `torch.func.vmap`, instead of backwards.
 
         `.grad` of each parameter becomes the mean over the n micro-batches.
 

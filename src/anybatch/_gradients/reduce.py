@@ -154,7 +154,7 @@ def join_reduction(sizes: Mapping[str, int], ranks: Ranks) -> None:
 def _parts(window: Window, checksum: int) -> dict[str, Tensor]:
     """This rank's part of the all-reduce."""
     (_, *sums), backwards = astuple(window.shares), window.backwards
-    counts = Counts(backwards, backwards**2, *sums, checksum, checksum**2)
+    counts = Counts._make((backwards, backwards**2, *sums, checksum, checksum**2))
     parts = {"counts": torch.tensor(counts, dtype=torch.float64), "gradient_squared": torch.zeros(1).double()}
     for name, size in window.sizes.items():
         norms = window.norms.get(name)
