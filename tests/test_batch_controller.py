@@ -101,7 +101,7 @@ def test_bounds_hold_and_are_checked():
     for bounds in [(0, 4), (4, 2), (2, 2.5), (True, 4), 8, (2,), (1, 2, 3)]:
         with pytest.raises(anybatch.InvalidValueError, match="bounds"):
             anybatch.BatchController(controller, bounds=bounds)
-    with pytest.raises(anybatch.InvalidValueError, match="one rank the least"):
+    with pytest.raises(anybatch.InvalidValueError, match="one rank the lower bound"):
         anybatch.BatchController(controller, bounds=(1, 4))
     with pytest.raises(anybatch.InvalidValueError, match="efficiency"):
         anybatch.BatchController(controller, efficiency=1.0, bounds=(2, 4))

@@ -161,9 +161,7 @@ def loaded(*, total=oracle.TOTAL, base_batch=4, saved_total=oracle.TOTAL, steps=
 
 
 def test_of_a_finished_run_it_says_so():
-    with pytest.warns(
-        anybatch.AnybatchWarning, match=r"of a run of 4 base iterations, and has come to tau = \d"
-    ) as seen:
+    with pytest.warns(anybatch.AnybatchWarning, match=r"of a run of 4 base iterations, at tau = \d") as seen:
         *_, controller = loaded(total=4, saved_total=4)
     assert "remove what begins with 'anybatch_run_'" in str(seen[0].message)
     assert controller.done
@@ -171,7 +169,7 @@ def test_of_a_finished_run_it_says_so():
 
 @pytest.mark.parametrize(("saved", "whose"), [(100, "a run of 100 base iterations"), (None, "a run without a total")])
 def test_of_a_run_of_another_length_it_says_so_and_goes_on(saved, whose):
-    with pytest.warns(anybatch.AnybatchWarning, match=f"{whose}, and has come .*: this run, of 200, goes on there"):
+    with pytest.warns(anybatch.AnybatchWarning, match=f"{whose}, at tau .*: this run, of 200, continues there"):
         *_, controller = loaded(saved_total=saved)
     assert controller.steps == 3
 
@@ -187,7 +185,7 @@ def test_what_is_removed_begins_anew():
 
 def test_of_another_base_batch_it_is_an_error():
     with pytest.raises(
-        anybatch.StateError, match=r"base_batch=4.*came with the optimizer's state.*begins with 'anybatch_run_'"
+        anybatch.StateError, match=r"base_batch=4.*was in the optimizer's state.*begins with 'anybatch_run_'"
     ):
         loaded(base_batch=8)
 

@@ -601,7 +601,7 @@ def test_after_a_shrink_to_one_gradient_the_known_moments_serve():
     model, optimizer, controller = attached(scale=8)
     step(model, optimizer, n=4)
     expected = anybatch.gain(controller.variance, controller.sqnorm, 8) ** 0.5  # of one sample
-    with pytest.warns(anybatch.AnybatchWarning, match="last one known"):
+    with pytest.warns(anybatch.AnybatchWarning, match="last known one"):
         step(model, optimizer, n=1)
     assert controller.gain == pytest.approx(expected)
 

@@ -85,7 +85,7 @@ def test_steps_that_do_not_count_are_warned_of_and_then_end_the_run(factor):
         restore()
         bad()
     restore()
-    with pytest.raises(anybatch.DivergedError, match=r"100 steps in a row .* tau|clock stands"):
+    with pytest.raises(anybatch.DivergedError, match=r"100 steps in a row .* tau|clock stays"):
         bad()
     restore()
     assert (controller.steps, controller.skipped) == (1, 100)
@@ -226,7 +226,7 @@ def test_a_step_after_the_end_is_said_once():
 @pytest.mark.parametrize(("given", "size"), [(16, 128), (128, 16)])
 def test_a_size_that_the_forwards_do_not_have_is_said_once(given, size):
     model, optimizer, _ = build(base_batch=16, micro_batch=given, rule=anybatch.Linear())
-    with pytest.warns(anybatch.AnybatchWarning, match=f"micro_batch={given}, but each forward .* give {size}"):
+    with pytest.warns(anybatch.AnybatchWarning, match=f"micro_batch={given}, but each forward .* pass {size}"):
         step(model, optimizer, size=size)
     step(model, optimizer, size=size)
 
@@ -281,7 +281,7 @@ def test_a_size_that_cannot_be_told_is_an_error(sizes):
     model, _, _ = build(base_batch=4, micro_batch="auto")
     outs = [model(torch.ones(size, 6, dtype=torch.float64)).mean() for size in sizes]
     loss = sum(outs) if outs else sum(p.square().sum() for p in model.parameters())
-    with pytest.raises(anybatch.UsageError, match="cannot tell the size"):
+    with pytest.raises(anybatch.UsageError, match="the size is unknown"):
         loss.backward()
 
 
@@ -385,7 +385,7 @@ def test_a_gradient_that_is_no_mean_is_an_error():
     x, y = oracle.micro_batch(0, 0)
     for _ in range(3):
         (oracle.loss_fn(model(x), y) / 3).backward()
-    with pytest.raises(anybatch.UsageError, match="which no mean is"):
+    with pytest.raises(anybatch.UsageError, match=r"\.grad is not their mean"):
         optimizer.step()
 
 

@@ -245,7 +245,7 @@ def test_a_run_that_is_over_stays_as_it_is_when_resumed(made, tmp_path):
     trainer.train()
     weights = [p.detach().clone() for p in trainer.model.parameters()]
     again, adapter = made()
-    with pytest.warns(anybatch.AnybatchWarning, match="is over there"):
+    with pytest.warns(anybatch.AnybatchWarning, match="is done there"):
         again.train(resume_from_checkpoint=True)
     assert adapter.controller.tau == first.controller.tau
     assert adapter.controller.steps == first.controller.steps == again.state.global_step

@@ -1,12 +1,7 @@
-"""The order of one step: what was seen is judged, the step is scaled, the clock moves."""
+"""The controller: it measures the gain of a step, scales the step and advances the clock."""
 
 from anybatch._controller.accumulation import BatchController, Seesaw
 from anybatch._controller.attach import attach
 from anybatch._controller.controller import Controller
 
-__all__ = [
-    "BatchController",
-    "Controller",
-    "Seesaw",
-    "attach",
-]
+__all__ = ["BatchController", "Controller", "Seesaw", "attach"]

@@ -1,7 +1,7 @@
-"""Who chooses the accumulation while training: by the statistical efficiency, or by the schedule (Seesaw).
+"""A choice of the accumulation while training: by the statistical efficiency, or by the schedule (Seesaw).
 
-Both only say a number of backwards for the next step; the controller counts what really happens, so tau goes on without
-a jump wherever the number changes.
+Both only return the number of backwards for the next step. The controller counts the backwards that happen, so tau has
+no jump where the number changes.
 """
 
 from abc import ABC, abstractmethod
@@ -15,25 +15,25 @@ from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._numbers import MOST, positive, shown
 from anybatch._scaling import Moments
 
-# Share of the run, in tau, over which the noise is averaged for this, and in which the batch at most doubles. The
-# controller's own averages are too short for it: one low estimate of sqnorm would send the batch to its bound.
+# Share of the run, in tau, over which this averages the noise, and in which the batch at most doubles. The controller's
+# own averages are too short: one low estimate of sqnorm would move the batch to its bound.
 _HORIZON = 0.05
-_WITHOUT_TOTAL = 1000.0  # base iterations: 1000 / S steps are the memory of the paper's averages
+_WITHOUT_TOTAL = 1000.0  # base iterations: the memory of the paper's averages is 1000 / S steps
 
 
 class Accumulation(ABC):
-    """What the two ways share: bounds, the number in force, state."""
+    """The bounds, the present number and the state of both ways."""
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
         if not isinstance(controller, Controller):
-            raise InvalidValueError(f"controller is what anybatch.attach returned, got {shown(controller)}.")
+            raise InvalidValueError(f"controller must be the result of anybatch.attach, got {shown(controller)}.")
         pair = bounds if isinstance(bounds, tuple | list) and len(bounds) == 2 else (0, 0)
         if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or not 1 <= pair[0] <= pair[1] <= MOST:
-            raise InvalidValueError(f"bounds are two whole numbers, 1 <= least <= most, got {shown(bounds)}.")
+            raise InvalidValueError(f"bounds must be two whole numbers, 1 <= least <= most, got {shown(bounds)}.")
         if not controller._settings.batch.counts:
             raise UsageError(
-                "The scale of this controller is a fixed number, whatever is accumulated. Give attach base_batch and "
-                'micro_batch, or scale="count".'
+                "The scale of this controller is a fixed number, so accumulation does not change it. Pass attach "
+                'base_batch and micro_batch, or scale="count".'
             )
         self._controller = controller
         self._bounds = bounds
@@ -45,33 +45,33 @@ class Accumulation(ABC):
 
     @property
     def accumulation(self) -> int:
-        """Backwards for the next step, on every rank; it changes only with the clock."""
+        """The number of backwards for the next step, on every rank; it changes only with the clock."""
         return floor(self._accumulation + 1e-9)
 
     def _start(self) -> None:
-        """Follow the clock, once a subclass has found all its arguments right."""
+        """Follow the clock, after a subclass has checked its arguments."""
         self._unsubscribe = self._controller.clock.subscribe(self._follow)
 
     def stop(self) -> None:
-        """Follow the clock no more; the number stays as it is."""
+        """Stop following the clock; the number stays as it is."""
         self._unsubscribe()
 
     def state_dict(self) -> dict[str, float]:
-        """Flat and numbers only, as the controller's; a scale, so that ranks and micro-batch may change."""
+        """A flat dictionary of numbers. It has a scale, so that the ranks and the micro-batch may change."""
         return {"scale": self._accumulation * self._backward(), **self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, within this object's own bounds.
+        """Continue from a saved state, within this object's own bounds.
 
         Raises:
-            StateError: other entries, or values that are not numbers, or that no run comes to.
+            StateError: other entries, or a value that is not a number or impossible.
         """
         values = checked_numbers(state, whose=f"a {type(self).__name__}")
         names = sorted(self.state_dict())
         if sorted(values) != names:
             raise StateError(f"The state needs exactly {names}, got {shown(sorted(values))}.")
         if values["scale"] <= 0 or values.get("peak", 0.0) < 0:
-            raise StateError(f"The state is damaged: a scale is positive, a rate is not negative, got {values}.")
+            raise StateError(f"The state is damaged: scale must be positive and peak not negative, got {values}.")
         self._accumulation = self._within(values.pop("scale") / self._backward())
         self._state = values
 
@@ -88,11 +88,11 @@ class Accumulation(ABC):
         return max(least, min(most, accumulation))
 
     def _noise(self) -> float:
-        """The gradient noise scale over the horizon, in base batches; nan while it is not known."""
+        """The gradient noise scale over the horizon, in base batches; nan while unknown."""
         return Moments(self._state["variance"], self._state["sqnorm"]).noise_scale
 
     def _backward(self) -> float:
-        """What one backward on every rank is worth, in base batches."""
+        """The size of one backward on every rank together, in base batches."""
         _, sample = self._controller._settings.batch.of_step(1, 1 / (self._controller.micro_batch or 1.0))
         return self._controller.ranks * sample
 
@@ -104,19 +104,20 @@ class Accumulation(ABC):
 class BatchController(Accumulation):
     """Chooses the accumulation so that the statistical efficiency of a step stays above a target.
 
-    A step of S base batches is worth r of them; its efficiency falls as S grows past the gradient noise scale:
+    A step of S base batches advances the clock by r base iterations. Its efficiency falls as S grows past the gradient
+    noise scale:
 
-        r(S) / S = (variance + sqnorm) / (variance + S * sqnorm)  >=  efficiency
+        r(S) / S = (variance + sqnorm) / (variance + S * sqnorm)  >=  efficiency.
 
-    As the noise scale grows during training, so does the largest S, and with it the accumulation; where the noise falls
-    it shrinks. Only the batch changes: the learning rate and the clock follow the gain as at any batch.
+    The largest S grows and shrinks with the noise scale, and the accumulation with it. Only the batch changes: the
+    learning rate and the clock follow the gain as at any batch.
 
     Args:
-        controller: with `AdaScale`, which measures the noise, and a scale that is counted (`base_batch` and
-            `micro_batch`, or `scale="count"`).
-        efficiency: the least worth of an example, relative to the base batch's, in (0, 1).
-        bounds: the least and the most backwards of a step on each rank, whole numbers. Memory bounds the micro-batch,
-            which stays as it is; the most bounds the time of a step. With one rank the least is 2: a single
+        controller: One with `AdaScale`, which measures the noise, and a scale that is counted: `base_batch` and
+            `micro_batch`, or `scale="count"`.
+        efficiency: The least progress of an example, relative to one of the base batch, in (0, 1).
+        bounds: The least and the largest number of backwards of a step on each rank. The micro-batch, which memory
+            bounds, does not change. The largest number bounds the time of a step. On one rank the least is 2: one
             gradient shows no noise.
 
     Raises:
@@ -142,7 +143,7 @@ class BatchController(Accumulation):
         the batch with the noise scale.
 
     Differs from the paper in:
-        1. Pollux maximises throughput times efficiency over jobs and machines; here the target is given.
+        1. Pollux maximises throughput times efficiency over jobs and machines. Here `efficiency` is an argument.
         2. The moments are averaged over 5 % of the run, in which the batch at most doubles.
     """
 
@@ -153,9 +154,11 @@ class BatchController(Accumulation):
             raise InvalidValueError(f"efficiency must be in (0, 1), got {shown(efficiency)}.")
         measurement = controller._settings.measurement
         if measurement is None:
-            raise UsageError("The rule of this controller measures no noise: attach with rule=anybatch.AdaScale().")
+            raise UsageError("The rule of this controller measures no noise: pass attach rule=anybatch.AdaScale().")
         if bounds[0] == controller.ranks == 1 and not measurement.consecutive:
-            raise InvalidValueError("One gradient a step shows no noise: on one rank the least accumulation is 2.")
+            raise InvalidValueError(
+                "One gradient a step shows no noise: on one rank the lower bound must be at least 2."
+            )
         self._efficiency = target
         self._start()
 
@@ -168,22 +171,22 @@ class BatchController(Accumulation):
 
 
 class Seesaw(Accumulation):
-    """Trades the falls of the learning-rate schedule for a larger batch: fewer steps for the same examples.
+    """Replaces a fall of the learning-rate schedule by a larger batch: fewer steps for the same examples.
 
-    Where the schedule has fallen from its peak by a factor a, Seesaw multiplies the batch by a, and the rate falls by
-    sqrt(a) alone:
+    Where the schedule has fallen from its peak by a factor a, Seesaw multiplies the batch by a. The learning rate falls
+    by sqrt(a) alone:
 
-        accumulation = least * a        a = max over the past of lr(tau) / lr(tau)
+        accumulation = least * a        a = peak of lr(tau) so far / lr(tau).
 
-    With `rule=anybatch.SquareRoot()`, whose factor is sqrt(S), that is the rate `peak / sqrt(a)`. With `AdaScale` the
-    rate is the measured gain's, and the batch stops growing at the noise scale, beyond which the trade is not sound.
+    With `rule=anybatch.SquareRoot()`, whose factor is sqrt(S), the learning rate is `peak / sqrt(a)`. With `AdaScale`
+    it follows the measured gain. The batch stops growing at the noise scale, beyond which the exchange is not valid.
 
     Args:
-        controller: with a scheduler, and a scale that is counted.
-        bounds: the least and the most backwards of a step on each rank; the least is the batch at the peak.
+        controller: One with a scheduler, and a scale that is counted.
+        bounds: The least and the largest number of backwards of a step on each rank, the least at the peak.
 
     Raises:
-        InvalidValueError: the bounds.
+        InvalidValueError: bounds out of range.
         UsageError: the controller's scale is fixed, or it has no scheduler.
 
     Example:
@@ -199,7 +202,7 @@ class Seesaw(Accumulation):
         ...         (model(x).square().mean() / n).backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> n, controller.steps                                    # 40 steps of one, then 10 of four
+        >>> n, controller.steps                                    # 40 steps of one backward, then 10 of four
         (4, 50)
 
     Source:
@@ -207,13 +210,13 @@ class Seesaw(Accumulation):
 
     Differs from the paper in:
         1. It follows any schedule, step by step, not only at chosen cuts.
-        2. Under `AdaScale` the rate is not `peak / sqrt(a)` but what the noise allows.
+        2. Under `AdaScale` the learning rate follows the gain instead of `peak / sqrt(a)`.
     """
 
     def __init__(self, controller: Controller, *, bounds: tuple[int, int]) -> None:
         super().__init__(controller, bounds=bounds)
         if not controller._drivers:
-            raise UsageError("Seesaw follows the schedule: give attach the scheduler.")
+            raise UsageError("Seesaw follows the schedule, and this controller has none: pass attach the scheduler.")
         self._state["peak"] = controller.base_lr
         self._start()
 

@@ -14,15 +14,7 @@ from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction
 from anybatch._numbers import shown
 from anybatch._record import Destination, destinations
-from anybatch._scaling import (
-    AdaScale,
-    BatchSize,
-    Clock,
-    Rule,
-    bare_optimizer,
-    check_positive,
-    refuse_deepspeed,
-)
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
 
 
 def attach(
@@ -43,58 +35,58 @@ def attach(
     reduction: Reduction = "mean",
     record: Destination | Sequence[Destination] | None = None,
 ) -> Controller:
-    """Keep `optimizer`'s training the same at any batch size: each `step()` is scaled by `rule`, and the clock follows.
+    """Keep the training of `optimizer` the same at any batch size: `rule` scales each `step()`, and the clock follows.
 
     The optimizer stays the user's own, with the hyperparameters tuned at the base batch. Inside of `optimizer.step()`
-    its learning rate is `lr(tau) * lr_factor`; outside it always shows `lr(tau)`.
+    its learning rate is `lr(tau) * lr_factor`; outside it is always `lr(tau)`.
 
     Args:
-        optimizer: of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one; Lion
-            and others of docs/hyperparameters.md; of another class with `rule=AdaScale(like=torch.optim.AdamW)`, for
-            example. Several that train one model, such as Muon for its matrices and AdamW for the rest, are a list:
-            one gain, one clock, and a step of each after the last backward. Wrappers of Accelerate, Fabric and
-            Lightning are seen through.
-        model: the module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
+        optimizer: Of any class in torch.optim but Rprop, ASGD and LBFGS, or a ZeroRedundancyOptimizer around one. Lion
+            and others of docs/hyperparameters.md. For another class pass, for example,
+            `rule=AdaScale(like=torch.optim.AdamW)`. Several that train one model, such as Muon for its matrices and
+            AdamW for the rest, are a list: one gain, one clock, and a step of each after the last backward. Wrappers
+            of Accelerate, Fabric and Lightning are supported.
+        model: The module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
-        scheduler: a torch scheduler, one of timm's, or a list of them, written for the base batch; driven to
-            `floor(tau)`: never call its `step()`. A framework's wrapper around one (Accelerate's, Lightning's) is seen
-            through, and the wrapper's own `step()` does nothing until `detach()`.
-        schedule_every: base iterations of one scheduler step, where the schedule does not count them: 390, or
-            `"epoch"`, which takes `examples / base_batch`.
-        total: base iterations of the whole run, T_SI; makes `controller.done` true at its end, and gives AdaScale's
-            averages their horizon.
-        epochs: instead of `total`: it is `epochs * examples / base_batch`.
-        base_batch: batch the hyperparameters were tuned for, in examples or tokens.
-        micro_batch: what each backward on each rank sees, in the same unit; `controller.micro_batch` may be set
-            before any backward; `"auto"` takes the first dimension of what each forward gets. The scale of a step is
+        scheduler: A torch scheduler, one of timm's, or a list of them, written for the base batch. The controller moves
+            it to `floor(tau)`: never call its `step()`. It may have a wrapper of Accelerate or Lightning, whose
+            `step()` then does nothing until `detach()`.
+        schedule_every: Base iterations of one scheduler step, where the schedule counts others: 390, or `"epoch"`,
+            which is `examples / base_batch`.
+        total: Base iterations of the whole run, T_SI. At its end `controller.done` becomes true. It sets the horizon
+            of AdaScale's averages.
+        epochs: Instead of `total`, which is then `epochs * examples / base_batch`.
+        base_batch: Batch that the hyperparameters were tuned for, in examples or tokens.
+        micro_batch: Size of each backward on each rank, in the same unit. `controller.micro_batch` may be set before
+            any backward. `"auto"` is the first dimension of each forward's input. The scale of a step is
             `S = N * micro_batch / base_batch` for the N backwards counted.
-        scale: instead of the two: a number S, or `"count"`: each backward on each rank is one base batch. `scale=1`
-            changes nothing of a training and measures its noise; `base_batch` beside it is the batch of a step, so that
-            the noise scale is told in examples.
-        examples: size of the training data, in the unit of `base_batch`, if every epoch goes once through it, as a
-            shuffling DataLoader does. The examples of a step are then never the same ones, and look less alike than
-            independent draws: without a correction by `variance * base_batch / examples`, sqnorm comes out too small
-            and the gain too large, which matters where the data is few hundred base batches. Leave it out for data
-            drawn with replacement, or streamed.
-        process_group: ranks whose gradients are averaged; DDP's or FSDP2's own by default.
-        grad_scaler: the `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
+        scale: Instead of the two: a number S, or `"count"`: each backward on each rank is one base batch. `scale=1`
+            measures the noise of a training without any change to it. Then `base_batch` is the batch of a step, which
+            gives the noise scale in examples.
+        examples: Size of the training data, in the unit of `base_batch`, if every epoch has each example once, as with
+            a shuffling DataLoader. The examples of a step are then all different, and agree less than independent
+            draws. Without a correction by `variance * base_batch / examples`, sqnorm is too small and the gain too
+            large, which matters for data of a few hundred base batches. Leave it out for data drawn with replacement,
+            or streamed.
+        process_group: Ranks whose gradients are averaged; DDP's or FSDP2's own by default.
+        grad_scaler: The `GradScaler` of a float16 run. Without it every gain is still right, but the averages mix
             units for a while after the scaler has changed its factor.
-        reduction: what `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number);
-            `"sum"`; or their sum divided by this number, as trainers have it that divide the few micro-batches at the
-            end of an epoch by the full accumulation. Of these two the step makes the mean, in place, so that it goes
-            as far whatever the accumulation.
-        record: where rank 0 writes every step to: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks`
-            has those for TensorBoard, W&B and MLflow), or a list of these. `RunRecord(path, per_layer=100)` has the
-            noise of each layer too.
+        reduction: What `.grad` is at the step: `"mean"` over the micro-batches (each loss divided by their number);
+            `"sum"`; or their sum divided by this number. Some trainers divide the few micro-batches at the end of an
+            epoch by the full accumulation. The step turns such sums into the mean, in place, so that its length does
+            not depend on the accumulation.
+        record: Where rank 0 writes every step: a path, a `RunRecord`, a function of a dictionary (`anybatch.sinks` has
+            those for TensorBoard, W&B and MLflow), or a list of these. `RunRecord(path, per_layer=100)` has the noise
+            of each layer too.
 
     Returns:
-        The controller. Where the optimizer's state was loaded from a run with one, it goes on at that run's tau.
+        The controller. If the optimizer's state was loaded from a run with one, it continues at that run's tau.
 
     Raises:
-        InvalidValueError: a value out of range; the scale not said, or said twice; a model without trainable
-            parameters, or one that this optimizer does not train.
-        UnsupportedError: an optimizer class or a kind of parameter for which scaling is not known.
-        StateError: the optimizer's state came with that of another model or base batch.
+        InvalidValueError: a value out of range; no scale, or two; a model without trainable parameters, or one that
+            this optimizer does not train.
+        UnsupportedError: an optimizer class or a kind of parameter without a known scaling.
+        StateError: the optimizer's state has that of a controller with another model or base batch.
         UsageError: the optimizer has a controller already; several ranks without DDP, or with other settings.
 
     Example:
@@ -116,7 +108,7 @@ def attach(
     if not isinstance(optimizers, list | tuple) or not all(isinstance(each, Optimizer) for each in optimizers):
         raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {shown(optimizer)}.")
     if not optimizers or len({id(bare_optimizer(each)) for each in optimizers}) < len(optimizers):
-        raise InvalidValueError("Give at least one optimizer, and each once.")
+        raise InvalidValueError(f"Pass at least one optimizer, and each once, got {shown(optimizer)}.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
     if not isinstance(model, nn.Module):
@@ -130,13 +122,15 @@ def attach(
         raise InvalidValueError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}.")
     divisor = not isinstance(reduction, bool) and isinstance(reduction, int) and reduction >= 1
     if reduction not in ("mean", "sum") and not divisor:
-        raise InvalidValueError(f'reduction must be "mean", "sum", or the number divided by; got {shown(reduction)}.')
+        raise InvalidValueError(
+            f'reduction must be "mean", "sum", or a divisor, a whole number; got {shown(reduction)}.'
+        )
     batch = BatchSize(base_batch, micro_batch, scale, examples)
     if schedule_every == "epoch":
         schedule_every = _epoch_of(batch, "schedule_every='epoch'")
     if epochs is not None:
         if total is not None:
-            raise InvalidValueError(f"Give total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
+            raise InvalidValueError(f"Pass total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
         total = check_positive("epochs", epochs) * _epoch_of(batch, "epochs")
     settings = Settings(
         rule=rule,

@@ -1,4 +1,4 @@
-"""The controller: what a user calls of a run. `step_hooks` has the order of one step."""
+"""The controller: the user's interface to a run. `step_hooks` has the order of one step."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,7 +52,7 @@ Batch = TypeVar("Batch")
 
 
 class Controller(Joinable):
-    """What `attach` returns: the clock, the last step's numbers, state, and `detach()`."""
+    """The result of `attach`: the clock, the last step's numbers, state, and `detach()`."""
 
     _attached = False
 
@@ -69,9 +69,9 @@ class Controller(Joinable):
         measurement = settings.measurement
         stated = (measurement.exponent, measurement.like) if measurement else (1.0, None)
         families = []
-        for optimizer in optimizers:  # a comprehension is a frame more, or not, between a warning and its cause
+        for optimizer in optimizers:  # a comprehension may add a frame between a warning and its cause
             families.append(family_of(optimizer, exponent=stated[0], like=stated[1]))  # noqa: PERF401
-        # Fixed rules are baselines: under them the automatic momentum is the papers', constant.
+        # Fixed rules are baselines: their automatic momentum is that of the papers, constant.
         total = None if measurement is None else settings.total
         values = [
             Hyperparameters(optimizer, family, settings.rule.decays, total)
@@ -159,7 +159,7 @@ class Controller(Joinable):
             raise
 
     def _probes(self, model: nn.Module, families: Sequence[Family], engine: Engine) -> list[Probe]:
-        """The norms to take beside the Euclidean ones, after a comparison of the settings over the ranks."""
+        """The probes beside the Euclidean norms, after a comparison of the settings over the ranks."""
         settings, run = self._settings, self._run
         self._per_layer = per_layer = check_same(
             settings.shared() | optimizer_settings(self._optimizers) | schedule_settings(self._drivers),
@@ -174,11 +174,7 @@ class Controller(Joinable):
             entry = second_moment_of(self._optimizers[0], families[0])
             probes.append(
                 AdamNorms(
-                    self._optimizers[0],
-                    entry=entry,
-                    steps=lambda: run.steps,
-                    rows=engine.rows,
-                    shards=engine.shards,
+                    self._optimizers[0], entry=entry, steps=lambda: run.steps, rows=engine.rows, shards=engine.shards
                 )
             )
         if per_layer is not None:
@@ -199,12 +195,12 @@ class Controller(Joinable):
 
     @property
     def ranks(self) -> int:
-        """Processes that share each step."""
+        """Number of processes that share each step."""
         return self._ranks.size
 
     @property
     def clock(self) -> Clock:
-        """The clock; subscribe what should move with training."""
+        """The clock; subscribe whatever follows the training."""
         return self._run.clock
 
     @property
@@ -214,12 +210,12 @@ class Controller(Joinable):
 
     @property
     def steps(self) -> int:
-        """Steps that happened."""
+        """Number of steps that happened."""
         return self._run.steps
 
     @property
     def skipped(self) -> int:
-        """Steps that did not count, because of a gradient that was not finite or not there."""
+        """Number of steps that did not count, because the gradient was not finite or missing."""
         return self._run.skipped
 
     @property
@@ -244,7 +240,7 @@ class Controller(Joinable):
 
     @property
     def iterations(self) -> float:
-        """How far the last step moved the clock, base iterations."""
+        """The base iterations by which the last step advanced the clock."""
         return nan if self._run.last is None else self._run.last.scaling.iterations
 
     @property
@@ -267,31 +263,31 @@ class Controller(Joinable):
         """Whether `tau >= total`.
 
         Raises:
-            UsageError: there is no `total`; or it is not reached and never will be, as the controller is detached.
+            UsageError: there is no `total`, or the controller was detached before it.
         """
         self._step_hooks.restore()
         done = self.clock.done
         if not (done or self._attached):
             raise UsageError(
-                f"The controller is detached at tau = {self.tau:g} of {self.clock.total:g}: its clock stands, and a "
-                "loop on `done` would never end."
+                f"The controller was detached at tau = {self.tau:g} of {self.clock.total:g}, so its clock stays there "
+                "and a loop on `done` would never end. Detach it after the loop."
             )
         return done
 
     @property
     def epoch(self) -> int:
-        """The epoch at hand, of the base batch's training: `floor(tau * base_batch / examples)`, from 0.
+        """The present epoch, of the base batch's training: `floor(tau * base_batch / examples)`, from 0.
 
         Raises:
             UsageError: `attach` was not given `examples`.
         """
         if self._settings.batch.population is None:
-            raise UsageError("An epoch has a length only where attach was given base_batch and examples=len(data).")
+            raise UsageError("The length of an epoch is unknown: pass attach base_batch and examples=len(data).")
         return self.clock.count(self._settings.batch.population)
 
     @property
     def base_lr(self) -> float:
-        """The first group's learning rate where the schedule is now, before any scaling."""
+        """The first group's learning rate at the schedule's present position, before any scaling."""
         self._step_hooks.restore()
         return self._step_hooks.lr
 
@@ -300,11 +296,11 @@ class Controller(Joinable):
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Iterate over `loader` again and again until the controller is done.
 
-        A sampler, batch sampler or data set with `set_epoch` gets another number at each pass: that of the steps so
-        far, so that a resumed run does not see the orders of its beginning again, and all ranks see the same.
+        At each pass `set_epoch` of a sampler, batch sampler or data set gets the number of steps so far. So a resumed
+        run does not repeat the orders of its beginning, and all ranks have the same order.
 
         Args:
-            loader: the batches, a DataLoader for example.
+            loader: The batches, for example a DataLoader.
 
         Raises:
             InvalidValueError: a pass has no batch.
@@ -325,19 +321,19 @@ class Controller(Joinable):
         return passes(loader, done=lambda: self.done, steps=lambda: self.steps)
 
     def parts(self, batch: Any, n: int) -> Iterator[tuple[Any, float]]:
-        """The `n` equal micro-batches of `batch`, each with the share that its loss has in the step's.
+        """The `n` equal micro-batches of `batch`, each with the factor on its loss.
 
         Under DDP all but the last are inside of `no_sync`. With several `batches` a step, multiply the share by one
         over their number. The size of a part is known by its first dimension: parts of a shorter last batch count as
         less than `micro_batch`, in proportion to those of the first batch.
 
         Args:
-            batch: as for `anybatch.split`.
-            n: number of parts, a divisor of every first dimension.
+            batch: As for `anybatch.split`.
+            n: Number of parts, a divisor of every first dimension.
 
         Returns:
-            An iterator over pairs `(part, share)`; the share is `1 / n`, or 1 with `reduction="sum"`, or one over the
-            divisor that was given in its place.
+            An iterator over pairs `(part, share)`. The share is `1 / n`; 1 with `reduction="sum"`; or one over the
+            divisor passed as `reduction`.
 
         Raises:
             InvalidValueError: as for `anybatch.split`.
@@ -380,25 +376,25 @@ class Controller(Joinable):
     @micro_batch.setter
     def micro_batch(self, value: float) -> None:
         if self._gradients is None or self._settings.batch.micro_batch is None:
-            raise UsageError("micro_batch can be set only where attach was given base_batch and micro_batch.")
+            raise UsageError("micro_batch cannot be set under a fixed scale: pass attach base_batch and micro_batch.")
         self._gradients.sizes.set(check_positive("micro_batch", value))
 
     @property
     def weight(self) -> float | None:
         """The next backward's weight in the step's mean: its tokens, where a loss is a mean over all tokens of a step.
 
-        A step's gradient is then `gbar = sum_i h_i` with `h_i = w_i g_i`, where each loss was divided by the weights of
-        the whole step, on all ranks, so that `w_i` adds up to 1. Set the weight before each backward, in any unit:
+        A step's gradient is then `gbar = sum_i h_i` with `h_i = w_i g_i`. Divide each loss by the weights of the whole
+        step, on all ranks, so that the `w_i` add up to 1. Set the weight before each backward, in any unit:
 
             Q = sum_i w_i^2 / (sum_i w_i)^2
-            variance of gbar = (sum_i ||h_i||^2 - Q ||gbar||^2) / (1 - Q)
+            variance of gbar = (sum_i ||h_i||^2 - Q ||gbar||^2) / (1 - Q).
 
         The scale counts the sizes, `S = sum_i b_i / base_batch`: `micro_batch` stays in the unit of `base_batch`.
 
         Raises:
             InvalidValueError: a weight below 0 or not finite.
-            UsageError: at the step, some backwards had a weight and others not, or all are 0; and under a rule that
-                neither measures nor counts.
+            UsageError: at the step, only some backwards had a weight, or all weights are 0. When set, under a rule
+                that neither measures nor counts.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
@@ -420,17 +416,17 @@ class Controller(Joinable):
             raise UsageError("weight has no effect under a rule that neither measures nor counts: leave it out.")
         number = real(value)
         if number is None or number < 0:
-            raise InvalidValueError(f"weight must be a finite number, at least 0; got {shown(value)}.")
+            raise InvalidValueError(f"weight must be a finite number, at least 0, got {shown(value)}.")
         self._gradients.sizes.weight = number
 
     def peek(self) -> float:
         """The gain that `step()` would have now, between the last backward and the step; later backwards change it.
 
-        Where no backward came since the last step it is `gain`, the last step's. It synchronises with the device. Over
-        several ranks it is the step's own all-reduce, ahead of time: call it on every rank.
+        Without a backward since the last step it is `gain`, the last step's. The call synchronises with the device.
+        Over several ranks it runs the all-reduce of the step: call it on every rank.
 
         Raises:
-            UsageError: as `step()` would, such as for gradients that are not averaged over the ranks.
+            UsageError: as for `step()`, for example if the gradients are not averaged over the ranks.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
@@ -476,10 +472,10 @@ class Controller(Joinable):
     def together(self) -> AbstractContextManager[None]:
         """A context whose backwards are one micro-batch: several losses with a `backward()` each.
 
-        Their sum is measured, so each parameter's gradient is copied in it.
+        Their sum is measured, which takes a copy of each parameter's gradient.
 
         Raises:
-            UsageError: at `optimizer.step()` or `peek()` inside of it.
+            UsageError: `optimizer.step()` or `peek()` is called inside of it.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
@@ -496,47 +492,47 @@ class Controller(Joinable):
         return nullcontext() if self._gradients is None else self._gradients.together()
 
     def observe(self, gradients: Sequence[Tensor]) -> None:
-        """Give one step's micro-batch gradients computed elsewhere, with `torch.func.vmap` say, in place of backwards.
+        """Use micro-batch gradients computed elsewhere, for example with `torch.func.vmap`, instead of backwards.
 
         `.grad` of each parameter becomes the mean over the n micro-batches.
 
         Args:
-            gradients: one tensor `[n, *parameter.shape]` for each trained parameter, in the optimizer's order, each
-                micro-batch's own mean gradient, not divided by n.
+            gradients: One tensor `[n, *parameter.shape]` for each trained parameter, in the optimizer's order. It has
+                each micro-batch's own mean gradient, not divided by n.
 
         Raises:
             InvalidValueError: wrong shapes.
-            UsageError: under DDP, after a backward of the same step, or with nothing to measure.
+            UsageError: under DDP, after a backward of the same step, or under a rule that does not count.
         """
         if self._gradients is None:
             raise UsageError("observe() has no effect under a rule that neither measures nor counts: leave it out.")
         if self._settings.reduction != "mean":
-            raise UsageError('observe() sets .grad to the mean of the gradients: attach with reduction="mean".')
+            raise UsageError('observe() sets .grad to the mean of the gradients: pass attach reduction="mean".')
         self._gradients.observe(gradients)
 
     # ---- records ----
 
     def log(self, **results: float) -> None:
-        """Add the results of an evaluation to the record, and to the trackers beside it, at this step and tau.
+        """Add the results of an evaluation to the record and its trackers, at this step and tau.
 
         Every rank may call it; rank 0's results are written.
 
         Args:
-            results: numbers by their names, such as `accuracy=0.93`.
+            results: Numbers by their names, such as `accuracy=0.93`.
 
         Raises:
             InvalidValueError: a result that is not a number, or has the name of one of a step's own numbers.
-            UsageError: `attach` was given no record on rank 0, or the controller is detached.
+            UsageError: `attach` got no record on rank 0, or the controller is detached.
         """
         self._sinks.metrics(results, step=self.steps, tau=self.tau)
 
     def progress(self, *, console: Any = None) -> AbstractContextManager[None]:
         """A context with a progress bar in tau: gain, scale, learning rate and the time left.
 
-        Nothing is shown on ranks other than 0, and where standard error is not a terminal.
+        It is shown on rank 0 only, and only where standard error is a terminal.
 
         Args:
-            console: a `rich.console.Console` to draw on.
+            console: A `rich.console.Console` to draw on.
 
         Raises:
             UsageError: rich is not installed.
@@ -548,11 +544,10 @@ class Controller(Joinable):
     # ---- state ----
 
     def state_dict(self) -> dict[str, float | int]:
-        """All that a resumed run needs: flat, numbers only, and the same at any scale and number of ranks.
+        """The state of a run as a flat dictionary of numbers, the same at any scale and number of ranks.
 
-        The first optimizer's own `state_dict()` carries it too, in its first parameter group, and takes it back with
-        `load_state_dict()`, or `attach` does where the optimizer was loaded before. Save this one only to have it
-        apart.
+        The first optimizer's own `state_dict()` has it too, in its first parameter group. Its `load_state_dict()`
+        restores it, or `attach` does after that. So saving this state is needed only to have it apart.
         """
         self._step_hooks.restore()
         return {
@@ -565,10 +560,10 @@ class Controller(Joinable):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state; load the model's, the optimizer's and the scheduler's own states as well.
+        """Continue from a saved state; load the states of the model, the optimizer and the scheduler as well.
 
         Raises:
-            StateError: the state has other names or a newer version, or is of another model or base batch.
+            StateError: the state has other names or a newer version, or another model or base batch.
         """
         values = checked_state(state, mine=self.state_dict())
         self._run.adopt(values)
@@ -580,7 +575,7 @@ class Controller(Joinable):
             driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
-        """Remove every hook and close the record that `attach` opened; the optimizer is as it was before `attach`."""
+        """Remove every hook and close the record that `attach` opened; the optimizer is then as before `attach`."""
         self._step_hooks.restore()
         self._step_hooks.detach()
         self._stored.remove()
@@ -591,7 +586,7 @@ class Controller(Joinable):
         self._attached = False
 
     def _members(self) -> list[Tensor]:
-        """All parameters of the optimizers, as their groups are now."""
+        """All parameters in the optimizers' present groups."""
         return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def _remove_hooks(self) -> None:
@@ -603,7 +598,7 @@ class Controller(Joinable):
     # ---- uneven inputs ----
 
     def join_hook(self, **_: Any) -> JoinHook:
-        """What `torch.distributed.algorithms.Join` calls on a rank that has run out of data.
+        """The hook of `torch.distributed.algorithms.Join` for a rank that has run out of data.
 
         Raises:
             UnsupportedError: no DDP, a `GradScaler`, a record by layer, or something that follows the clock.
@@ -614,12 +609,12 @@ class Controller(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        """DDP's."""
+        """DDP's device."""
         return self._join.device
 
     @property
     def join_process_group(self) -> Any:
-        """DDP's."""
+        """DDP's process group."""
         return self._join.process_group
 
     def _catch_up(self, values: Mapping[str, float]) -> None:
@@ -638,18 +633,18 @@ class Controller(Joinable):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and not hasattr(type(self), name):
-            raise AttributeError(f"A controller has no {name!r} to set; what may be set is micro_batch and weight.")
+            raise AttributeError(f"A controller has no attribute {name!r} to set: set micro_batch or weight.")
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError(
             "A controller belongs to its optimizer's hooks, so it cannot be copied or pickled: copy the optimizer, "
-            "attach a controller of its own, and give that one this one's state_dict()."
+            "attach another controller to the copy, and load this controller's state_dict() into that one."
         )
 
 
 def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:
-    """Each scheduler with the optimizer that it moves; with the first where it does not tell."""
-    mine = {id(optimizer): optimizer for optimizer in optimizers}
+    """Each scheduler with its optimizer, or with the first one where it has no known optimizer."""
+    known = {id(optimizer): optimizer for optimizer in optimizers}
     moved = [getattr(held_by(each)[0], "optimizer", optimizers[0]) for each in schedulers]
-    return [(each, mine.get(id(bare_optimizer(m)), optimizers[0])) for each, m in zip(schedulers, moved, strict=True)]
+    return [(each, known.get(id(bare_optimizer(m)), optimizers[0])) for each, m in zip(schedulers, moved, strict=True)]

@@ -11,35 +11,25 @@ from anybatch._controller.run_state import RunState
 from anybatch._errors import AnybatchWarning, DivergedError
 from anybatch._scaling import bare_optimizer, drivers_of
 
-_WARN = 10  # skipped steps in a row before a warning: a GradScaler may take some to find its factor
-_RAISE = 100  # and before an error: the run would never end
+_WARN = 10  # skipped steps in a row before a warning: a GradScaler may need some to find its factor
+_RAISE = 100  # skipped steps in a row before an error: the run would never end
 
 
 class Diagnostics:
-    """Warnings and errors of one run.
-
-    Args:
-        run: the run's state.
-        parameters: gives those that are trained.
-        undriven: optimizers whose scheduler, if they have one, is not on the clock.
-    """
+    """Warnings and errors of one run; a scheduler of the `undriven` optimizers does not follow the clock."""
 
     def __init__(
-        self,
-        *,
-        run: RunState,
-        parameters: Callable[[], Sequence[Tensor]],
-        undriven: Sequence[Optimizer],
+        self, *, run: RunState, parameters: Callable[[], Sequence[Tensor]], undriven: Sequence[Optimizer]
     ) -> None:
         self._run = run
         self._parameters = parameters
         self._undriven = undriven
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
     def once(self, text: str) -> None:
-        """A warning, the first time."""
-        if text not in self._said:
-            self._said.add(text)
+        """Show a warning the first time."""
+        if text not in self._shown:
+            self._shown.add(text)
             warnings.warn(text, AnybatchWarning, stacklevel=2)
 
     def before(self) -> None:
@@ -51,40 +41,36 @@ class Diagnostics:
         run = self._run
         if run.in_a_row and not all(bool(p.isfinite().all()) for p in self._parameters()):
             raise DivergedError(
-                f"The weights are not finite after step {run.steps}, at tau = {run.clock.tau:g}: no step will "
-                "count now. The learning rate is too high, or a loss not finite: go back to a checkpoint."
+                f"The weights are not finite after step {run.steps}, at tau = {run.clock.tau:g}, so no further step "
+                "counts. The learning rate is too high, or a loss is not finite: load a checkpoint."
             )
         if run.clock.total is not None and run.clock.done:
             self.once(
                 f"step() was called after tau reached total={run.clock.total:g}; the schedule has ended too. Train "
                 "`while not controller.done`, or pass attach a larger total, in base iterations."
             )
-        # At a scale fixed at 1, where the training is only measured, a scheduler comes to its end by itself.
-        left = () if run.batch.scale == 1 else self._undriven
-        left = [each for each in left if not drivers_of(bare_optimizer(each))]  # a later scheduler may be driven
-        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in left):  # by torch's schedulers
+        # At a fixed scale of 1 the training is only measured, and a scheduler reaches its end in the loop.
+        undriven = () if run.batch.scale == 1 else self._undriven
+        undriven = [each for each in undriven if not drivers_of(bare_optimizer(each))]  # one may be driven since
+        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in undriven):  # by torch's schedulers
             self.once(
                 "This optimizer has a scheduler that was not passed to attach. A large batch takes fewer steps, so a "
                 "scheduler that the loop steps does not reach its end. Pass attach(scheduler=...), and do not step it."
             )
 
     def skipped(self, step: Step) -> None:
-        """Count a skipped step.
-
-        Raises:
-            DivergedError: too many in a row.
-        """
+        """Warn after many skipped steps in a row, and raise a `DivergedError` after too many."""
         n, tau = self._run.in_a_row, self._run.clock.tau
         why = "there was no gradient" if step.count == 0 else "the gradient was not finite"
         if n == _WARN:
             warnings.warn(
-                f"{n} steps in a row did not count, because {why}: the clock stands at {tau:g}. After "
-                f"{_RAISE} of them there is a DivergedError.",
+                f"{n} steps in a row did not count, because {why}: the clock stays at {tau:g}. After {_RAISE} of them "
+                "a DivergedError is raised.",
                 AnybatchWarning,
                 stacklevel=2,
             )
         if n >= _RAISE:
             raise DivergedError(
-                f"{n} steps in a row did not count, because {why}: the clock stands at {tau:g}, and the run would "
+                f"{n} steps in a row did not count, because {why}: the clock stays at {tau:g}, and the run would "
                 "never end. Lower the learning rate, or check the loss for nan and infinity."
             )

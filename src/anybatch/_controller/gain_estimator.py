@@ -1,4 +1,4 @@
-"""GainEstimator: from the norms of a step to its gain and its scaling. No process groups, nothing on a device."""
+"""GainEstimator: the gain and the scaling of a step from its norms, without process groups or device tensors."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -7,27 +7,14 @@ from functools import partial
 from math import isfinite, nan
 from typing import Any
 
-from torch import Tensor
-
 from anybatch._errors import AnybatchWarning, InvalidValueError
 from anybatch._gradients import PAIR, AdamNorms, EuclideanNorms, LayerNorms, Norms, ReducedWindow
-from anybatch._scaling import (
-    AdaScale,
-    Averages,
-    BatchSize,
-    Clock,
-    Moments,
-    Rule,
-    Scaling,
-    careful,
-    horizon_of,
-    moments,
-)
+from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, horizon_of, moments
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)
-_IN_A_HORIZON = 4  # samples of the moments at least
-_MEASURED = ("unbiased", "euclidean")  # with these an optimizer's own noise factor was found
+_IN_A_HORIZON = 4  # least number of samples of the moments
+_MEASURED = ("unbiased", "euclidean")  # the noise factors of optimizers were measured with these
 
 
 @dataclass(frozen=True)
@@ -86,54 +73,33 @@ class RunningMoments:
 
 @dataclass(frozen=True)
 class Step:
-    """One step before it happens.
+    """One step before it happens."""
 
-    Args:
-        scale: S.
-        count: N; 0 where nothing was counted.
-        raw: the moments of this step alone; nan where it shows none.
-        running: the averages, this step included.
-        gain: r; nan for a rule that does not measure.
-        scaling: the rule's result.
-        skipped: whether the step does not count, because its gradient is not finite or there is none.
-        layers: `raw` by layer, where the step was measured by layer.
-    """
-
-    scale: float
-    count: int
-    raw: Moments
-    running: RunningMoments
-    gain: float
-    scaling: Scaling
-    skipped: bool = False
-    layers: Mapping[str, Moments] = field(default_factory=dict)
+    scale: float  # S
+    count: int  # N; 0 where nothing was counted
+    raw: Moments  # of this step alone; nan where it shows none
+    running: RunningMoments  # the averages, this step included
+    gain: float  # r; nan for a rule that does not measure
+    scaling: Scaling  # the rule's result
+    skipped: bool = False  # whether the step does not count: its gradient is not finite, or there is none
+    layers: Mapping[str, Moments] = field(default_factory=dict)  # `raw` by layer, where it was measured by layer
 
 
 class GainEstimator:
-    """A rule together with what it needs.
-
-    Args:
-        rule: the rule.
-        measurement: how the gain is measured; `None` under a rule that does not measure.
-        batch: how the scale of a step is known.
-        clock: the clock.
-        exponent: for a gain, the power of it that multiplies the optimizer's learning rate.
-        noise_factor: the optimizer's own, for a measurement without one.
-        layers: names of the layers, in the order of their norms.
-    """
+    """The rule of a run and the measurement of its gain."""
 
     def __init__(
         self,
         rule: Rule,
         *,
-        measurement: AdaScale | None,
+        measurement: AdaScale | None,  # `None` under a rule that does not measure
         batch: BatchSize,
         clock: Clock,
-        exponent: Callable[[float], float],
-        noise_factor: float,
-        layers: Callable[[], Sequence[str]] = tuple,
+        exponent: Callable[[float], float],  # for a gain, its power that multiplies the optimizer's learning rate
+        noise_factor: float,  # the optimizer's own, for a measurement without one
+        layers: Callable[[], Sequence[str]] = tuple,  # the names of the layers, in the order of their norms
     ) -> None:
-        # A rule that cannot work here raises now.
+        # A rule that does not support this run raises now.
         _checked(rule, scale=1.0, gain=1.0, clock=clock, exponent=exponent(1.0))
         self._rule = rule
         self._measurement = measurement
@@ -149,7 +115,7 @@ class GainEstimator:
         self._warned = False
 
     def due(self, running: RunningMoments, *, steps: int) -> bool:
-        """Whether the step after `steps` is measured: each k-th, and where the averages' memory runs out of samples."""
+        """Whether the step after `steps` is measured: each k-th, and where the averages would have too few samples."""
         if self._measurement is None or steps % self._measurement.every == 0:
             return True
         horizon = horizon_of(self._measurement.smoothing, total=self._clock.total)
@@ -160,13 +126,15 @@ class GainEstimator:
         return Step(nan, 0, _UNKNOWN, running, nan, _NO_STEP, skipped=True)
 
     def step(self, running: RunningMoments, seen: ReducedWindow | None) -> Step:
-        """The coming step, from what all ranks saw of it; `None` where nothing was counted."""
+        """The next step, from the windows of all ranks; `seen` is `None` where nothing was counted."""
         if seen is None:
             return self._decide(running, count=0, inverse_sizes=0.0, raw=None)
         if seen.shares.count == 0:
             return self.nothing(running)
         raw, updated = self._fold(running, seen)
-        prior = self._measurement is not None and self._measurement.estimator == "paper"  # its gain: the steps before
+        prior = (
+            self._measurement is not None and self._measurement.estimator == "paper"
+        )  # its gain is of the earlier steps
         step = self._decide(
             running if prior else updated, count=seen.shares.count, inverse_sizes=seen.shares.inverse, raw=raw
         )
@@ -176,11 +144,11 @@ class GainEstimator:
         return step
 
     def scaling(self, step: Step, *, exponent: Callable[[float], float]) -> Scaling:
-        """The rule's result for `step` and another optimizer, whose learning rate has this power of the gain."""
+        """The rule's result for `step` and another optimizer, with its own exponent."""
         return _checked(self._rule, scale=step.scale, gain=step.gain, clock=self._clock, exponent=exponent(step.gain))
 
     def _fold(self, running: RunningMoments, seen: ReducedWindow) -> tuple[Moments | None, RunningMoments]:
-        """The Euclidean moments of this step alone, and the averages with them, if they are finite and a sample."""
+        """The Euclidean moments of this step, and the averages, which include them if they are finite and a sample."""
         if self._measurement is None:
             return None, running
         scale, sample = self._sizes(seen)
@@ -203,7 +171,7 @@ class GainEstimator:
         return raw, RunningMoments(**found)
 
     def _decide(self, running: RunningMoments, *, count: int, inverse_sizes: float, raw: Moments | None) -> Step:
-        """The step of `count` micro-batches; 0 where the scale is a number and nothing was counted."""
+        """The step of `count` micro-batches; 0 where nothing was counted."""
         if count == 0 and self._batch.counts:
             return self.nothing(running)
         scale, _ = self._batch.of_step(count or 1, inverse_sizes)
@@ -218,32 +186,32 @@ class GainEstimator:
         return Step(scale, count, raw or _UNKNOWN, running, gain, scaling)
 
     def _raw(self, seen: ReducedWindow, *, scale: float, sample: float, known: bool) -> Moments | None:
-        """This step's own moments; `None` where it shows no variance."""
+        """The moments of this step; `None` where it shows no variance."""
         if EuclideanNorms.name in seen.norms:
             (raw,) = self._moments(seen.norms[EuclideanNorms.name], seen, sample=sample, batch=scale)
             return raw
         if PAIR in seen.norms:
-            # Of two samples of other sizes the variance is seen between their harmonic mean and twice that.
+            # Two samples of different sizes show the variance of two of their harmonic mean size.
             harmonic = 2 * sample / (1 + seen.pair_inverse_size * seen.shares.count / seen.shares.inverse)
             norms = seen.norms[PAIR]
-            return moments(float(norms.samples) / 2, _number(norms.mean), sample=harmonic, batch=2 * harmonic)
+            mean = nan if norms.mean is None else float(norms.mean)
+            return moments(float(norms.samples) / 2, mean, sample=harmonic, batch=2 * harmonic)
         missed = scale != 1 or self._batch.only_measured
         consecutive = self._measurement is not None and self._measurement.consecutive
         if seen.shares.count == 1 and missed and not consecutive and not self._warned:
             self._warned = True
-            gain = "the last one known" if known else f"{min(1.0, scale):g}"
+            gain = "the last known one" if known else f"{min(1.0, scale):g}"
             so = "there is no noise scale" if self._batch.only_measured else f"the gain is {gain}"
             warnings.warn(
-                f"One gradient a step at scale {scale:g} shows no variance, so {so}. Accumulate over two "
-                "or more backwards, cut the batch with anybatch.split(batch, 2), or use "
-                "anybatch.AdaScale(consecutive=True).",
+                f"One gradient a step at scale {scale:g} shows no variance, so {so}. Accumulate over two or more "
+                "backwards, split the batch with anybatch.split(batch, 2), or use anybatch.AdaScale(consecutive=True).",
                 AnybatchWarning,
                 stacklevel=2,
             )
         return None
 
     def _by_layer(self, seen: ReducedWindow) -> dict[str, Moments]:
-        """The Euclidean moments of this step by layer. They are linear in the norms, so they add up."""
+        """The Euclidean moments of this step by layer. They are linear in the norms, so their sums are `raw`."""
         if LayerNorms.name not in seen.norms:
             return {}
         scale, sample = self._sizes(seen)
@@ -255,7 +223,7 @@ class GainEstimator:
         return self._batch.of_step(shares.count, shares.inverse, effective=shares.effective)
 
     def _moments(self, norms: Norms, seen: ReducedWindow, *, sample: float, batch: float) -> list[Moments]:
-        """The moments of each part, as draws with replacement would have shown them."""
+        """The moments of each part, corrected to draws with replacement."""
         squares, means = (norms.samples / seen.shares.effective).tolist(), norms.mean
         pairs = zip(squares, [] if means is None else means.tolist(), strict=True)
         found = [moments(square, mean, sample=sample, batch=batch) for square, mean in pairs]
@@ -263,18 +231,15 @@ class GainEstimator:
         return found if population is None else [each.with_replacement(population) for each in found]
 
 
-def _number(tensor: Tensor | None) -> float:
-    return nan if tensor is None else float(tensor)
-
-
 def _checked(rule: Rule, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:
-    """What the rule says, before anything of the optimizer is changed by it."""
-    said = rule(scale=scale, gain=gain, clock=clock, exponent=exponent)
-    if not isinstance(said, Scaling):
-        raise InvalidValueError(f"{rule} returned {said!r}: a rule returns an anybatch.Scaling(lr_factor, iterations).")
-    if not (isfinite(said.lr_factor) and said.lr_factor >= 0 and isfinite(said.iterations) and said.iterations > 0):
+    """The rule's result, checked before it changes the optimizer."""
+    scaling = rule(scale=scale, gain=gain, clock=clock, exponent=exponent)
+    if not isinstance(scaling, Scaling):
+        raise InvalidValueError(f"{rule} returned {scaling!r}: return an anybatch.Scaling(lr_factor, iterations).")
+    factor, iterations = scaling.lr_factor, scaling.iterations
+    if not (isfinite(factor) and factor >= 0 and isfinite(iterations) and iterations > 0):
         raise InvalidValueError(
-            f"{rule} returned {said} at scale {scale:g} with gain {gain:g}: lr_factor must be finite and at least 0, "
-            "iterations finite and above 0 (by 0 base iterations no decay and no step count can be told)."
+            f"{rule} returned {scaling} at scale {scale:g} with gain {gain:g}: lr_factor must be finite and at least "
+            "0, iterations finite and above 0 (decays and step counts are undefined over 0 base iterations)."
         )
-    return said
+    return scaling

@@ -1,4 +1,4 @@
-"""Loops over data: passes until the run is over, and the parts of a batch."""
+"""Loops over data: passes until the run is done, and the parts of a batch."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +17,8 @@ def passes(loader: Iterable[Batch], *, done: Callable[[], bool], steps: Callable
 
     Args:
         loader: the batches.
-        done: whether the run is over.
-        steps: the number of steps so far: the number of the pass that samplers shuffle by.
+        done: whether the run is done.
+        steps: the number of steps so far, which `set_epoch` gets.
 
     Raises:
         InvalidValueError: a pass has no batch.
@@ -33,7 +33,9 @@ def passes(loader: Iterable[Batch], *, done: Callable[[], bool], steps: Callable
             if done():
                 return
         if empty:
-            raise InvalidValueError("The loader has no batch: is drop_last=True set for less than one of data?")
+            raise InvalidValueError(
+                "The loader has no batch: pass one with data; with drop_last=True it needs a whole batch."
+            )
 
 
 class Parts:
@@ -88,7 +90,7 @@ class Parts:
 
 
 def _with_set_epoch(loader: Any) -> Iterator[Any]:
-    """The parts of a loader that shuffle by the number of the pass."""
+    """The parts of a loader with `set_epoch`."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""RunState: the clock, the averages and the counts of a run, and the last step."""
+"""RunState: the clock, the averages, the counts and the last step of a run."""
 
 import struct
 import time
@@ -12,7 +12,7 @@ from anybatch._scaling import BatchSize, Clock
 
 
 class RunState:
-    """The clock, the averages, the numbers of steps and the last step."""
+    """The clock, the averages, the counts and the last step of a run."""
 
     def __init__(self, *, clock: Clock, batch: BatchSize) -> None:
         self.clock = clock
@@ -20,12 +20,12 @@ class RunState:
         self.running = RunningMoments()
         self.steps = 0
         self.skipped = 0
-        self.in_a_row = 0  # steps that did not count since the last that did
+        self.in_a_row = 0  # skipped steps since the last counted one
         self.last: Step | None = None
         self._time = time.perf_counter()
 
     def add(self, step: Step, *, skipped: bool) -> None:
-        """Count a step that was taken, or that was skipped and leaves everything as it was."""
+        """Count a step; a skipped one changes nothing else."""
         if skipped:
             self.skipped += 1
             self.in_a_row += 1
@@ -36,21 +36,15 @@ class RunState:
         self.running = step.running.moved(step.scaling.iterations)
         self.clock.advance(step.scaling.iterations)
 
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        now, before = time.perf_counter(), self._time
-        self._time = now
-        return now - before
-
     def in_words(self, lr: float) -> str:
-        """The last step, for a progress bar; `lr` is the base learning rate, which may have moved since."""
+        """The last step as text for a progress bar; `lr` is the present base learning rate."""
         if self.last is None:
             return ""
         gain = "" if isnan(self.last.gain) else f"gain {self.last.gain:.3g}  "
         return f"{gain}scale {self.last.scale:.4g}  lr {lr * self.last.scaling.lr_factor:.3g}"
 
     def numbers(self) -> dict[str, float | int]:
-        """All that a resumed run needs of it."""
+        """The numbers that a resumed run needs."""
         return {
             "tau": self.clock.tau,
             "steps": self.steps,
@@ -59,7 +53,7 @@ class RunState:
         }
 
     def checksum(self, *others: float) -> int:
-        """16 bits of what must be the same on every rank: the clock, the averages and `others`."""
+        """A checksum of 16 bits of the values that must agree over the ranks: clock, averages and `others`."""
         numbers = [self.clock.tau, *self.running.numbers().values(), *others]
         return crc32(struct.pack(f"{len(numbers)}d", *numbers)) >> 16
 
@@ -77,6 +71,7 @@ class RunState:
 
     def line(self, step: Step, *, lr: float, skipped: bool) -> StepRecord:
         """The record's line for the step just added."""
+        before, self._time = self._time, time.perf_counter()
         now, metric = self.running.averages.moments, self.running.measured.moments
         return StepRecord(
             step=self.steps,
@@ -92,7 +87,7 @@ class RunState:
             lr=lr,
             lr_factor=step.scaling.lr_factor,
             noise_scale=self.noise_scale,
-            seconds=self.lap(),
+            seconds=self._time - before,
             skipped=skipped,
             metric_variance=clipped(metric.variance),
             metric_sqnorm=clipped(metric.sqnorm),

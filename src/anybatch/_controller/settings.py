@@ -1,4 +1,4 @@
-"""The settings of a run: what `attach` was given, checked once, as one value."""
+"""The settings of a run: the arguments of `attach`, checked once, as one value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,19 +17,9 @@ from anybatch._scaling import AdaScale, BatchSize, Rule, ScheduleDriver, measure
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `attach` was given, but for the optimizers, the model and the schedulers.
+    """The arguments of `attach`, except for the optimizers, the model and the schedulers.
 
-    Fields with `compare=False` may differ over the ranks; all others are compared when the controller is made.
-
-    Args:
-        rule: the rule.
-        batch: how the scale of a step is known.
-        total: base iterations of the whole run, or `None`.
-        schedule_every: base iterations of one scheduler step.
-        reduction: what `.grad` is at the step.
-        grad_scaler: of a float16 run, or `None`.
-        process_group: ranks whose gradients are averaged, or `None` for the engine's own.
-        record: where the steps are written to.
+    Fields with `compare=False` may differ over the ranks. All others are compared when the controller is made.
     """
 
     rule: Rule
@@ -53,7 +43,7 @@ class Settings:
 
     @property
     def per_layer(self) -> int | None:
-        """Every how many steps the noise is measured by layer, as the first `RunRecord` says that does."""
+        """The number k of the first `RunRecord` with `per_layer=k`: every k steps the noise is measured by layer."""
         asked = (each.per_layer for each in self.record if isinstance(each, RunRecord))
         return next((number for number in asked if number is not None), None)
 
@@ -62,21 +52,19 @@ class Settings:
         return getattr(self.grad_scaler, "_scale", None)
 
     def shared(self) -> dict[str, object]:
-        """What must be the same on every rank, by the names that `attach` has for it."""
+        """The settings that must be the same on every rank, by their names in `attach`."""
         found: dict[str, object] = {}
-        for each in fields(self):
+        for each in (each for each in fields(self) if each.compare):
             value = getattr(self, each.name)
-            if not each.compare:
-                continue
             if isinstance(value, BatchSize):
-                found |= {name: given for name, given in vars(value).items() if name != "micro_batch"}
+                found |= {name: number for name, number in vars(value).items() if name != "micro_batch"}
             else:
                 found[each.name] = _comparable(value)
         return found
 
 
 def optimizer_settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
-    """Every number in the groups of the optimizers, and the sizes of their parameters: the same on every rank."""
+    """Every number in the groups of the optimizers, and the sizes of their parameters, to compare over the ranks."""
     found: dict[str, object] = {"optimizer": ", ".join(type(optimizer).__name__ for optimizer in optimizers)}
     for i, optimizer in enumerate(optimizers):
         for j, group in enumerate(optimizer.param_groups):
@@ -91,7 +79,7 @@ def optimizer_settings(optimizers: Sequence[Optimizer]) -> dict[str, object]:
 
 
 def schedule_settings(drivers: Sequence[ScheduleDriver]) -> dict[str, object]:
-    """Every number in the states of the schedulers: the same on every rank."""
+    """Every number in the states of the schedulers, to compare over the ranks."""
     found: dict[str, object] = {}
     for i, driver in enumerate(drivers):
         of = f" of scheduler {i}" if i else " of the scheduler"
@@ -100,7 +88,7 @@ def schedule_settings(drivers: Sequence[ScheduleDriver]) -> dict[str, object]:
 
 
 def _comparable(value: Any) -> object:
-    """`value` as numbers and text, equal on two ranks where it means the same there."""
+    """`value` as numbers and text, equal on two ranks where the value is the same."""
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() == 1 else f"a tensor of shape {list(value.shape)}"
     if value is None or isinstance(value, Real | str):

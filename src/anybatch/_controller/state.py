@@ -1,4 +1,4 @@
-"""The controller's saved state: a flat dictionary of numbers, checked name by name before any of it is used."""
+"""The controller's saved state: a flat dictionary of numbers, all checked before any is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((f"{prefix}weight" for prefix in _PREFIXES), (0, 1 + 1e-9)),  # a long sum of them ends beside 1
     "schedule_offset": (-1, MOST),  # torch's schedulers are at -1 before their first step
 }
-_LARGEST = 1e100  # an averaged moment: far beyond what a gradient in float32 comes to, and its square is a float
+_LARGEST = 1e100  # of an averaged moment: far above any of float32 gradients, and its square is a float
 _WHOLE = (*_COUNTS, "schedule_offset")
 
 
@@ -33,10 +33,10 @@ def checked_numbers(state: object, *, whose: str) -> dict[str, float]:
     """The numbers of a flat state by their names.
 
     Raises:
-        StateError: it is no mapping of names to finite numbers.
+        StateError: it is not a mapping of names to finite numbers.
     """
     if not isinstance(state, Mapping):
-        raise StateError(f"Not the state of {whose}: pass what its state_dict() gave, got {shown(state)}.")
+        raise StateError(f"Not the state of {whose}: pass the result of its state_dict(), got {shown(state)}.")
     values = {}
     for name, value in state.items():
         number = real(value)
@@ -47,11 +47,10 @@ def checked_numbers(state: object, *, whose: str) -> dict[str, float]:
 
 
 def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of `state`, if it can go on where `mine` is.
+    """The numbers of `state`, if a run with the state `mine` can continue from it.
 
     Raises:
-        StateError: it has other names or a newer version, holds a number that no run comes to, or is of another model
-            or base batch.
+        StateError: it has other names, a newer version, an impossible number, or another model or base batch.
     """
     values = checked_numbers(state, whose="a controller")
     if values.get("version", 0) > STATE_VERSION:
@@ -71,7 +70,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
             kind = "a whole number" if name in _WHOLE else "a number"
             raise StateError(
                 f"The state is damaged: {name} is {kind} from {least:g} to {most:.16g}, got {values[name]!r}. Load the "
-                "state as state_dict() gave it."
+                "unchanged result of state_dict()."
             )
     if values["version"] != STATE_VERSION:
         raise StateError(f"The state is damaged: there is no version {values['version']:g}.")
@@ -79,9 +78,7 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         names = [prefix + name for name in ("variance", "sqnorm", "weight", "samples")]
         variance, sqnorm, weight, samples = (values[name] for name in names)
         if (samples > 0) != (weight > 0) or max(abs(variance), abs(sqnorm)) > _LARGEST * weight:
-            raise StateError(
-                f"The state is damaged: { ({name: values[name] for name in names}) } contradict each other."
-            )
+            raise StateError(f"The state is damaged: { ({n: values[n] for n in names}) } contradict each other.")
     if values["parameters"] != mine["parameters"]:
         raise StateError(
             f"The state is of a model with {values['parameters']:.0f} parameters in its optimizers, this one has "
@@ -90,6 +87,6 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
     if values["base_batch"] and mine["base_batch"] and values["base_batch"] != mine["base_batch"]:
         raise StateError(
             f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
-            f"{mine['base_batch']:g}: the hyperparameters are tuned for one base batch, keep it."
+            f"{mine['base_batch']:g}: pass attach the base_batch that the hyperparameters were tuned for."
         )
     return values

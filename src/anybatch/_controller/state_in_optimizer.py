@@ -1,8 +1,8 @@
-"""A controller's state inside of its optimizer's, so that whatever saves the one saves the other.
+"""A controller's state inside of its optimizer's, so that both are saved together.
 
-`optimizer.state_dict()` has it as numbers in the first parameter group, where every way of saving keeps them, flattened
-distributed checkpoints too. Loading it into an optimizer with a controller takes them out again; loaded before, they
-wait there for `attach`. In an optimizer that is trained they stay no longer than to the next step.
+`optimizer.state_dict()` has it as numbers in the first parameter group, which every way of saving keeps, flattened
+distributed checkpoints too. An optimizer with a controller removes them when it loads them. If they were loaded before
+`attach`, then `attach` removes them. A training optimizer has them until its next step at most.
 """
 
 import warnings
@@ -20,14 +20,7 @@ _DROP = "To begin anew, remove what begins with 'anybatch_run_' from state['para
 
 
 class StateInOptimizer:
-    """Hooks on `optimizer` that write and read the state.
-
-    Args:
-        optimizer: what carries it.
-        clock: the run's.
-        written: gives the state.
-        read: takes it.
-    """
+    """Hooks on `optimizer` that write the result of `written` and pass it to `read` when it is loaded."""
 
     def __init__(
         self,
@@ -49,16 +42,16 @@ class StateInOptimizer:
         ]
 
     def remove(self) -> None:
-        """The optimizer carries nothing any more."""
+        """Remove the hooks and the numbers."""
         for handle in self._handles:
             handle.remove()
         _popped(self._optimizer)
 
     def take(self) -> None:
-        """Go on from what the optimizer's state came with, if it did.
+        """Continue from the numbers in the optimizer's state, if there are any.
 
         Raises:
-            StateError: it is of another model or base batch, or damaged.
+            StateError: they are of another model or base batch, or damaged.
         """
         numbers = _popped(self._optimizer)
         if not numbers:
@@ -67,14 +60,14 @@ class StateInOptimizer:
         try:
             self._read(numbers)
         except StateError as error:
-            raise StateError(f"{error} It came with the optimizer's state. {_DROP}") from None
+            raise StateError(f"{error} It was in the optimizer's state. {_DROP}") from None
         total = self._clock.total
         if total is None or (before == total and not self._clock.done):
             return
         whose = f"a run of {before:g} base iterations" if before else "a run without a total"
-        here = "is over there" if self._clock.done else "goes on there"
+        here = "is done there" if self._clock.done else "continues there"
         warnings.warn(
-            f"The optimizer's state is of {whose}, and has come to tau = {self._clock.tau:g}: this run, of {total:g}, "
+            f"The optimizer's state is of {whose}, at tau = {self._clock.tau:g}: this run, of {total:g}, "
             f"{here}. {_DROP}",
             AnybatchWarning,
             stacklevel=2,
@@ -88,7 +81,7 @@ class StateInOptimizer:
         self._put_in = True
 
     def _clear(self) -> None:
-        """After the step they would be of the past, and a copy of the optimizer would have them."""
+        """Remove the numbers before a step, which makes them out of date; a copy of the optimizer would have them."""
         if self._put_in:
             self._put_in = False
             _popped(self._optimizer)

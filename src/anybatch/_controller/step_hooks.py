@@ -3,7 +3,7 @@
 [Note: one step] Before `step()` the window is read and reduced. Moments, gain and the rule's scaling follow from it,
 and the optimizer's values are changed for this one call. After it they are restored. If the step really happened, the
 averages are kept, and the clock advances with the schedule and every subscriber. Nothing is kept before the step has
-happened, so a step that raises leaves no trace. docs/architecture.md draws it.
+happened, so a step that raises changes nothing. docs/architecture.md has a diagram.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,9 +49,9 @@ class _Prepared:
     """A window and the step that follows from it.
 
     Args:
-        stamp: of the window; `None` where backwards are not counted.
-        step: the step.
-        used: whether a step has begun with it.
+        stamp: Of the window; `None` where backwards are not counted.
+        step: The step.
+        used: Whether a step has begun with it.
     """
 
     stamp: int | None
@@ -60,21 +60,21 @@ class _Prepared:
 
 
 class StepHooks:
-    """Takes an optimizer, or several that train one model, through their steps.
+    """Hooks on the steps of one optimizer, or of several that train one model.
 
     Args:
-        settings: of the run.
-        model: what they train.
-        given: the optimizers as attach got them: a framework's wrappers, say, around those of `values`.
-        values: what becomes of each optimizer's hyperparameters in a step.
-        estimator: from the norms of a step to its scaling.
-        engine: one process, DDP or FSDP2.
-        gradients: sees the backwards; `None` where nothing needs counting.
-        drivers: keep the schedules on the clock.
-        run: the run's state.
-        sinks: where steps are written to.
-        share: under `Join`, how DDP divides the gradients of fewer ranks; else `None`.
-        check: raises before a step whose loop over the parts of a batch was left.
+        settings: The settings of the run.
+        model: The module that they train.
+        given: The optimizers as passed to `attach`, for example a framework's wrappers around those of `values`.
+        values: The hyperparameters of each optimizer in a step.
+        estimator: Returns the scaling of a step from its norms.
+        engine: One process, DDP or FSDP2.
+        gradients: The hooks on backwards. `None` where nothing needs counting.
+        drivers: The drivers that keep the schedules on the clock.
+        run: The run's state.
+        sinks: The sinks of the record.
+        share: Under `Join`, the divisor of DDP where ranks have run out of data. Otherwise `None`.
+        check: Raises before a step whose loop over the parts of a batch was left.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class StepHooks:
         self._sinks = sinks
         self._share = share
         self._check = check
-        # The window that some optimizers have stepped by, and not all: its stamp, and the factor on its loss.
+        # The window after the steps of some optimizers and not of all: its stamp, and the factor on its loss.
         self._partial: tuple[int | None, Tensor | None] = None, None
         self._partial_window = 0
         self._pending: Step | None = None
@@ -117,15 +117,15 @@ class StepHooks:
             if id(value.optimizer) not in driven
         ]
         self._diagnostics = Diagnostics(run=run, parameters=self._trainable, undriven=undriven)
-        self._averages_checked = settings.batch.scale == 1  # there an average by steps is right
-        self._taken: dict[int, bool] = {}  # of those that stepped in this window, whether one skipped by itself
-        self._lr = nan  # as the first of them had it in this window
+        self._averages_checked = settings.batch.scale == 1  # at scale 1 an average by steps is right
+        self._taken: dict[int, bool] = {}  # for each that stepped in this window, whether it skipped by itself
+        self._lr = nan  # the first optimizer's in this window
         self._restore_values: Callable[[], None] | None = None
         self._handles: list[RemovableHandle] = []
         for index, each in enumerate(values):
             optimizer = each.optimizer
             self._handles += [
-                # A compiled step must not trace these: it would bake in the first gain, or apply none at all.
+                # A compiled step must not trace these: it would make the first gain a constant, or apply none.
                 optimizer.register_step_pre_hook(torch.compiler.disable(partial(self._before, index))),
                 optimizer.register_step_post_hook(torch.compiler.disable(partial(self._after, index))),
                 optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
@@ -134,17 +134,17 @@ class StepHooks:
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate as it is now."""
+        """The first group's present learning rate."""
         return float(self._values[0].optimizer.param_groups[0]["lr"])
 
     def restore(self) -> None:
-        """Restore the base values; after a step that raised, at the next opportunity."""
+        """Restore the base values; after a step that raised, at the next call."""
         restore, self._restore_values = self._restore_values, None
         if restore is not None:
             restore()
 
     def forget(self) -> None:
-        """A state was loaded: nothing of an open window holds any more."""
+        """Drop the open window, since a state was loaded."""
         self._prepared = None
         self._taken.clear()
 
@@ -155,7 +155,7 @@ class StepHooks:
         self._handles.clear()
 
     def peek(self) -> Step | None:
-        """The step that would follow now; `None` where nothing was seen since the last."""
+        """The step that would follow now; `None` without a backward since the last step."""
         if self._gradients is not None and not self._gradients.pending and self._engine.ranks.group is None:
             return None
         prepared = self._prepare_window(self._values[0].optimizer)
@@ -180,7 +180,7 @@ class StepHooks:
             self._prepare(index)
             return None
 
-        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward; the scaling comes after it
+        def closure_then_prepare() -> Any:  # this hook runs before the closure's backward, the scaling after it
             loss = closure()
             self.restore()
             self._prepare(index)
@@ -228,23 +228,23 @@ class StepHooks:
         name = type(self._values[index].optimizer).__name__
         if index in self._taken:
             raise UsageError(
-                f"{name} steps again, and another optimizer of the same controller has not stepped yet: a window is "
-                "one step of each, after its last backward."
+                f"{name} steps again, and another optimizer of the same controller has not stepped yet: call each "
+                "step() once, after the last backward of the window."
             )
         if self._taken and self._prepared is not None and self._prepared.stamp != self._stamp:
             raise UsageError(
                 "There was a backward between the steps of two optimizers of the same controller, before that of "
-                f"{name}: a window is one step of each, after its last backward. Two that train against each other, "
-                "in a GAN say, need a controller each."
+                f"{name}: call each step() once, after the last backward of the window. Two that train against each "
+                "other, as in a GAN, need a controller each."
             )
 
     @property
     def _stamp(self) -> int | None:
-        """Of all that was seen since the last step; `None` where backwards are not counted."""
+        """The stamp of the open window; `None` where backwards are not counted."""
         return None if self._gradients is None else self._gradients.stamp
 
     def _prepare_window(self, optimizer: Optimizer) -> _Prepared | None:
-        """The step that this window's gradients allow; `None` where it is no step of training."""
+        """The step of this window's gradients; `None` where it is not a step of training."""
         gradients = self._gradients
         if gradients is not None:
             check_no_backward()
@@ -270,11 +270,11 @@ class StepHooks:
         stamp = self._stamp
         if stamp is None or self._prepared is None or self._prepared.stamp != stamp:
             self._prepared = _Prepared(stamp, self._step_of_window(share))
-        # Else the same window again: after peek(), a step() that raised, or from a step() that calls another one.
+        # Otherwise it is the same window: after peek(), a step() that raised, or in a step() that calls another one.
         return self._prepared
 
     def _use(self, prepared: _Prepared, *, ahead: bool = False) -> None:
-        """Make the mean of the gradients, once a window, at the step or ahead of it; `peek()` does not do this."""
+        """Make `.grad` the mean of the gradients, once a window; `peek()` does not do this."""
         if prepared.used:
             return
         prepared.used = True
@@ -300,8 +300,8 @@ class StepHooks:
             return False
         gradients.close()
         self._diagnostics.once(
-            "The gradients were cleared between the last backward and optimizer.step(): such a step does not count, "
-            "and the clock stands. Call optimizer.zero_grad() after the step, not before it."
+            "The gradients were cleared between the last backward and optimizer.step(): the step does not count, and "
+            "the clock does not advance. Call optimizer.zero_grad() after the step, not before it."
         )
         return True
 
@@ -316,7 +316,7 @@ class StepHooks:
         if self._gradients.measured_by(LayerNorms.name) and window.backwards * ranks.size == 1:
             self._diagnostics.once(
                 "One gradient a step shows no noise, so there is none by layer either: accumulate over two or more "
-                "backwards, or cut the batch with anybatch.split(batch, 2)."
+                "backwards, or split the batch with anybatch.split(batch, 2)."
             )
         checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
         reduction = self._settings.reduction
@@ -330,7 +330,7 @@ class StepHooks:
         return step
 
     def _rates(self) -> list[float]:
-        """The base learning rate of every group; one in a device's memory is left out, since a read synchronises."""
+        """The base learning rate of every group, except for those on a device, where a read synchronises."""
         rates = [group["lr"] for each in self._values for group in each.optimizer.param_groups]
         return [float(lr) for lr in rates if not isinstance(lr, Tensor) or lr.device.type == "cpu"]
 
@@ -358,7 +358,7 @@ class StepHooks:
         self._count(step, skipped=skipped)
 
     def _factor(self) -> Tensor | None:
-        """The loss's factor in the window, which Lightning and Accelerate may change after each optimizer."""
+        """The factor on the window's loss, which Lightning and Accelerate may change after each optimizer."""
         if self._gradients is not None and self._gradients.loss_scale is not None:
             return self._gradients.loss_scale
         scale = self._settings.loss_scale()
@@ -367,8 +367,8 @@ class StepHooks:
     def _backed_off(self) -> bool:
         """Whether a GradScaler has lowered its factor since an earlier window.
 
-        Then the gradients of an optimizer that did not step by that window were not finite, and it never will. The
-        scaler skips each optimizer for itself; a step is all of them or none.
+        Then the gradients of an optimizer without a step in that window were not finite, and it takes none. The scaler
+        skips each optimizer separately; a step of the run is all of them or none.
         """
         stamp, before = self._partial
         if stamp is not None and stamp == self._stamp:
@@ -377,7 +377,7 @@ class StepHooks:
         return scale is not None and before is not None and bool(scale < before)
 
     def _count(self, step: Step, *, skipped: bool) -> None:
-        """Every optimizer has stepped that will."""
+        """Add the step to the run, after the last optimizer that takes it."""
         self._taken.clear()
         try:
             self._run.add(step, skipped=skipped)

@@ -1,4 +1,4 @@
-"""The norms of gradients that a backward shows, on one process, DDP and FSDP2 alike."""
+"""Norms of the gradients of each backward, the same on one process, under DDP and under FSDP2."""
 
 from anybatch._gradients.adam_metric import AdamNorms
 from anybatch._gradients.autograd import check_no_backward, check_not_captured
@@ -7,22 +7,9 @@ from anybatch._gradients.euclidean import EuclideanNorms
 from anybatch._gradients.hooks import GradientHooks
 from anybatch._gradients.join import JoinSupport
 from anybatch._gradients.layers import LayerNorms
-from anybatch._gradients.parameters import (
-    check_in_use,
-    is_phantom,
-    trainable,
-    trained_parameters,
-    withheld,
-)
+from anybatch._gradients.parameters import check_in_use, is_phantom, trainable, trained_parameters, withheld
 from anybatch._gradients.probe import Probe
-from anybatch._gradients.reduce import (
-    ReducedWindow,
-    Reduction,
-    Share,
-    check_same,
-    divisor_of,
-    reduce_window,
-)
+from anybatch._gradients.reduce import ReducedWindow, Reduction, Share, check_same, divisor_of, reduce_window
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.window import PAIR, Norms
 

@@ -1,8 +1,8 @@
-"""Norms in Adam's own metric, in which each coordinate has the weight that Adam gives it.
+"""Norms in Adam's own metric: each coordinate has the weight that Adam gives it.
 
-    ||g||^2_P = sum_i g_i^2 / (sqrt(v_i / c) + eps)        c = 1 - beta2 ** step
+    ||g||^2_P = sum_i g_i^2 / (sqrt(v_i / c) + eps)        c = 1 - beta2 ** step.
 
-v is the second moment before the step, which all micro-batches of one window share; c is its debiasing.
+The second moment v is the one before the step, the same for all micro-batches of the window. Its debiasing is c.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,36 +17,24 @@ from anybatch._gradients.norms import local_of, norm_into, real_of, total_square
 from anybatch._gradients.probe import Placement, Probe, Table
 from anybatch._gradients.window import Norms
 
-# Squares in every v before it counts: the relative error of an average of k squares is sqrt(2 / k), here 0.45; with one
-# or two, 1 / sqrt(v) has not even a finite variance.
+# Least number of squares in each v. The relative error of an average of k squares is sqrt(2 / k), here 0.45. With one
+# or two squares 1 / sqrt(v) has no finite variance.
 SQUARES = 10
 
 
 @dataclass(frozen=True)
 class Root:
-    """What one parameter's gradient is divided by: `||g||^2_P = unit * ||g / divisor||^2`.
+    """The divisor of one parameter's gradient: `||g||^2_P = unit * ||g / divisor||^2`."""
 
-    Args:
-        divisor: sqrt(sqrt(v) + eps * sqrt(c)), a new tensor.
-        unit: sqrt(c), a number, or a tensor of shape `[]` where the step count is on the device.
-    """
-
-    divisor: Tensor
-    unit: float | Tensor
+    divisor: Tensor  # sqrt(sqrt(v) + eps * sqrt(c)), a new tensor
+    unit: float | Tensor  # sqrt(c); a tensor of shape `[]` where the step count is on the device
 
 
 class AdamNorms(Probe):
     """The norms of a window in the metric of an optimizer of the Adam family.
 
     Under FSDP2 each rank weighs its own shard of its own micro-batches. Micro-batches are exchangeable, so the same
-    shard of the other ranks' gradients has the same expected norm.
-
-    Args:
-        optimizer: whose state is read.
-        entry: the name of v in it; AMSGrad's maximum of it is found by itself.
-        steps: gives the number of steps taken.
-        rows: for a parameter, the rows of its gradient on a leaf for which this rank holds v; `None` for all.
-        shards: number of ranks over which v is sharded.
+    shard of the other ranks' gradients has the same expected norm. `rows` and `shards` are those of `Engine`.
     """
 
     name = "adam"
@@ -55,8 +43,8 @@ class AdamNorms(Probe):
         self,
         optimizer: Optimizer,
         *,
-        entry: str,
-        steps: Callable[[], int],
+        entry: str,  # the name of v in the optimizer's state; with AMSGrad its maximum is read instead
+        steps: Callable[[], int],  # the number of steps taken
         rows: Callable[[Tensor], slice | None] = lambda _: None,
         shards: int = 1,
     ) -> None:
@@ -65,7 +53,7 @@ class AdamNorms(Probe):
         self._steps = steps
         self._rows_of = rows
         self._shards = shards
-        self._since = 0  # steps after which the youngest v has begun
+        self._since = 0  # number of steps before the first square of the newest v
         self.drop()
 
     def drop(self) -> None:
@@ -76,30 +64,29 @@ class AdamNorms(Probe):
         self._known = False  # whether the weights of the window are known
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
-        """Weigh these parameters as well, once they have been trained for a while."""
+        """Measure these parameters as well, once each v has enough squares."""
         self._rows.extend(map(self._rows_of, parameters))
         self._table.follow(places)
         self._since = self._steps()
         self._known = False
 
     def open(self, *, sampled: bool) -> bool:
-        """Begin a window. The age of v is the number of steps: a parameter's own count may lie on a device, and reading
-        it would synchronise.
-        """
+        """Begin a window, and measure it if v is old enough."""
         self._table.clear()
         self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        # The controller's number of steps: a parameter's own count may be on a device, and a read would synchronise.
         self._known = sampled and self._steps() - self._since >= SQUARES
         return sampled
 
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:
-        """Weigh the gradient that `parameter` got from micro-batch `row`."""
+        """Measure the gradient that `parameter` got from micro-batch `row`."""
         if not self._known:
             return
         rows = self._rows[index]
         self._weigh(self._table.cell(row, index), parameter, grad if rows is None else grad[rows])
 
     def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Weigh all gradients of a window at once."""
+        """Measure all gradients of a window at once."""
         squares = []
         for parameter, samples in zip(parameters, gradients, strict=True):
             root = self._root(parameter, samples) if self._known else None
@@ -109,29 +96,23 @@ class AdamNorms(Probe):
         self._table.observe(squares, gradients[0].shape[0])
 
     def mean(self, parameters: Sequence[Tensor]) -> None:
-        """Weigh this rank's part of `.grad`."""
-        if not self._known:
-            return
-        for out, parameter in zip(self._table.mean_cells(parameters), parameters, strict=True):
-            if parameter.grad is None:
-                out.zero_()
-            else:
-                self._weigh(out, parameter, local_of(parameter.grad))
-        self._table.mean_written()
+        """Measure this rank's part of `.grad`."""
+        if self._known:
+            self._table.write_mean(parameters, self._weigh)
 
     def forget_mean(self) -> None:
-        """The norm of `.grad` is out of date."""
+        """Drop the norm of `.grad`."""
         self._table.forget_mean()
 
     def norms(self, fires: Sequence[int]) -> Norms | None:
-        """The norms, `[1]`; `None` where the weights of some parameter were not known."""
+        """The norms, `[1]`; `None` where the weights of a parameter are not known."""
         if not self._known:
             return None
         samples, mean = self._table.squares(fires)
         return Norms(samples.sum()[None] * self._shards, None if mean is None else mean.sum()[None])
 
     def _weigh(self, out: Tensor, parameter: Tensor, grad: Tensor) -> None:
-        """Write the weighed norm of `grad` (not squared) into `out`."""
+        """Write the weighted norm of `grad` (not squared) into `out`."""
         root = self._root(parameter, grad)
         if root is None:
             return
@@ -140,7 +121,7 @@ class AdamNorms(Probe):
         out.mul_(root.unit**0.5)
 
     def _root(self, parameter: Tensor, grad: Tensor) -> Root | None:
-        """The divisor of one gradient; without v the window's weights are not known."""
+        """The divisor of one gradient; `None` without v, and then the window is not measured."""
         group, state = self._groups.get(id(parameter)), self._optimizer.state.get(parameter, {})
         v = None if group is None else state.get(f"max_{self._entry}" if group.get("amsgrad") else self._entry)
         if group is None or v is None:

@@ -1,4 +1,4 @@
-"""What the autograd engine is doing, and what it shall do when it has done it."""
+"""The state of the autograd engine, and callbacks at the end of its run."""
 
 import sys
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from anybatch._errors import UnsupportedError, UsageError
 
-# DDP queues its own end-of-backward callback during the backward, and with a static graph another one from there; a
-# callback queued from a callback runs after those already queued, so the third in a chain comes after both.
+# Length of the chain of callbacks. DDP queues a callback during the backward, and with a static graph another one from
+# it. A callback queued from a callback runs after those already queued, so the third in a chain runs after both.
 LAST = 3
 
 
@@ -23,34 +23,26 @@ def at_end(callback: Callable[[], None], *, chain: int = 1) -> None:
 
 
 def check_no_backward() -> None:
-    """Raise if the autograd engine is running in this thread.
-
-    Raises:
-        UsageError: it is.
-    """
+    """Raise a `UsageError` if the autograd engine is running in this thread."""
     if torch._C._current_graph_task_id() != -1:
         raise UsageError(
-            "optimizer.step() was called during a backward, and what a step measures is complete only at its end. Call "
-            "it after loss.backward(), or give attach a number as scale and a rule that measures nothing."
+            "optimizer.step() was called during a backward, before the gradients of the step are complete. Call it "
+            "after loss.backward(), or pass attach a number as scale and a rule that measures nothing."
         )
 
 
 def check_not_captured(tensor: Tensor) -> None:
-    """Raise if what runs on the device of `tensor` is captured into a CUDA graph.
-
-    Raises:
-        UnsupportedError: it is.
-    """
+    """Raise an `UnsupportedError` if the device of `tensor` captures a CUDA graph."""
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
-            "A backward or an optimizer's step inside of a CUDA graph's capture: a replay runs no Python, so nothing "
-            "would be measured, and every step would have the gain of the capture. Leave both out of the capture; "
-            "torch.compile of the model or of optimizer.step is fine."
+            "A backward or an optimizer's step is captured into a CUDA graph. A replay runs no Python, so nothing is "
+            "measured, and every step has the gain of the capture. Leave both out of the capture; torch.compile of the "
+            "model or of optimizer.step is supported."
         )
 
 
 def accumulates(leaf: Tensor) -> bool:
-    """Whether the engine's run adds to `.grad`: torch.autograd.grad does not, and the engine refuses the question."""
+    """Whether the engine's run adds to `.grad`; in `torch.autograd.grad`, which does not, the engine raises."""
     try:
         return bool(torch._C._will_engine_execute_node(get_gradient_edge(leaf).node))
     except RuntimeError:
@@ -58,7 +50,7 @@ def accumulates(leaf: Tensor) -> bool:
 
 
 def inside_a_backward() -> bool:
-    """Whether the engine was started from inside of a custom function's backward, as re-entrant checkpointing does."""
+    """Whether a custom function's backward started the engine, as re-entrant checkpointing does."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is BackwardCFunction.apply.__code__:

@@ -1,4 +1,4 @@
-"""With one gradient a step, the gradient of the step before is the second sample."""
+"""The one-gradient estimator: the gradient of the step before is the second sample."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,38 +12,29 @@ from anybatch._gradients.window import Norms
 
 @dataclass(frozen=True)
 class Pair:
-    """This step's gradient and the one before as two samples.
+    """This step's gradient and the one before as two samples."""
 
-    Args:
-        norms: of the two and of their mean.
-        inverse_size: one over the size of the earlier micro-batch.
-    """
-
-    norms: Norms
-    inverse_size: float
+    norms: Norms  # of the two and of their mean
+    inverse_size: float  # one over the size of the earlier micro-batch
 
 
 class ConsecutiveGradients:
-    """Keeps a copy of the last step's gradient: the one buffer of the parameters' size in this library."""
+    """A copy of the last step's gradient: the only buffer of the parameters' size in this library."""
 
     def __init__(self) -> None:
-        self._previous: dict[int, Tensor] | None = None  # by the parameter; what is not there is zero
-        self._scale: Tensor | None = None  # the factor on its loss
+        self._previous: dict[int, Tensor] | None = None  # by the parameter's number; a missing one is zero
+        self._scale: Tensor | None = None  # the factor on the loss of that step
         self._inverse_size = 1.0
 
     def forget(self) -> None:
-        """The next gradient has no predecessor: this one was not finite, or not alone in its step."""
+        """Drop the copy, where its gradient was not finite or not alone in its step."""
         self._previous = None
 
     def pair(self, grads: Mapping[int, Tensor], *, loss_scale: Tensor | None, inverse_size: float) -> Pair | None:
-        """The norms of the gradients, by their parameters, and of those of the last call; `None` at the first.
+        """This step's gradients, by the parameters' numbers, and those of the last call; `None` at the first call.
 
-        Both are of a loss times `loss_scale`. If the factor has changed, the earlier gradient is multiplied to match.
-
-        Args:
-            grads: this step's gradients by the parameters' numbers.
-            loss_scale: the factor on this step's loss, a tensor of shape `[]`, or `None`.
-            inverse_size: one over the size of this step's micro-batch.
+        `loss_scale` is the factor on this step's loss, a tensor of shape `[]`, or `None`. If the factor has changed,
+        the earlier gradient is multiplied to match. `inverse_size` is one over the size of this step's micro-batch.
         """
         before_scale, self._scale = self._scale, loss_scale
         before_size, self._inverse_size = self._inverse_size, inverse_size
@@ -57,7 +48,7 @@ class ConsecutiveGradients:
                 buffer.mul_(ratio.to(buffer.device))
         before, now = total_squared_norm(held.values()), total_squared_norm(grads.values())
         both = [index for index in grads if index in held]
-        if both:  # the buffer holds the sum for a moment: no second copy
+        if both:  # the buffer holds the sum for now, without a second copy
             torch._foreach_add_([held[index] for index in both], [grads[index] for index in both])
         held.update({index: g.detach().clone() for index, g in grads.items() if index not in held})
         together = total_squared_norm(held.values())

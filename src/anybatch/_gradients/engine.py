@@ -1,4 +1,4 @@
-"""Which engine averages the gradients: one process, DistributedDataParallel or FSDP2. The one place that asks."""
+"""The engine that averages the gradients: one process, DDP or FSDP2. Only `engine_of` distinguishes them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,31 +15,20 @@ from anybatch._gradients.reduce import Ranks, replicated_ranks
 
 @dataclass(frozen=True)
 class Engine:
-    """The properties of an engine that a controller depends on.
+    """The properties of an engine that a controller depends on."""
 
-    Args:
-        ranks: whose gradients are averaged.
-        place: for trained parameters, where their gradients are measured.
-        reduced: whether, at the end of a backward, `.grad` is the average; `None` on one rank.
-        check: raises before a step that this engine would take in a way that cannot be measured; is passed whether the
-            controller takes part in a `Join`.
-        arrived: whether, at the end of a backward, its gradients are in `.grad`.
-        rows: for a trained parameter, the rows of its gradient on a leaf for which this rank holds the optimizer's
-            state; `None` for all. Raises where that is no range of rows.
-        shards: number of ranks over which the optimizer's state is sharded.
-        no_sync: a context in which backwards are not averaged, for all but the last of a step.
-        ddp: the DistributedDataParallel module, if that is the engine.
-    """
-
-    ranks: Ranks
-    place: Callable[[Sequence[Tensor]], list[Placement]]
-    reduced: Callable[[], bool] | None
+    ranks: Ranks  # over which gradients are averaged
+    place: Callable[[Sequence[Tensor]], list[Placement]]  # where the gradients of trained parameters are measured
+    reduced: Callable[[], bool] | None  # at the end of a backward: whether `.grad` is the average; `None` on one rank
+    # Raises before a step that cannot be measured; its argument: whether the controller takes part in a `Join`.
     check: Callable[[bool], None] = lambda _: None
-    arrived: Callable[[], bool] = lambda: True
+    arrived: Callable[[], bool] = lambda: True  # at the end of a backward: whether its gradients are in `.grad`
+    # The rows of a parameter's gradient for which this rank holds the optimizer's state; `None` for all. Raises where
+    # this part is not a range of rows.
     rows: Callable[[Tensor], slice | None] = lambda _: None
-    shards: int = 1
-    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
-    ddp: DistributedDataParallel | None = None
+    shards: int = 1  # number of ranks over which the optimizer's state is sharded
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # for all backwards but the last of a step
+    ddp: DistributedDataParallel | None = None  # the module, if DDP is the engine
 
 
 def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Engine:
@@ -89,8 +78,8 @@ def _no_rows(_: Tensor) -> slice | None:
 def _check_ddp(ddp: DistributedDataParallel, *, joined: bool) -> None:
     if ddp._join_config.enable and not joined:
         raise UsageError(
-            "Inside of model.join() a rank that has run out of data would not take part in the reduction of the norms. "
-            "Join both: with torch.distributed.algorithms.Join([model, controller]): ..."
+            "Inside of model.join() a rank without further data does not take part in the reduction of the norms. Join "
+            "both: with torch.distributed.algorithms.Join([model, controller]): ..."
         )
     for _, state in ddp._comm_hooks:
         if type(state).__name__ == "PowerSGDState":

@@ -1,27 +1,26 @@
 """The Euclidean norms of a window.
 
-[Note: queue] A norm of its own costs a small tensor ten times what its entries do. Small gradients are queued until the
-end of the backward and measured together. The queue holds the gradients that the hooks got, never `.grad`: autograd
-adds to `.grad` in place, DDP and FSDP2 write averages into it, and the user may change it. Autograd does not write to
-a gradient that somebody else holds. The price: the first gradient of a window is copied into `.grad`. A large gradient
-is measured at once, while it is in the cache; the norms of its rows are queued.
+[Note: queue] For a small tensor the call of a norm takes ten times as long as its entries. Small gradients are queued
+until the end of the backward and measured together. The queue holds the gradients passed to the hooks, never `.grad`:
+autograd adds to `.grad` in place, DDP and FSDP2 write averages into it, and the user may change it. Autograd does not
+write to a gradient with another reference. The cost: autograd copies the first gradient of a window into `.grad`. A
+large gradient is measured at once, while it is in the cache; the norms of its rows are queued.
 
-A hook or a custom backward that writes into its gradient breaks PyTorch's rules, and may change a queued tensor where
-an addition gave the same tensor to both. The tensor's version shows it. Such a window is not measured, and from then on
-nothing is queued.
+A hook or a custom backward that writes into its gradient breaks PyTorch's rules. It may change a queued tensor where an
+addition gave the same tensor to both. The tensor's version shows the write. Such a window is not measured, and from
+then on nothing is queued.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from anybatch._gradients.norms import SMALL, condensed, part_of, total_squared_norm
+from anybatch._gradients.norms import SMALL, condensed, part_of, summed, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import Norms
 
-# Bytes of small gradients that may be queued: 256 of the largest in float32, more than most networks have. Gradients of
-# further parameters are measured one by one.
+# Bytes of small gradients in the queue at most: 256 of the largest in float32, more than most networks have. Gradients
+# of further parameters are measured one by one.
 _ROOM = 1 << 24
 
 
@@ -29,7 +28,7 @@ class Queue:
     """Gradients of parameters with the same number of copies; see the note above."""
 
     def __init__(self) -> None:
-        self.waiting: list[Tensor] = []  # these two are the same lists for good: hooks append to them
+        self.waiting: list[Tensor] = []  # hooks append to these two, so neither is ever replaced
         self.versions: list[int] = []
         self.rows: list[Tensor] = []
         self.squares: list[Tensor] = []
@@ -42,7 +41,7 @@ class Queue:
             self.squares.append(total_squared_norm([grad]))
 
     def measure(self) -> bool:
-        """Measure what is queued; false if something wrote to it."""
+        """Measure the queued gradients; false if something wrote to one of them."""
         unchanged = self.versions == [grad._version for grad in self.waiting]
         if self.waiting or self.rows:
             self.squares.append(total_squared_norm([*self.waiting, *self.rows]))
@@ -67,8 +66,8 @@ class EuclideanNorms(Probe):
 
     def drop(self) -> None:
         """Drop all parameters."""
-        self.queues: list[Queue] = []  # of each parameter
-        self.queued: list[bool] = []  # whether its dense gradients are queued
+        self.queues: list[Queue] = []  # the queue of each parameter
+        self.queued: list[bool] = []  # for each parameter, whether its dense gradients are queued
         self._by_copies: dict[int, Queue] = {}
         self._mean_copies: list[int] = []
         self._room = _ROOM
@@ -85,21 +84,21 @@ class EuclideanNorms(Probe):
             self._mean_copies.append(place.mean_copies)
 
     def open(self, *, sampled: bool) -> bool:
-        """Begin a window; every window that anything measures has these norms."""
+        """Begin a window."""
         self.clear()
         return sampled
 
     def clear(self) -> None:
-        """Drop what was seen."""
+        """Drop the norms and the queued gradients."""
         for queue in self._by_copies.values():
             queue.drop()
             queue.squares.clear()
-        self.valid = True  # whether the window's queued gradients were left alone
+        self.valid = True  # whether no queued gradient of the window was changed
         self._observed: Tensor | None = None
         self._mean: Tensor | None = None
 
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
-        """Queue or measure a gradient; the hooks do the same in place."""
+        """Queue or measure a gradient, as the hooks of `GradientHooks` do inline."""
         queue = self.queues[index]
         if self.queued[index] and self.patient and not grad.is_sparse:
             queue.waiting.append(grad)
@@ -118,16 +117,11 @@ class EuclideanNorms(Probe):
             mine = zip(parameters, self._mean_copies, strict=True)
             square = total_squared_norm([part_of(p.grad, p) for p, n in mine if n == copies and p.grad is not None])
             parts.append(square if copies == 1 else square / copies)
-        self._mean = _sum(parts)
+        self._mean = summed(parts)
 
     def forget_mean(self) -> None:
-        """The norm of `.grad` is out of date."""
+        """Drop the norm of `.grad`."""
         self._mean = None
-
-    @property
-    def mean_known(self) -> bool:
-        """Whether `.grad` was measured since the last backward."""
-        return self._mean is not None
 
     def measure(self) -> None:
         """Empty the queues."""
@@ -136,20 +130,13 @@ class EuclideanNorms(Probe):
                 self.valid = self.patient = False
 
     def norms(self, fires: Sequence[int]) -> Norms:  # noqa: ARG002
-        """The norms, `[1]`; of parameters without any gradient 0."""
+        """The norms, `[1]`; 0 where no parameter has a gradient."""
         samples = self._observed
         if samples is None:
             parts = []
             for copies, queue in self._by_copies.items():
                 if queue.squares:
-                    square = _sum(queue.squares)
+                    square = summed(queue.squares)
                     parts.append(square if copies == 1 else square / copies)
-            samples = _sum(parts)
+            samples = summed(parts)
         return Norms(samples[None], None if self._mean is None else self._mean[None])
-
-
-def _sum(squares: Sequence[Tensor]) -> Tensor:
-    """The sum, on the first one's device."""
-    if len(squares) <= 1:
-        return squares[0] if squares else torch.zeros((), dtype=torch.float64)
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum()

@@ -48,8 +48,8 @@ def _shards(tensor: Tensor) -> int:
 def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor]:
     """For each of the sharded `parameters`, the unsharded one that FSDP2 puts in its place for a forward.
 
-    FSDP2 keeps these tensors and only frees and fills their storage, so that hooks on them stay. One module at a time
-    is gathered to see them; every rank must call this together.
+    FSDP2 keeps these tensors and only frees and fills their storage, so hooks on them stay. This gathers one module at
+    a time: a collective.
 
     Under tensor parallelism that is a DTensor over the ranks that share a micro-batch, or a plain tensor.
     """
@@ -68,20 +68,17 @@ def unsharded_leaves(model: nn.Module, parameters: Sequence[Tensor]) -> list[Ten
 
 
 def synchronised(model: nn.Module) -> Callable[[], bool]:
-    """Tells whether a backward that ends now has reduced its gradients into the shards' `.grad`, and what was held back
-    before: FSDP2 keeps unsynchronised ones with the unsharded parameters.
+    """A function that returns whether a backward that ends now has reduced its gradients into the shards' `.grad`.
+
+    FSDP2 keeps the gradients of unsynchronised backwards with the unsharded parameters until a reduction.
     """
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
 
-    def answer() -> bool:
-        groups = (group for state in states for group in _groups_of(state))
-        return all(group.reduce_grads and group.all_reduce_grads for group in groups)
-
-    return answer
+    return lambda: all(group.reduce_grads and group.all_reduce_grads for state in states for group in _groups_of(state))
 
 
 def _groups_of(state: Any) -> Iterable[Any]:
-    """One group of parameters a module, or several, as torch's version has it."""
+    """The groups of parameters of one module: several, or at most one, by torch's version."""
     if hasattr(state, "_fsdp_param_groups"):
         return cast("Iterable[Any]", state._fsdp_param_groups)
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
@@ -119,8 +116,8 @@ def sharding_of(model: nn.Module, parameters: Sequence[Tensor], given: dist.Proc
     if given is None and mesh.ndim > 1:
         if whole != dist.get_world_size():
             raise UsageError(
-                f"The parameters lie on a mesh of {tuple(mesh.shape)} ranks, which is not the whole world: give "
-                "attach the process_group of all these ranks."
+                f"The mesh of the parameters has {tuple(mesh.shape)} ranks, which is not the whole world: pass attach "
+                "the process_group of all these ranks."
             )
         given = dist.group.WORLD
     group = given if given is not None else mesh.get_group()
@@ -145,7 +142,7 @@ def rows_of(parameter: Tensor) -> slice | None:
     """The rows of the unsharded `parameter` that this rank's shard holds; `None` for all.
 
     Raises:
-        UnsupportedError: it is sharded along another dimension than its first.
+        UnsupportedError: its shards are not along the first dimension.
     """
     if not isinstance(parameter, DTensor):
         return None
@@ -155,9 +152,8 @@ def rows_of(parameter: Tensor) -> slice | None:
             continue
         if rows is not None or not placement.is_shard(dim=0):
             raise UnsupportedError(
-                "A trained parameter is not sharded along its first dimension, so AdaScale(metric='adam') cannot tell "
-                "which part of Adam's state this rank holds: use metric='euclidean', or fully_shard without "
-                "shard_placement_fn."
+                "A trained parameter is not sharded along its first dimension, as AdaScale(metric='adam') needs: use "
+                "metric='euclidean', or fully_shard without shard_placement_fn."
             )
         first = mesh.get_local_rank(dim) * -(-parameter.shape[0] // size)  # as torch.chunk: all but the last are equal
         rows = slice(first, first + parameter.to_local().shape[0])
@@ -165,7 +161,7 @@ def rows_of(parameter: Tensor) -> slice | None:
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
-    """FSDP1 flattens parameters of many layers into one and has been superseded."""
+    """Raise under FSDP1, which flattens the parameters of many layers into one and has been superseded."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UnsupportedError(
             "FullyShardedDataParallel (FSDP1) is not supported: use torch.distributed.fsdp.fully_shard (FSDP2)."

@@ -1,20 +1,20 @@
-"""GradientHooks: sees every backward of an optimizer's parameters and, at the step, gives the window's norms.
+"""GradientHooks: the norms of the gradients of every backward.
 
-[Note: where norms are taken] A hook on each parameter sees every micro-batch's gradient before it is added to `.grad`,
-on one device, under DDP (before its reduction) and under `no_sync` alike. The squared norm of their mean is taken from
-`.grad` in a callback that the autograd engine runs at the very end of a backward: after DDP has averaged and written
-back, before the user unscales or clips. So both norms are of the same gradients in the same units, and any
-communication hook of the user's runs as it is. `window_norms` takes them.
+[Note: where norms are taken] A hook on each parameter gets every micro-batch's gradient before it is added to `.grad`.
+This holds on one device, under DDP (before its reduction) and under `no_sync`. The norm of their mean is taken from
+`.grad` in a callback at the end of the autograd engine's run. DDP has then averaged and written back, and the user has
+not yet unscaled or clipped. So both norms are of the same gradients in the same units, and the user's communication
+hook is unchanged. `window_norms` takes them.
 
-Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook ever fires. Their unsharded originals,
-the leaves, have the hooks; `.grad` is read from the shards, after FSDP has reduced it in an earlier callback.
+Under FSDP2 the parameters of the optimizer are shards, on which no gradient hook runs. Hooks are on the unsharded
+originals, the leaves. The shards have `.grad`, which FSDP has reduced in an earlier callback.
 
 [Note: counting] A backward is one outermost run of the engine in which at least one parameter accumulated a gradient.
-The largest number of gradients that a parameter got would not do: experts and heads may each see only some
-micro-batches. Re-entrant checkpointing runs the engine from inside of the engine: such nested runs belong to the
-backward around them.
+The largest number of gradients of one parameter is not a count: each expert or head may get only some micro-batches.
+Re-entrant checkpointing runs the engine from inside of the engine: these nested runs belong to the backward around
+them.
 
-Nothing here depends on what the observed gradients are a part of: `reduce` makes samples of a window.
+This module does not depend on the ranks and the reduction: `reduce` makes samples of a window.
 """
 
 import warnings
@@ -48,17 +48,17 @@ class GradientHooks:
     """Hooks on the parameters of optimizers; see the notes above.
 
     Args:
-        parameters: gives those of the optimizers, as their groups are now; the ones without a gradient are left out.
-        measure: whether norms are taken; else backwards are only counted.
-        due: called when a window begins: whether the averages take it as a sample; else its backwards are only counted.
-        place: gives where the gradients of parameters are measured; on the parameters themselves by default.
-        reduced: tells, at the end of a backward, whether `.grad` has been averaged over several ranks; `None` on one
+        parameters: Returns the parameters in the optimizers' present groups. Frozen ones are left out.
+        measure: Whether norms are taken. Otherwise backwards are only counted.
+        due: Returns, when a window begins, whether the averages take it as a sample.
+        place: Returns where the gradients of parameters are measured. Default: on the parameters.
+        reduced: Returns, at the end of a backward, whether `.grad` is averaged over several ranks. `None` on one
             rank.
-        arrived: tells, at the end of a backward, whether its gradients are in `.grad`.
-        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
-        consecutive: keep a copy of the gradient for the one-gradient estimator.
-        probes: further norms beside the Euclidean ones.
-        sizes: of the micro-batches; `None` where they do not matter.
+        arrived: Returns, at the end of a backward, whether its gradients are in `.grad`.
+        loss_scale: Returns the factor on the loss, a tensor of shape `[]`, or `None`.
+        consecutive: Whether to keep a copy of the gradient for the one-gradient estimator.
+        probes: Norms beside the Euclidean ones.
+        sizes: The sizes of the micro-batches. `None` where they have no effect.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class GradientHooks:
         self.windows = 0  # opened so far
         self._newest = -1  # the engine's last outermost run
         self._newest_hook = 0
-        self.stamp = 0  # changes with all that alters what `window()` would say
+        self.stamp = 0  # changes with everything that changes the result of `window()`
         self._leaves: list[weakref.ref[Tensor]] = []
         self._copies: list[tuple[int, int]] = []  # of each parameter, as in Placement
         self._hooks: list[Callable[[Tensor], None]] = []
@@ -112,11 +112,11 @@ class GradientHooks:
                 break
 
     def follow(self) -> bool:
-        """Hook the parameters that are not hooked yet: a group added, a layer unfrozen, tensors replaced.
+        """Hook the parameters without a hook: of an added group, an unfrozen layer, replaced tensors.
 
-        Their first window, whose backward may have come before the hooks, is counted and not measured. Parameters that
-        have left the optimizers are dropped. A hook of the user's that came after ours changes what we have measured:
-        ours is made the last again.
+        Their first window, whose backward may have run before the hooks, is counted and not measured. Parameters that
+        have left the optimizers are dropped. A later hook of the user's may change the gradient after it is measured,
+        so this hook is made the last one again.
 
         Returns:
             Whether all parameters were replaced, so that no backward of the window was seen.
@@ -142,7 +142,7 @@ class GradientHooks:
         self._handles.extend(p.leaf.register_hook(h) for p, h in zip(places, self._hooks[first:], strict=True))
 
     def _drop_left(self, members: Sequence[Tensor]) -> bool:
-        """Drop the parameters that no group has any more; their gradients are no part of this training."""
+        """Drop the parameters that are in no group any more; their gradients are no part of this training."""
         present, alive = {id(p) for p in members}, self._norms.alive()
         if all(p is not None and id(p) in present for p in alive):
             return False
@@ -171,7 +171,7 @@ class GradientHooks:
 
     @property
     def usual(self) -> int:
-        """Backwards of the last window, where knowing them saves reads; a state has them."""
+        """Number of backwards of the last window, where it saves reads; saved with the state."""
         return self._norms.usual
 
     @usual.setter
@@ -185,21 +185,21 @@ class GradientHooks:
 
     @property
     def pending(self) -> int:
-        """Backwards seen in the open window; 0 when there is none."""
-        # Where every parameter is inside of re-entrant checkpoints, the backward around them never shows.
+        """Number of backwards in the open window; 0 when there is none."""
+        # Where every parameter is inside of re-entrant checkpoints, the backward around them calls no hook.
         return self._backwards or (max(self._fires, default=0) if self._nested_only else 0)
 
     @property
     def sizes_of_norms(self) -> dict[str, int]:
-        """K of each probe, by its name."""
+        """The size of each probe, by its name."""
         return self._norms.sizes
 
     def measured_by(self, name: str) -> bool:
-        """Whether the open window is measured by the further probe of this name."""
+        """Whether the further probe `name` measures the open window."""
         return self._norms.measured_by(name)
 
     def assume(self) -> None:
-        """Count as many backwards as in the window before, of which none was seen: all parameters are new."""
+        """Take the number of backwards of the last window: all parameters are new, so no hook ran."""
         self._backwards = self._before
         self.sizes.count(self._before)
         self._norms.spoilt = True
@@ -207,7 +207,7 @@ class GradientHooks:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose backwards are not training: not counted, not measured."""
+        """A context whose backwards are not training: they are neither counted nor measured."""
         if self._paused:
             yield
             return
@@ -254,7 +254,7 @@ class GradientHooks:
         if self.pending:
             raise UsageError("observe() gives a whole step's gradients: it cannot follow a backward of the same step.")
         if self.sizes.auto:
-            raise UsageError('observe() sees no forward, so micro_batch="auto" is nothing to it: give attach a number.')
+            raise UsageError('observe() has no forward, so micro_batch="auto" has no size: pass attach a number.')
         n = samples[0].shape[0]
         for p, sample in zip(parameters, samples, strict=True):
             if sample.shape != (n, *p.shape) or n == 0:
@@ -274,26 +274,26 @@ class GradientHooks:
             self._norms.remember(alone=n == 1, inverse_size=self.sizes.inverse_of_last)
 
     def window(self) -> Window:
-        """What the open window holds; `close()` it after the step.
+        """The open window; `close()` it after the step.
 
         Raises:
-            UsageError: `.grad` holds something else as well, or the micro-batch of `together()` is not at its end.
+            UsageError: `.grad` holds other gradients as well, or `together()` has not ended.
         """
         if self._together is not None:
             raise UsageError(
-                "What the backwards in controller.together() come to is known at the end of the block: call "
+                "The sum of the backwards in controller.together() is known at the end of the block: call "
                 "optimizer.step() and controller.peek() after it, not in it."
             )
         self._fingerprint.end()
         if self.pending and not self._here:
             raise UsageError(
-                "The gradients of this step are not averaged: FSDP2 holds back those of a backward without "
-                "synchronisation. The last one before optimizer.step() needs model.set_requires_gradient_sync(True)."
+                "The gradients of this step are not averaged: FSDP2 keeps those of a backward without synchronisation "
+                "apart. Call model.set_requires_gradient_sync(True) before the last backward of a step."
             )
         return self._norms.window(self.pending, self._fires, shares=self.sizes.shares)
 
     def emptied(self) -> bool:
-        """Whether the open window's gradients are gone: cleared between the last backward and the step."""
+        """Whether the open window's gradients were cleared between the last backward and the step."""
         if not (self.pending and self._here):
             return False
         return all(p.grad is None for p in self._norms.parameters) or (self._fingerprint.emptied() and self._cleared())
@@ -325,7 +325,7 @@ class GradientHooks:
             torch._foreach_div_(self._norms.grads(), self.pending / divisor)
 
     def close(self, *, forget: bool = False) -> None:
-        """The step was taken. `forget` drops the previous gradient too: it was not finite."""
+        """End the window after its step. `forget` drops the previous gradient too: it was not finite."""
         self._fingerprint.stepped()
         self._norms.close(self.pending, forget=forget)
         self._before = self.pending
@@ -351,22 +351,22 @@ class GradientHooks:
         self._nested_only = False
         self._here = True  # whether `.grad` has the last backward
         self._norms.open()
-        self._tasks: set[int] = set()  # the engine's runs that have begun and not ended
-        self._task = -1  # the one whose gradients are measured in the plain way now
-        self._counted = -1  # the one that is only counted, and is
+        self._tasks: set[int] = set()  # the runs of the engine that have begun and not ended
+        self._task = -1  # the run whose gradients the hooks measure without `_enter`
+        self._counted = -1  # the run that is only counted, and has been
         self._fingerprint.open()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         current_task = torch._C._current_graph_task_id
-        # torch's garbage collector does not look into hooks of what C++ holds too, as DDP does the parameters: a strong
-        # reference would keep them, and the process group's threads, alive for good.
+        # torch's garbage collector does not visit hooks of tensors that C++ refers to, as DDP does to the parameters. A
+        # strong reference would keep them, and the process group's threads, until the process ends.
         reference = weakref.ref(self)
         queued, queue = self._norms.euclidean.queued[index], self._norms.euclidean.queues[index]
         leaf_of = self._leaves[index]
         distributed = hasattr(leaf_of(), "_local_tensor")
         append, note = queue.waiting.append, queue.versions.append
 
-        def hook(grad: Tensor) -> None:  # runs once a parameter and backward: the hottest lines of the library
+        def hook(grad: Tensor) -> None:  # runs for each parameter and backward: the hottest lines of the library
             hooks = reference()
             if hooks is None:
                 return
@@ -385,7 +385,7 @@ class GradientHooks:
         return hook
 
     def _enter(self, task: int, index: int, grad: Tensor) -> bool:
-        """Whether the hook goes on: not where nothing is accumulated, while paused, or where all is done here."""
+        """Whether the hook continues: not where nothing is accumulated, while paused, or if this method has done it."""
         if self._paused:
             leaf = self._leaves[index]()
             if self._stray is None and leaf is not None and accumulates(leaf):
@@ -396,7 +396,7 @@ class GradientHooks:
             if leaf is None or not accumulates(leaf):
                 return False
             if self.pending == 0 and not self._tasks and self._drop_left(self._members()):
-                self._norms.spoilt = False  # nothing of this window was missed
+                self._norms.spoilt = False  # no gradient of this window was missed
                 for held, hook in zip(self._leaves, self._hooks, strict=True):
                     if held() is leaf:
                         hook(grad)
@@ -408,7 +408,7 @@ class GradientHooks:
             return False
         if not self._norms.taken:
             self._fires[index] += 1
-            if task == self._newest:  # not nested: one gradient tells all there is to count
+            if task == self._newest:  # not nested: one gradient is enough to count it
                 self._counted = task
             return False
         if not self._norms.simple:
@@ -424,19 +424,19 @@ class GradientHooks:
 
     def _begin_backward(self, task: int, parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
-            raise UnsupportedError("compiled autograd: its graph has no room for what a backward shows")
+            raise UnsupportedError("compiled autograd, in which no hook runs: run the backward without it.")
         check_not_captured(parameter)
         nested = inside_a_backward()
         if not nested:
             if task < self._newest:
                 raise UsageError(
-                    "Two backwards run at once on parameters of one optimizer, from two threads: their gradients mix "
-                    "in .grad, and nothing can tell them apart. Run them one after the other."
+                    "Two backwards run at once on parameters of one optimizer, from two threads: .grad mixes their "
+                    "gradients. Run them one after the other."
                 )
             self._newest = task
             self._tasks.clear()
         if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
-            if self.pending:  # nobody stepped by it: to a GradScaler it was not finite, say
+            if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite
                 self._norms.forget()
                 self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
                 if self._discarded == _DISCARDED:
@@ -448,7 +448,7 @@ class GradientHooks:
             self._norms.begin()
         self._tasks.add(task)
         if self._norms.taken:
-            at_end(self._norms.euclidean.measure)  # while DDP's last reduction is under way
+            at_end(self._norms.euclidean.measure)  # while DDP's last reduction is pending
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
@@ -478,8 +478,8 @@ class GradientHooks:
         return self._reduced is None and self.pending == 1
 
     def _cleared(self) -> bool:
-        """Whether no gradient is left; checked where the fingerprint's gradient is gone.
+        """Whether no gradient is left; checked where the fingerprint's gradient was cleared.
 
-        That one may be the only one: DINO drops the gradient of its last layer for an epoch.
+        A user may clear that one alone: DINO drops the gradient of its last layer for an epoch.
         """
         return all(p.grad is None or is_zero(p.grad) for p in self._norms.parameters)

@@ -1,7 +1,7 @@
-"""The norms of a window by layer, at the steps where the record has them.
+"""The norms of a window by layer, at the steps that the record has by layer.
 
-[Note: apart] At such a step every gradient is read once more, for a norm of its own. The norms of the whole model are
-taken as at any other step, so the training does not change by a bit. Other steps cost nothing more.
+[Note: apart] At a step with these norms every gradient is read once more. The norms of the whole model are taken as at
+any other step, so the training does not change by a bit. Other steps have no extra cost.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from anybatch._gradients.norms import norm_into, part_of, total_squared_norm
+from anybatch._gradients.norms import norm_into, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe, Table
 from anybatch._gradients.window import Norms
 
-# What torch.compile and activation checkpointing put into names.
+# The parts of names that torch.compile and activation checkpointing add.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 class LayerNorms(Probe):
-    """The norms of each layer.
+    """The norms of each layer of `model`.
 
-    Args:
-        model: whose modules the layers are.
-        due: whether the next step is measured by layer; the same on every rank, and from one step to the next.
+    `due` returns whether the next step is measured by layer: the same on every rank, and until that step.
     """
 
     name = "layers"
@@ -35,10 +33,10 @@ class LayerNorms(Probe):
 
     def drop(self) -> None:
         """Drop all parameters."""
-        self._layer_of: dict[int, str] = {}  # by a parameter's identity, in the model's order
+        self._layer_of: dict[int, str] = {}  # by the identity of a parameter, in the model's order
         self._keys: list[int] = []  # the identities of the parameters
         self.names: tuple[str, ...] = ()
-        self._places: list[int] = []  # for each parameter, that of its layer among the names
+        self._places: list[int] = []  # for each parameter, the index of its layer in the names
         self._table = Table()
         self._open = False
 
@@ -52,10 +50,10 @@ class LayerNorms(Probe):
         for name, p in self._model.named_parameters():
             self._layer_of[id(p)] = layer_of(name, self._model)
         for new in parameters:
-            self._layer_of.setdefault(id(new), f"parameter {len(self._layer_of)}")  # added from outside of the model
+            self._layer_of.setdefault(id(new), f"parameter {len(self._layer_of)}")  # not in the model
         self._keys.extend(map(id, parameters))
-        mine = set(self._keys)
-        self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in mine))
+        measured = set(self._keys)
+        self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in measured))
         position = {name: place for place, name in enumerate(self.names)}
         self._places = [position[self._layer_of[key]] for key in self._keys]
         self._table.follow(places)
@@ -77,19 +75,14 @@ class LayerNorms(Probe):
 
     def mean(self, parameters: Sequence[Tensor]) -> None:
         """Measure this rank's part of `.grad`."""
-        for p, out in zip(parameters, self._table.mean_cells(parameters), strict=True):
-            if p.grad is None:
-                out.zero_()
-            else:
-                norm_into(out, part_of(p.grad, p))
-        self._table.mean_written()
+        self._table.write_mean(parameters, lambda out, _, grad: norm_into(out, grad))
 
     def forget_mean(self) -> None:
-        """The norms of `.grad` are out of date."""
+        """Drop the norms of `.grad`."""
         self._table.forget_mean()
 
     def norms(self, fires: Sequence[int]) -> Norms | None:
-        """The norms, `[layers]`; `None` where this window was not measured by layer."""
+        """The norms, `[layers]`; `None` where this window is not measured by layer."""
         if not self._open:
             return None
         samples, mean = self._table.squares(fires)
@@ -101,14 +94,11 @@ class LayerNorms(Probe):
 
 
 def layer_of(name: str, model: nn.Module) -> str:
-    """The module that the parameter `name` of `model` belongs to, without the names of wrappers.
-
-    A parameter of the model itself is a layer of its own.
-    """
+    """The module of the parameter `name`, without wrappers; a parameter of `model` itself is a layer of its own."""
     *parts, last = name.split(".")
     kept, module = list[str](), model
     for part in parts:
-        if part == "parametrizations":  # a weight norm's factors belong to the layer
+        if part == "parametrizations":  # the factors of a weight norm belong to the layer
             break
         if part not in _WRAPPERS and not isinstance(module, DataParallel | DistributedDataParallel):
             kept.append(part)

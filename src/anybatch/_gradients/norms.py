@@ -1,12 +1,12 @@
 """Squared norms of gradients, combined in float64.
 
-Variances here are differences of squared norms that may agree in six digits, so a norm in float32 must not lose
-any. A float32 reduction over a long flat CPU tensor does: off by 2e-4 at 8 million elements, 1 % at 67 million.
-Norms of rows of 512, combined in float64, are right to 2e-9 at 1.05 times the cost; below 16384 elements the conversion
-of the whole tensor to float64 is cheaper still.
+A variance is a difference of squared norms that may agree in six digits, so a norm must not lose any of them. A
+float32 reduction over a long flat CPU tensor does: its error is 2e-4 at 8 million elements and 1 % at 67 million.
+Norms of rows of 512, combined in float64, are right to 2e-9 at 1.05 times the cost. Below 16384 elements the
+conversion of the whole tensor to float64 is cheaper.
 
-Of many small tensors the time is in the calls, 3 us for a norm of its own against 0.6 us for a place in a flat copy: so
-they are copied together, block by block, and a block takes one product in float64.
+For small tensors the calls take the time: 3 us for a norm of each, 0.6 us for a place in a flat copy. So small tensors
+are copied into blocks, and each block takes one product in float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 _ROW = 512  # not a power of 4: entries of equal size would put the rows' norms on a binade's edge, 4e-8 off
 SMALL = 16384
-# Entries of a block. On a CPU its copies, 384 KB, stay in a core's cache: at 131072 an entry takes twice as long.
-# Elsewhere the number of kernels counts, and these are 16 MB of float32.
+# Entries of a block. On a CPU its copies, 384 KB, stay in a core's cache: at 131072 entries each takes twice as long.
+# Elsewhere the number of kernels matters, and a block is 16 MB of float32.
 _BLOCK_CPU, _BLOCK = 1 << 15, 1 << 22
 
 
 def norm_into(out: Tensor, tensor: Tensor) -> None:
     """Write the Euclidean norm of `tensor` (not squared) into `out`, a float64 tensor of shape `[]`.
 
-    One dispatched operation for a small tensor, two to four for a large one; no memory of the tensor's size.
+    A small tensor takes one dispatched operation, a large one two to four, and none takes memory of the tensor's size.
     """
     tensor = real_of(tensor)
     if tensor.numel() >= SMALL:
@@ -48,23 +48,26 @@ def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     devices = dict.fromkeys([tensor.device for tensor in small])
     squares: list[Tensor] = []
     for device in devices:
-        mine = small if len(devices) == 1 else [tensor for tensor in small if tensor.device == device]
-        squares.extend(map(_squared_norm, _blocks(mine, _BLOCK_CPU if device.type == "cpu" else _BLOCK)))
+        here = small if len(devices) == 1 else [tensor for tensor in small if tensor.device == device]
+        squares.extend(map(_squared_norm, _blocks(here, _BLOCK_CPU if device.type == "cpu" else _BLOCK)))
+    return summed(squares)
+
+
+def summed(squares: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of shape `[]`, on the first one's device."""
     if len(squares) <= 1:
         return squares[0] if squares else torch.zeros((), dtype=torch.float64)
     return torch.stack([square.to(squares[0].device) for square in squares]).sum()
 
 
 def condensed(tensor: Tensor) -> list[Tensor]:
-    """Small real tensors with the same squared norm in all; none shares the memory of a large `tensor`."""
+    """Small real tensors that together have the squared norm of `tensor`, and share no memory with a large one."""
     tensor = real_of(tensor)
-    if tensor.numel() < SMALL:
-        return [tensor]
-    return _row_norms(tensor)
+    return [tensor] if tensor.numel() < SMALL else _row_norms(tensor)
 
 
 def real_of(tensor: Tensor) -> Tensor:
-    """A strided, real tensor with the same entries and no graph; the tensor itself where it is one already."""
+    """A strided, real tensor with the same entries and no graph; `tensor` itself where it has these properties."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_sparse:
@@ -93,7 +96,7 @@ def part_of(grad: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:
-    """`tensors` in order, in lists of at least so many entries."""
+    """`tensors` in order, in lists of at least `least` entries."""
     block: list[Tensor] = []
     entries = 0
     for tensor in tensors:
@@ -112,7 +115,7 @@ def _squared_norm(block: list[Tensor]) -> Tensor:
 
 
 def _row_norms(tensor: Tensor) -> list[Tensor]:
-    """Norms of rows of 512 entries of `tensor`, and of what is left, at least in float32."""
+    """Norms of rows of 512 entries of `tensor`, and of the remainder, at least in float32."""
     if tensor.dim() == 4 and not tensor.is_contiguous():  # channels-last: the order of entries is free, so no copy
         tensor = tensor.permute(0, 2, 3, 1)
     flat = tensor.reshape(-1)

@@ -1,4 +1,4 @@
-"""The parameters that an optimizer trains, and whether a `step()` of it is a step of training."""
+"""The parameters that an optimizer trains, and whether its `step()` is a step of training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,37 +10,36 @@ from anybatch._errors import InvalidValueError, UsageError
 
 
 def trainable(optimizer: Optimizer) -> list[Tensor]:
-    """The optimizer's parameters that require a gradient, as its groups are now."""
+    """The parameters in the optimizer's present groups that require a gradient."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor]:
-    """The optimizer's trained parameters, after a look at whether they are the model's.
+    """The optimizer's trained parameters.
 
     Raises:
-        InvalidValueError: there are none, or some are not.
+        InvalidValueError: there are none, or some are on the meta device or not the model's.
     """
     trained = trainable(optimizer)
     if not trained:
-        raise InvalidValueError("The optimizer has no parameter that requires a gradient: there is nothing to scale.")
+        raise InvalidValueError("The optimizer has no parameter that requires a gradient: pass one that has.")
     if any(p.is_meta for p in trained):
         raise InvalidValueError(
-            "Trained parameters lie on the meta device, so they have no values yet: materialise the model (to_empty, "
-            "load_state_dict(assign=True)), make the optimizer of its new parameters, and attach then."
+            "Trained parameters are on the meta device, so they have no values yet: materialise the model (to_empty, "
+            "load_state_dict(assign=True)), make the optimizer of its new parameters, and attach after that."
         )
-    mine = {id(p) for p in model.parameters()}
-    strangers = sum(id(p) not in mine for p in trained)
-    if strangers:
+    known = {id(p) for p in model.parameters()}
+    if strangers := sum(id(p) not in known for p in trained):
         raise InvalidValueError(
             f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
-            "attach. Give the module whose parameters it trains (under DDP the wrapped module)."
+            "attach. Pass the module whose parameters it trains (under DDP the wrapped module)."
         )
     return trained
 
 
 @contextmanager
 def withheld(optimizer: Optimizer) -> Iterator[None]:
-    """Hide the gradients: torch's optimizers leave parameters without one as they are, and their state too."""
+    """Hide the gradients: without them torch's optimizers change neither the parameters nor their state."""
     kept = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     try:
         for p, _ in kept:
@@ -53,30 +52,21 @@ def withheld(optimizer: Optimizer) -> Iterator[None]:
 
 
 def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
-    """Raise if the model has no longer the parameters that the optimizer trains; asked where a step saw no backward.
-
-    Raises:
-        UsageError: it has not.
-    """
-    mine = {id(p) for p in model.parameters()}
-    if not any(id(p) in mine for p in trainable(optimizer)):
+    """Raise a `UsageError` at a step without a backward if the model no longer has the optimizer's parameters."""
+    known = {id(p) for p in model.parameters()}
+    if not any(id(p) in known for p in trainable(optimizer)):
         raise UsageError(
-            "The model has other parameters than those that this optimizer trains: they were replaced after attach, by "
-            "load_state_dict(assign=True) or to_empty() say. Make the optimizer of the model's present parameters, and "
-            "attach that one."
+            "The model no longer has the parameters that this optimizer trains: they were replaced after attach, for "
+            "example by load_state_dict(assign=True) or to_empty(). Make the optimizer of the model's present "
+            "parameters, and attach that one."
         )
 
 
 def is_phantom(optimizer: Optimizer, *, counted: bool) -> bool:
-    """Whether a `step()` before which no backward was seen is not training: distributed checkpoint primes an
-    optimizer with zero gradients and a learning rate of zero.
+    """Whether a `step()` without a backward is not training.
 
-    Args:
-        optimizer: as it is before the step.
-        counted: whether backwards are counted, so that gradients without one are an error.
-
-    Raises:
-        UsageError: there are gradients, but no hook saw the backward that made them.
+    Distributed checkpoint primes an optimizer with zero gradients and a learning rate of zero. Where backwards are
+    `counted`, gradients without a backward are otherwise a `UsageError`.
     """
     grads = [p.grad for p in trainable(optimizer) if p.grad is not None]
     if counted and not grads:
@@ -88,7 +78,7 @@ def is_phantom(optimizer: Optimizer, *, counted: bool) -> bool:
         return True
     raise UsageError(
         "optimizer.step() was called with gradients that no backward of the attached model made since the last "
-        "step. Is this another optimizer than the one given to attach, were the gradients written by hand (use "
-        "controller.observe), was the backward inside of controller.paused(), or is it torch's compiled autograd, "
-        "which is not supported?"
+        "step. Possible causes: another optimizer than the one passed to attach; gradients written by hand (use "
+        "controller.observe); a backward inside of controller.paused(); torch's compiled autograd, which is not "
+        "supported."
     )

@@ -1,52 +1,47 @@
-"""A probe takes the two squared norms of a window in one way; every kind of norm is one.
+"""A probe takes the two squared norms of a window; each kind of norm has one.
 
 [Note: copies] A norm is summed over all ranks. Where n ranks hold the same part of a gradient, each of them adds 1/n of
-its squared norm. n is a number for each parameter, and one for the micro-batch's gradient and one for `.grad`:
+its squared norm. Each parameter has an n for the micro-batch's gradient and an n for `.grad`:
 
-    DDP         1 and W        each rank has a micro-batch of its own; all hold the same mean
-    FSDP2       1 and 1        the mean is sharded
+    DDP         1 and W        Each rank has a micro-batch of its own; all hold the same mean.
+    FSDP2       1 and 1        The mean is sharded.
     HSDP        1 and the number of replicas
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from anybatch._gradients.norms import part_of
 from anybatch._gradients.window import Norms
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the gradients of one trained parameter are measured.
+    """Where the gradients of one trained parameter are measured."""
 
-    Args:
-        leaf: the tensor on which a micro-batch's gradient arrives.
-        sample_copies: number of ranks on which the same part of the same micro-batch's gradient arrives.
-        mean_copies: number of ranks that hold the same part of `.grad`.
-    """
-
-    leaf: Tensor
-    sample_copies: int = 1
-    mean_copies: int = 1
+    leaf: Tensor  # gets the gradient of a micro-batch
+    sample_copies: int = 1  # number of ranks that get the same part of one micro-batch's gradient
+    mean_copies: int = 1  # number of ranks that hold the same part of `.grad`
 
 
 class Probe(ABC):
-    """The norms of one window: opened, given every micro-batch's gradient and the mean, then read."""
+    """The norms of one window: `open`, then `sample` for each gradient of a micro-batch and `mean`, then `norms`."""
 
     name: ClassVar[str]
 
     @property
     def size(self) -> int:
-        """k, the number of parts that have a norm each."""
+        """The number k of parts with a norm each."""
         return 1
 
     @abstractmethod
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
-        """Measure these parameters as well, from the next window on; a probe holds none of them."""
+        """Measure these parameters as well, from the next window on; keep no reference to them."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -54,7 +49,7 @@ class Probe(ABC):
 
     @abstractmethod
     def open(self, *, sampled: bool) -> bool:
-        """Begin a window and return whether this probe measures it; `sampled`: whether the averages will take it."""
+        """Begin a window and return whether this probe measures it; `sampled`: whether the averages take it."""
 
     @abstractmethod
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:
@@ -70,11 +65,11 @@ class Probe(ABC):
 
     @abstractmethod
     def forget_mean(self) -> None:
-        """Another backward has changed `.grad`."""
+        """Drop the norms of `.grad`: another backward has changed it."""
 
     @abstractmethod
     def norms(self, fires: Sequence[int]) -> Norms | None:
-        """The norms of parameters that got `fires` gradients each; `None` where they are not known."""
+        """The norms, where the parameters got `fires` gradients each; `None` where they are unknown."""
 
 
 class Row:
@@ -91,7 +86,7 @@ class Row:
         self.views = [self._rows[device][i] for device, i in places]
 
     def squares(self) -> Tensor:
-        """The square of each number, in the parameters' order, on the first one's device."""
+        """The square of each number, in the parameters' order, on the first parameter's device."""
         if len(self._rows) == 1:
             return next(iter(self._rows.values())).square()
         first = self._places[0][0]
@@ -104,10 +99,6 @@ class Table:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
-        self.drop()
-
-    def drop(self) -> None:
-        """Drop all parameters."""
         self._devices: list[torch.device] = []
         self._copies: list[tuple[int, int]] = []
         self.follow([])
@@ -126,32 +117,32 @@ class Table:
         self._mean_squares: Tensor | None = None
 
     def cell(self, row: int, index: int) -> Tensor:
-        """Where the norm of what parameter `index` got from micro-batch `row` is written."""
+        """The cell for the norm of the gradient of parameter `index` from micro-batch `row`."""
         while row >= len(self._rows):
             self._rows.append(Row(self._devices))
         return self._rows[row].views[index]
 
     def observe(self, squares: Sequence[Tensor], n: int) -> None:
-        """Take each parameter's sum over n gradients that were not divided by n, in place of the rows."""
+        """Take, in place of the rows, each parameter's sum over n gradients that were not divided by n."""
         self._observed = torch.stack([square.to(squares[0].device) for square in squares]) / n**2
 
-    def mean_cells(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Where the norms of `.grad` are written; `mean_written` squares them."""
+    def write_mean(self, parameters: Sequence[Tensor], write: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """Have `write(cell, parameter, grad)` write the norm of this rank's part of each `.grad`."""
         if self._mean is None:
             self._mean = Row([p.device for p in parameters])
-        return self._mean.views
-
-    def mean_written(self) -> None:
-        """Square the norms of `.grad` that were written."""
-        if self._mean is not None:
-            self._mean_squares = self._mean.squares()
+        for cell, parameter in zip(self._mean.views, parameters, strict=True):
+            if parameter.grad is None:
+                cell.zero_()
+            else:
+                write(cell, parameter, part_of(parameter.grad, parameter))
+        self._mean_squares = self._mean.squares()
 
     def forget_mean(self) -> None:
-        """The norms of `.grad` are out of date."""
+        """Drop the norms of `.grad`."""
         self._mean_squares = None
 
     def squares(self, fires: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """By parameter: the sum of the samples' squares, and the mean's square; each over its number of copies."""
+        """By parameter: the sum of the samples' squares and the mean's square, each divided by its number of copies."""
         samples = self._observed
         if samples is None:
             samples = torch.stack([row.squares() for row in self._written(fires)]).sum(0)
@@ -160,7 +151,7 @@ class Table:
         return samples, None if mean is None else _over(mean, [copies for _, copies in self._copies])
 
     def _written(self, fires: Sequence[int]) -> list[Row]:
-        """The window's rows. A parameter that got no gradient from a micro-batch has 0 there."""
+        """The window's rows, with 0 for a parameter without a gradient from that micro-batch."""
         rows = self._rows[: max(fires)]
         for index, count in enumerate(fires):
             for row in rows[count:]:

@@ -1,18 +1,18 @@
-"""From each rank's window to the samples of the step: one small all-reduce, the same bits on every rank.
+"""The samples of a step from the windows of all ranks: one small all-reduce, with the same bits on every rank.
 
-[Note: unit] `.grad` at the step is the mean over a window's A micro-batches (`reduction="mean"`: each loss was divided
-by A), so a micro-batch's own gradient is A times the observed one. Or it is their sum over a known divisor d (`"sum"`:
-1); then that is d times the observed one, and the mean is `.grad` times d / A. Only so do the moments keep their unit
-when the accumulation changes in mid-run. Over ranks `.grad` is a mean.
+[Note: unit] With `reduction="mean"` each loss is divided by A. At the step `.grad` is the mean over the A
+micro-batches. A micro-batch's own gradient is then A times the observed one. Otherwise `.grad` is their sum over a
+known divisor d (`"sum"`: 1). The own gradient is then d times the observed one, and the mean is `.grad` times d / A.
+Both keep the unit of the moments when the accumulation changes within a run. Over ranks `.grad` is a mean.
 
-[Note: weights] In a mean with weights `w_i` (that of a language model's loss over all tokens of a step), the gradient
-`h_i = w_i g_i` is observed, and micro-batches tell as much as their weight: `E ||h_i||^2 = w_i^2 sqnorm + w_i V`, with
-V the variance of the mean. With `n = (sum w)^2 / sum w^2`, the number of equal micro-batches that are as noisy, all
-else is as with n of them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
+[Note: weights] In a mean with weights `w_i`, as of a language model's loss over all tokens of a step, the gradient
+`h_i = w_i g_i` is observed. Its noise falls with its weight: `E ||h_i||^2 = w_i^2 sqnorm + w_i V`, with V the variance
+of the mean. The number of equal micro-batches with the same noise is `n = (sum w)^2 / sum w^2`. Everything else is as
+with n of them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import isfinite, nan
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -25,15 +25,15 @@ from anybatch._errors import UsageError
 from anybatch._gradients.euclidean import EuclideanNorms
 from anybatch._gradients.window import PAIR, Norms, Shares, Window
 
-# Equal norms, summed over W ranks and divided again, differ by W roundings at most; gradients that nothing averaged
+# Equal norms, summed over W ranks and divided again, differ by W roundings at most. Gradients that are not averaged
 # differ by far more.
 _ROUNDING = 1e-12, 4e-16
 
-# The squared norm of a mean over the mean of squared norms is at most 1, N / n with weights; sums in bfloat16 are off
-# by less than this.
+# The squared norm of a mean, relative to the mean of squared norms, is at most 1, or N / n with weights. The error of
+# sums in bfloat16 is below this factor.
 _IMPOSSIBLE = 1.1
 
-_EQUAL = 1 + 1e-6  # effective micro-batches: one that has all the weight shows no variance
+_EQUAL = 1 + 1e-6  # effective micro-batches: below it one has all the weight, and there is no variance
 
 _STEP = (EuclideanNorms.name, PAIR)  # norms that are not finite only if the step's gradients are not
 
@@ -43,19 +43,12 @@ Share = Literal["all", "active"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks whose gradients are averaged.
+    """The ranks whose gradients are averaged."""
 
-    Args:
-        group: the process group of all ranks that hold a part of the model; `None` for one rank.
-        size: W, how many see micro-batches of their own.
-        replicated: whether each of them holds the whole `.grad`, so that all must hold the same.
-        model: how many ranks share each micro-batch, by tensor parallelism; the group has W times as many.
-    """
-
-    group: dist.ProcessGroup | None = None
-    size: int = 1
-    replicated: bool = True
-    model: int = 1
+    group: dist.ProcessGroup | None = None  # of all ranks that hold a part of the model; `None` for one rank
+    size: int = 1  # W, the number of ranks with micro-batches of their own
+    replicated: bool = True  # whether each of them holds the whole `.grad`, so that all must hold the same
+    model: int = 1  # number of ranks that share each micro-batch, by tensor parallelism; the group has W times as many
 
     @property
     def first(self) -> bool:
@@ -64,7 +57,7 @@ class Ranks:
 
 
 class Counts(NamedTuple):
-    """The numbers that every rank knows on its host; beside a sum, the sum of squares shows whether all are equal."""
+    """Numbers on the host of each rank, to be summed; the sum of squares shows whether all of them are equal."""
 
     backwards: float
     backwards_squared: float
@@ -78,16 +71,12 @@ class Counts(NamedTuple):
 
 
 class Layout:
-    """The named parts of one flat float64 tensor: the only place that orders what is reduced and copied to the host.
+    """The named parts of one flat float64 tensor, which is reduced and copied to the host; only this class orders it.
 
-        counts              Counts; over several ranks
-        gradient_squared    the square of this rank's ||.grad||^2; over several ranks
-        NAME.samples        [k] of each probe
-        NAME.mean           [k] of each probe
-
-    Args:
-        sizes: k of each probe, by its name.
-        ranks: whether the tensor is summed over several ranks.
+    `counts`              `[9]`, of Counts; over several ranks.
+    `gradient_squared`    `[1]`, the square of this rank's `||.grad||^2`; over several ranks.
+    `NAME.samples`        `[k]`, of each probe.
+    `NAME.mean`           `[k]`, of each probe.
     """
 
     def __init__(self, sizes: Mapping[str, int], *, ranks: bool) -> None:
@@ -100,7 +89,7 @@ class Layout:
         return sum(self._sizes.values())
 
     def pack(self, parts: Mapping[str, Tensor], *, device: torch.device) -> Tensor:
-        """The tensor, of all parts."""
+        """The tensor of all parts."""
         return torch.cat([parts[name].to(device, non_blocking=True) for name in self._sizes])
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
@@ -110,22 +99,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class ReducedWindow:
-    """What all ranks together saw in one step.
+    """The micro-batches of all ranks in one step."""
 
-    Args:
-        shares: of the N micro-batches on all ranks.
-        norms: of each probe by its name, of the micro-batches' own gradients; empty where the step was not measured or
-            is a single sample. `PAIR` is there for a single sample with a predecessor.
-        sampled: whether the averages take the norms as a sample.
-        finite: whether all gradients are finite, as far as they were measured.
-        pair_inverse_size: with `PAIR`, one over the size of the earlier micro-batch.
-    """
-
-    shares: Shares
+    shares: Shares  # of the N micro-batches on all ranks
+    # Of the micro-batches' own gradients, by each probe's name; empty where the step was not measured or is a single
+    # sample. For a single sample with a predecessor it has `PAIR`.
     norms: Mapping[str, Norms]
-    sampled: bool = True
-    finite: bool = True
-    pair_inverse_size: float = 0.0
+    sampled: bool = True  # whether the averages take the norms as a sample
+    finite: bool = True  # whether all measured gradients are finite
+    pair_inverse_size: float = 0.0  # with `PAIR`, one over the size of the earlier micro-batch
 
 
 def reduce_window(
@@ -133,21 +115,20 @@ def reduce_window(
 ) -> ReducedWindow:
     """Sum the windows of all ranks.
 
-    With several ranks that is one all-reduce, whose content `Layout` declares. `||.grad||^2` is in it as well, so that
-    every rank computes with the same bits. The sums of squares beside the sums tell whether all ranks counted the
-    same and hold the same. The result is copied to the host once.
+    With several ranks this is one all-reduce of a `Layout`, and one copy to the host. It includes `||.grad||^2`, so
+    every rank computes with the same bits. The sums of squares show whether all ranks have the same counts and values.
 
     Args:
-        window: this rank's window.
-        ranks: the ranks it is summed over.
-        reduction: what the user's `.grad` is.
-        checksum: of what must be the same on every rank, below 2 ** 16, so that sums of squares are exact.
-        share: under `Join`, where some ranks may have run out of data: what DDP divides the sum of the gradients by,
-            `"all"` ranks or those still `"active"`; else `None`.
+        window: This rank's window.
+        ranks: The ranks to sum over.
+        reduction: As for `attach`.
+        checksum: Of the values that must be the same on every rank. Below 2 ** 16, so that sums of squares are exact.
+        share: Under `Join`, where ranks may have run out of data, DDP's divisor of the sum of the gradients: `"all"`
+            ranks or those still `"active"`. Otherwise `None`.
 
     Raises:
-        UsageError: DDP or FSDP2 did not average the gradients of this step; the ranks saw different numbers of
-            backwards, have other clocks, averages or rates, or hold different gradients under DDP; `.grad` is no mean.
+        UsageError: DDP or FSDP2 did not average the gradients of this step; the ranks have different numbers of
+            backwards, clocks, averages, learning rates or, under DDP, gradients; `.grad` is no mean.
     """
     euclidean = window.norms.get(EuclideanNorms.name)
     if euclidean is not None and euclidean.mean is None:
@@ -167,30 +148,18 @@ def reduce_window(
 def join_reduction(sizes: Mapping[str, int], ranks: Ranks) -> None:
     """Take part in `reduce_window` on the other ranks with nothing to add."""
     if ranks.group is not None:
-        layout = Layout(sizes, ranks=True)
-        dist.all_reduce(
-            torch.zeros(layout.size, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group
-        )
+        size = Layout(sizes, ranks=True).size
+        dist.all_reduce(torch.zeros(size, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group)
 
 
 def _parts(window: Window, checksum: int) -> dict[str, Tensor]:
     """This rank's part of the all-reduce."""
-    shares, backwards = window.shares, window.backwards
-    counts = Counts(
-        backwards,
-        backwards**2,
-        shares.inverse_sizes,
-        shares.sizes,
-        shares.weights,
-        shares.squares,
-        shares.weighted,
-        checksum,
-        checksum**2,
-    )
+    (_, *sums), backwards = astuple(window.shares), window.backwards
+    counts = Counts._make((backwards, backwards**2, *sums, checksum, checksum**2))
     parts = {"counts": torch.tensor(counts, dtype=torch.float64), "gradient_squared": torch.zeros(1).double()}
     for name, size in window.sizes.items():
         norms = window.norms.get(name)
-        if norms is None or norms.mean is None:  # nan on one rank is nan in the sum: not measured on any
+        if norms is None or norms.mean is None:  # nan on one rank makes the sum nan: not measured on any
             parts[f"{name}.samples"] = torch.full((size,), nan, dtype=torch.float64)
             parts[f"{name}.mean"] = torch.zeros(size, dtype=torch.float64)
         else:
@@ -217,14 +186,13 @@ def _over_ranks(
     sums = Counts(*(found["counts"] / ranks.model).tolist())
     count, active, mean_factor = round(sums.backwards), ranks.size, 1.0
     shares = Shares(count, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
-    if share is not None:  # of equal counts among `active` ranks, the sum squared over the sum of squares
+    if share is not None:  # with equal counts on the active ranks: (sum)^2 / sum of squares
         active = round(sums.backwards**2 / sums.backwards_squared) if sums.backwards_squared else 1
         mean_factor = ranks.size / active * ((ranks.size / active) ** 2 if share == "all" else 1.0)
     if active * round(sums.backwards_squared) != count**2:
         raise UsageError(
             f"The ranks saw different numbers of backwards before this step (this rank: {window.backwards}, all "
-            f"{ranks.size} ranks: {count}). Every rank must accumulate equally often; drop_last=True keeps the "
-            "data even."
+            f"{ranks.size} ranks: {count}). Run the same number on every rank; drop_last=True keeps the data even."
         )
     if round(sums.checksum_squared) * active != round(sums.checksum) ** 2:
         raise UsageError(
@@ -246,7 +214,7 @@ def _over_ranks(
 def _in_own_unit(
     norms: Mapping[str, Norms], window: Window, shares: Shares, *, reduction: Reduction, active: int
 ) -> ReducedWindow:
-    """The norms of the micro-batches' own gradients and of their mean; see the note on the unit."""
+    """The norms of the micro-batches' own gradients and of their mean; see [Note: unit]."""
     _check_weights(shares, reduction)
     finite = {
         name: all(bool(t.isfinite().all()) for t in (each.samples, each.mean) if t is not None)
@@ -276,15 +244,14 @@ def _check_mean(norms: Norms, shares: Shares) -> None:
     if isfinite(square_mean) and square_mean > _IMPOSSIBLE * samples * shares.count / shares.effective:
         raise UsageError(
             f"The squared norm of .grad, {square_mean:.4g}, is above the mean of the squared norms of the "
-            f"{shares.count} gradients that it should be the mean of, {samples:.4g}, which no mean is. Is .grad "
-            "a sum over the ranks (a communication hook, FSDP2's set_gradient_divide_factor), a sum over "
-            "micro-batches (attach(reduction='sum')), weighted (controller.weight), or changed by a hook after its "
-            "accumulation?"
+            f"{shares.count} gradients, {samples:.4g}, so .grad is not their mean. Is .grad a sum over the ranks (a "
+            "communication hook, FSDP2's set_gradient_divide_factor), a sum over micro-batches (pass attach "
+            "reduction='sum'), weighted (set controller.weight), or changed by a hook after its accumulation?"
         )
 
 
 def divisor_of(reduction: Reduction, micro_batches: float) -> float:
-    """What the sum of a window's `micro_batches` gradients was divided by."""
+    """The divisor of the sum of a window's `micro_batches` gradients."""
     if reduction == "mean":
         return micro_batches
     return 1.0 if reduction == "sum" else float(reduction)
@@ -301,20 +268,20 @@ def _check_weights(shares: Shares, reduction: Reduction) -> None:
         )
     if reduction != "mean":
         raise UsageError(
-            f"controller.weight is for losses that add up to a weighted mean, and attach was given reduction="
-            f"{reduction!r}: divide each loss by the weights of the whole step, on all ranks, and leave reduction out."
+            f"controller.weight is for losses that add up to a weighted mean, and attach has reduction={reduction!r}: "
+            "divide each loss by the weights of the whole step, on all ranks, and leave reduction out."
         )
     if shares.weights == 0:
-        raise UsageError("The weights of this step's micro-batches are all 0: such a step has no mean to go by.")
+        raise UsageError("The weights of this step's micro-batches are all 0: set one above 0, since a mean needs it.")
 
 
 def _check_same_gradients(mean: float, mean_square: float, *, ranks: int) -> None:
-    """Raise if the squared norms of the ranks' `.grad`, by their mean and mean square, are not one number."""
+    """Raise if the squared norms of the ranks' `.grad` differ, by their mean and mean square."""
     if isfinite(mean_square) and mean_square - mean**2 > max(_ROUNDING[0], _ROUNDING[1] * ranks) * mean**2:
         raise UsageError(
             "The ranks hold different gradients after the last backward of this step: nothing has averaged them. Call "
-            "the DistributedDataParallel module itself, not its .module, once before each backward, and let the last "
-            "one and its forward run outside of no_sync()."
+            "the DistributedDataParallel module itself, not its .module, once before each backward, and run the last "
+            "one and its forward outside of no_sync()."
         )
 
 
@@ -322,27 +289,19 @@ First = TypeVar("First")
 
 
 def check_same(settings: Mapping[str, object], *, ranks: Ranks, first: First, only_first: Mapping[str, bool]) -> First:
-    """Compare what must be the same on every rank; a collective where there are several.
+    """Compare the settings of all ranks, a collective, and return `first` of the first rank.
 
-    Args:
-        settings: numbers and texts by their names.
-        ranks: the ranks that are compared.
-        first: a value of which that of the first rank is used by all.
-        only_first: whether something was given that has an effect on the first rank alone, by its name.
-
-    Returns:
-        `first` of the first rank.
+    `only_first` has, by name, whether an argument that takes effect on the first rank alone was passed.
 
     Raises:
-        UsageError: a setting differs, or something was given on another rank than the first alone.
+        UsageError: a setting differs, or an argument of `only_first` was passed on another rank alone.
     """
     if ranks.group is None:
         return first
     found: list[Any] = [None] * ranks.size * ranks.model
     dist.all_gather_object(found, (dict(settings), first, dict(only_first)), group=ranks.group)
-    names = {name: None for mine, _, _ in found for name in mine}
-    for name in names:
-        given = [mine.get(name, "nothing") for mine, _, _ in found]
+    for name in dict.fromkeys(name for of_rank, _, _ in found for name in of_rank):
+        given = [of_rank.get(name, "nothing") for of_rank, _, _ in found]
         if any(each != given[0] for each in given):
             values = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(given))
             raise UsageError(
@@ -353,7 +312,7 @@ def check_same(settings: Mapping[str, object], *, ranks: Ranks, first: First, on
         others = [rank for rank, (_, _, given) in enumerate(found) if given[name]]
         if others and others[0] != 0:
             raise UsageError(
-                f"attach was given a {name} on rank {others[0]} and none on rank 0. Only rank 0 writes: give it there."
+                f"attach was given a {name} on rank {others[0]} and none on rank 0. Only rank 0 writes: pass it there."
             )
     of_first: First = found[0][1]
     return of_first
@@ -363,26 +322,28 @@ def replicated_ranks(ddp: DistributedDataParallel | None, given: dist.ProcessGro
     """The ranks of a model that is whole on each of them.
 
     Raises:
-        UsageError: there are several ranks, but nothing that averages their gradients.
+        UsageError: there are several ranks, and nothing averages their gradients.
     """
     group = given if given is not None else getattr(ddp, "process_group", None)
     if group is None:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UsageError(
                 f"torch.distributed runs with {dist.get_world_size()} ranks, but the model is not wrapped in "
-                "DistributedDataParallel. Give attach the wrapped module (what accelerator.prepare or fabric.setup "
-                "returned; trainer.model in Lightning, trainer.model_wrapped in the Trainer); if every rank trains for "
-                "itself, give it a process_group of one rank."
+                "DistributedDataParallel. Pass attach the wrapped module (the result of accelerator.prepare or "
+                "fabric.setup; trainer.model in Lightning, trainer.model_wrapped in the Trainer). If every rank trains "
+                "its own model, pass a process_group of one rank."
             )
         return Ranks()
     size = dist.get_world_size(group)
     if ddp is None and size > 1:
-        raise UsageError("A process_group of several ranks needs a model wrapped in DistributedDataParallel.")
+        raise UsageError(
+            f"A process_group of {size} ranks needs a model in DistributedDataParallel: pass attach the wrapped module."
+        )
     return Ranks(group, size) if size > 1 else Ranks()
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """A device on which this group's backend can reduce."""
+    """A device for the reductions of this group's backend."""
     if "nccl" in str(dist.get_backend(group)):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Sizes: of the micro-batches of a window, as given, or as the forwards of the model show them; and their weights."""
+"""Sizes: the sizes and weights of the micro-batches of a window, from the user or the model's forwards."""
 
 import warnings
 import weakref
@@ -14,28 +14,28 @@ from torch.utils.hooks import RemovableHandle
 from anybatch._errors import AnybatchWarning, UsageError
 from anybatch._gradients.window import Shares
 
-_LOOKS = 3  # steps in which the sizes are compared; they cost a few microseconds a forward
+_COMPARED = 3  # number of steps whose sizes are compared; each forward costs a few microseconds
 
 
 class Sizes:
-    """A hook before each forward of `model` that is part of training; a compiled forward shows nothing.
+    """The sizes of micro-batches, with a hook before each forward of `model`; a compiled forward has no hook.
 
     Args:
-        model: the outermost module, as the loop calls it.
-        given: the size of a micro-batch as `attach` was told, or `"auto"` to take the first dimension of what a forward
-            gets for it; `None` where sizes do not matter.
+        model: The outermost module, as the loop calls it.
+        given: `micro_batch` of `attach`: a number, or `"auto"` for the first dimension of the forward's first tensor.
+            `None` where sizes have no effect.
     """
 
     def __init__(self, model: nn.Module | None = None, *, given: float | Literal["auto"] | None = None) -> None:
         self.auto = given == "auto"
         self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
-        self._given = None if given is None or self.auto else self.now  # what forwards are compared with
+        self._given = None if given is None or self.auto else self.now  # the size to compare with forwards
         self.weight: float | None = None  # of the next micro-batch in the step's mean
         self._rows: int | None = None  # of the first part of a batch, whose size is the given one
         self._part: float | None = None  # the size of the next micro-batch, a part of a batch
         self._compared = True  # whether the window's forwards are compared with the given size
         self._last = self.now
-        self._left = _LOOKS
+        self._left = _COMPARED
         self._shapes: list[torch.Size] = []
         self._model = model
         self._handle: RemovableHandle | None = None
@@ -44,14 +44,14 @@ class Sizes:
         self.open()
 
     def open(self) -> None:
-        """A new window."""
+        """Begin a window."""
         self.shares = Shares()
 
     def count(self, backwards: int) -> None:
-        """The window has come to so many backwards: note the size and the weight of those since the last call.
+        """Add the sizes and weights of the backwards since the last call; the window now has `backwards`.
 
         Raises:
-            UsageError: no forward was seen, or several of other sizes.
+            UsageError: with `"auto"`, there was no forward, or forwards of different sizes.
         """
         before = self.shares
         new = backwards - before.count
@@ -84,7 +84,7 @@ class Sizes:
             self._compared = self._compared and rows == self._rows
 
     def set(self, value: float) -> None:
-        """Each micro-batch to come is of `value`, and no forward need tell."""
+        """Give each later micro-batch the size `value`, and read no forward any more."""
         self.now, self.auto, self._given = value, False, None
         self.detach()
 
@@ -94,13 +94,13 @@ class Sizes:
         if len(sizes) != 1:
             seen = "no forward of the model" if not sizes else f"forwards of {sorted(sizes)} examples"
             raise UsageError(
-                f'micro_batch="auto" saw {seen} before this backward, so it cannot tell the size: set '
+                f'micro_batch="auto" saw {seen} before this backward, so the size is unknown: set '
                 "controller.micro_batch before the backward. (A compiled forward is not seen.)"
             )
         return float(sizes.pop())
 
     def check(self, backwards: int) -> None:
-        """Compare a step's forwards with what `attach` was told, in the first steps."""
+        """Compare the forwards of a step with the size passed to `attach`, in the first steps."""
         shapes, self._shapes = self._shapes, []
         compared, self._compared = self._compared, True
         if self._given is None or not shapes or backwards == 0 or not compared:
@@ -108,14 +108,14 @@ class Sizes:
         self._left -= 1
         if self._left == 0:
             self.detach()
-        said = _mismatch(shapes, backwards, self._given)
-        if said:
+        mismatch = _mismatch(shapes, backwards, self._given)
+        if mismatch:
             self.detach()
-            warnings.warn(said, AnybatchWarning, stacklevel=2)
+            warnings.warn(mismatch, AnybatchWarning, stacklevel=2)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A stretch whose forwards are not training."""
+        """A context whose forwards are not training."""
         before = list(self._shapes)
         try:
             yield
@@ -123,7 +123,7 @@ class Sizes:
             self._shapes = before
 
     def forget(self) -> None:
-        """What was seen has nothing to do with the micro-batches of this step."""
+        """Drop the forwards, which are not those of this step's micro-batches."""
         self._shapes.clear()
 
     def detach(self) -> None:
@@ -132,7 +132,7 @@ class Sizes:
             self._handle.remove()
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins."""
+        """Note the shape of a forward's first tensor."""
         if model is not self._model or not torch.is_grad_enabled():
             return
         shape = next((t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0), None)
@@ -141,7 +141,7 @@ class Sizes:
 
 
 class _Hook:
-    """What the model holds; copied or pickled with it, it does nothing: the copy has no controller."""
+    """The hook on the model. A copied or pickled one does nothing: the copy of the model has no controller."""
 
     def __init__(self, sizes: Sizes | None) -> None:
         self._sizes = sizes if sizes is None else weakref.ref(sizes)
@@ -158,20 +158,20 @@ class _Hook:
 
 
 def _mismatch(shapes: list[torch.Size], backwards: int, given: float) -> str:
-    """In what the forwards of a step differ from what was said; empty where nothing is certain."""
+    """A warning if the forwards of a step contradict the given size; empty where they may agree."""
     first = shapes[0]
     if any(shape != first for shape in shapes):
         return ""
     if backwards == 2 * len(shapes):
         return (
             f"There were {backwards} backwards after {len(shapes)} forwards. Each backward counts as a micro-batch: if "
-            "these are several losses of one, put their backwards into `with controller.together():`."
+            "several losses belong to one, put their backwards into `with controller.together():`."
         )
     tokens = {first[i] * first[i + 1] for i in range(len(first) - 1)}
     if len(shapes) != backwards or given in {*first, *tokens, first.numel()}:
         return ""
     return (
         f"micro_batch={given:g}, but each forward of the model got a tensor of shape {list(first)}. The scale of a "
-        "step is counted from micro_batch, what one backward on one rank sees, in the unit of base_batch: give "
+        "step follows from micro_batch, the size of one backward on one rank in the unit of base_batch: pass "
         f"{first[0]}, or micro_batch='auto', or set controller.micro_batch before each backward."
     )

@@ -1,18 +1,16 @@
-"""Several backwards that are one micro-batch."""
-
-from collections.abc import Mapping
+"""One micro-batch of several backwards."""
 
 from torch import Tensor
 
 
 class SummedBackwards:
-    """Sums up what the backwards of one micro-batch give each parameter.
+    """The sum of each parameter's gradients over the backwards of one micro-batch.
 
-    The norm of a sum cannot be computed from the norms of its parts, so it takes a copy of the gradient.
+    The norm of a sum cannot be computed from the norms of its parts, so each gradient is copied.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # by the parameter's number
         self._begun = False
 
     def first(self) -> bool:
@@ -21,15 +19,8 @@ class SummedBackwards:
         return not begun
 
     def add(self, index: int, grad: Tensor) -> bool:
-        """Add a gradient of parameter `index`; true for its first in this micro-batch."""
+        """Add a gradient of parameter `index`; true for the first one in this micro-batch."""
         grad = grad.detach()
-        if index in self._sums:
-            self._sums[index] = self._sums[index] + grad
-            return False
-        self._sums[index] = grad.clone()
-        return True
-
-    @property
-    def sums(self) -> Mapping[int, Tensor]:
-        """Each parameter's gradient, summed over the micro-batch's backwards so far."""
-        return self._sums
+        first = index not in self.sums
+        self.sums[index] = grad.clone() if first else self.sums[index] + grad
+        return first

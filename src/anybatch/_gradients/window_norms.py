@@ -1,10 +1,10 @@
-"""The norms of one window: of every micro-batch's gradient and of their mean, by every probe.
+"""The norms of one window, by every probe.
 
 [Note: one read] The last backward of a window is not known in advance, and at the step the user may already have
-clipped. So the norm of `.grad` is taken at the end of each backward that may be the last one. Over several ranks that
-is a backward that leaves the average in `.grad`. On one process it is each backward from the number on that the window
-before had. A window that ends earlier is counted and not measured: whether somebody has changed `.grad` since is not
-known, because `.grad.data` changes no version.
+clipped. So the norm of `.grad` is taken at the end of each backward that may be the last one. Over several ranks this
+is a backward that leaves the average in `.grad`. On one process it is each backward after which the window is at least
+as long as the previous one. A shorter window is counted and not measured: the user may have changed `.grad` in a way
+that nothing detects, because `.grad.data` changes no version.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +22,9 @@ from anybatch._gradients.window import PAIR, Norms, Shares, Window
 
 
 class WindowNorms:
-    """One window: opened, begun by its first backward, then given gradients and the end of each backward.
+    """One window: `open`, `begin` at its first backward, `sample` for each gradient, `ended` after each backward.
 
-    Args:
-        measure: whether norms are ever taken.
-        due: called when a window begins: whether the averages take it as a sample.
-        probes: further norms beside the Euclidean ones.
-        ranks: whether several ranks share the batch.
-        loss_scale: gives the factor on the loss, a tensor of shape `[]`, or `None` where there is none.
-        consecutive: keep a copy of the gradient for the one-gradient estimator.
+    The arguments are those of `GradientHooks`; `ranks` is whether several ranks share the batch.
     """
 
     def __init__(
@@ -46,17 +40,17 @@ class WindowNorms:
         self._measures = measure
         self._due = due
         self._probes = probes
-        self._active: list[Probe] = []  # those of the further probes that measure this window
+        self._active: list[Probe] = []  # the further probes that measure this window
         self._ranks = ranks
         self._loss_scale = loss_scale
         self._consecutive = ConsecutiveGradients() if consecutive else None
         self.euclidean = EuclideanNorms()
-        self._parameters: list[ref[Tensor]] = []  # held weakly: one that left the optimizer is freed
-        self._plain = not ranks  # whether `.grad` is the parameters' own, which only the user writes to
+        self._parameters: list[ref[Tensor]] = []  # weak: one that left the optimizer is freed
+        self._plain = not ranks  # whether only autograd and the user write to `.grad`
         self._sampled = measure  # whether the averages take this window
         self.taken = measure  # whether this window's norms are taken
-        self.spoilt = False  # whether something of this window was missed
-        self.usual = 0  # backwards of the last window, where that saves reads
+        self.spoilt = False  # whether a gradient of this window may have been missed
+        self.usual = 0  # number of backwards of the last window, where it saves reads
         self.open()
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
@@ -68,7 +62,7 @@ class WindowNorms:
         self.spoilt = True
 
     def drop(self) -> None:
-        """Drop all parameters; the window at hand is not measured."""
+        """Drop all parameters; the open window is not measured."""
         self._parameters.clear()
         for probe in (self.euclidean, *self._probes):
             probe.drop()
@@ -77,7 +71,7 @@ class WindowNorms:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """K of each probe, by its name; empty where norms are never taken."""
+        """The size of each probe, by its name; empty where norms are never taken."""
         return {probe.name: probe.size for probe in (self.euclidean, *self._probes)} if self._measures else {}
 
     def measured_by(self, name: str) -> bool:
@@ -85,17 +79,17 @@ class WindowNorms:
         return any(probe.name == name for probe in self._active)
 
     def alive(self) -> list[Tensor | None]:
-        """The measured parameters by their numbers; `None` for one that was freed."""
+        """The measured parameters in order; `None` for one that was freed."""
         return [each() for each in self._parameters]
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The measured parameters that are alive."""
+        """The measured parameters that still exist."""
         return [p for p in self.alive() if p is not None]
 
     @property
     def simple(self) -> bool:
-        """Whether the Euclidean norms are all that is taken, and small gradients may be queued."""
+        """Whether only Euclidean norms are taken, and small gradients may be queued."""
         return not self._active and self.euclidean.patient
 
     def grads(self) -> list[Tensor]:
@@ -105,21 +99,21 @@ class WindowNorms:
     # ---- the window ----
 
     def open(self) -> None:
-        """Drop what was seen."""
+        """Begin an empty window."""
         self.euclidean.clear()
         self._observed = False
         self._pair: Pair | None = None
         self._active = []
-        self.scale: Tensor | None = None  # the factor on the loss, as the last backward had it
+        self.scale: Tensor | None = None  # the factor on the loss of the last backward
 
     def begin(self) -> None:
-        """The first backward begins: whether norms are taken, and which."""
+        """Decide at the first backward which norms are taken."""
         self._sampled = self._measures and self._due()
         self._active = [probe for probe in self._probes if self._measures and probe.open(sampled=self._sampled)]
         self.taken = self._sampled or bool(self._active)
 
     def sample(self, row: int, index: int, grad: Tensor) -> None:
-        """Measure what parameter `index` got from micro-batch `row`."""
+        """Measure the gradient of parameter `index` from micro-batch `row`."""
         parameter = self._parameters[index]()
         if parameter is not None:
             for probe in (self.euclidean, *self._active):
@@ -135,19 +129,19 @@ class WindowNorms:
             self._read_mean()
 
     def scaled(self) -> None:
-        """A backward has ended: note the factor on its loss."""
+        """Note the factor on the loss of the backward that has ended."""
         scale = self._loss_scale()
         self.scale = None if scale is None else scale.clone()  # the scaler changes its own tensor in place
 
     def ended(self, backwards: int, *, summed: bool) -> None:
-        """A backward has ended; `summed` tells whether `.grad` has a sum of several gradients."""
+        """Read `.grad` at the end of a backward if it may be the last; `summed`: whether it sums several gradients."""
         for probe in (self.euclidean, *self._active):
             probe.forget_mean()
         if summed and not (self._plain and backwards < self.usual):
             self._read_mean()
 
     def remember(self, *, alone: bool, inverse_size: float) -> None:
-        """Keep the gradient for the next window, for the one-gradient estimator, if it is `alone` in this one."""
+        """Keep the gradient for the one-gradient estimator, if it is `alone` in this window."""
         if self._consecutive is None:
             return
         if alone:
@@ -157,7 +151,7 @@ class WindowNorms:
             self.forget()
 
     def window(self, backwards: int, fires: Sequence[int], *, shares: Shares) -> Window:
-        """The norms of so many backwards, in which the parameters got `fires` gradients each."""
+        """The norms of the window, in which the parameters got `fires` gradients each."""
         self.euclidean.measure()
         found: dict[str, Norms] = {}
         if self.taken and not self.spoilt and self.euclidean.valid and backwards > 0:
@@ -166,11 +160,10 @@ class WindowNorms:
                 norms = probe.norms(fires)
                 if norms is None:
                     continue
-                if norms.mean is None and backwards == 1 and not self._ranks:  # the sample is the mean
-                    norms = Norms(norms.samples, norms.samples)
                 if norms.mean is None and not self._ranks:
-                    # A window shorter than the last one. What is not finite must be known, so that the step is skipped.
-                    if bool(norms.samples.isfinite().all()):
+                    # Of one backward the sample is the mean. Other windows are shorter than the last one: they have no
+                    # norms, unless these are not finite, so that the step is skipped.
+                    if backwards > 1 and bool(norms.samples.isfinite().all()):
                         continue
                     norms = Norms(norms.samples, norms.samples)
                 found[probe.name] = norms
@@ -183,7 +176,7 @@ class WindowNorms:
         return Window(backwards, shares, self.sizes, found, self._sampled, pair.inverse_size if pair else 0.0)
 
     def close(self, backwards: int, *, forget: bool) -> None:
-        """The step was taken. `forget` drops the previous gradient too: it was not finite."""
+        """End the window after its step. `forget` drops the previous gradient too: it was not finite."""
         if forget:
             self.forget()
         elif self._plain:
@@ -191,7 +184,7 @@ class WindowNorms:
         self.spoilt = False
 
     def forget(self) -> None:
-        """The next gradient has no predecessor."""
+        """Drop the previous gradient of the one-gradient estimator."""
         if self._consecutive is not None:
             self._consecutive.forget()
 
@@ -203,6 +196,6 @@ class WindowNorms:
     def _check_fires(self, backwards: int, fires: Sequence[int]) -> None:
         if not self._observed and max(fires) > backwards:
             raise UsageError(
-                "A parameter got two gradients in one backward: a layer that is used twice inside of re-entrant "
+                "A parameter got two gradients in one backward: its layer is used twice inside of re-entrant "
                 "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
