@@ -233,7 +233,7 @@ class WarmUp:
 @pytest.mark.parametrize("make", [lambda _: Silent(), lambda _: WrappedScheduler(Silent()), WarmUp])
 def test_an_object_that_tells_no_position_is_refused(make):
     model, optimizer = build()
-    with pytest.raises(anybatch.InvalidValueError, match="does not tell its position"):
+    with pytest.raises(anybatch.InvalidValueError, match="can be neither read nor set"):
         linear(optimizer, model, scheduler=make(CosineAnnealingLR(optimizer, 40)))
 
 
