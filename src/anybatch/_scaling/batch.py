@@ -29,7 +29,7 @@ class BatchSize:
 
         S = N * sample        sample = size / base_batch        size = N / sum_i (1 / b_i)
 
-    The harmonic mean `size` is exact: the variance of an equally weighted mean of gradients with variances `v / b_i` is
+    The harmonic mean `size` is exact. Gradients of variances `v / b_i` have an equally weighted mean of the variance
     `v / (N * size)`. `examples` is the size of the data, or `None`. With `scale=1`, `base_batch` only sets the unit of
     the noise scale.
     """

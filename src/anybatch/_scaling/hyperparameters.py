@@ -38,7 +38,7 @@ class Hyperparameters:
     optimizer: Optimizer  # of the user
     family: Family
     decays: Decays  # as in `Rule`
-    total: float | None  # base iterations of the whole run
+    total: float | None  # base iterations of the run; `None`: automatic momenta are constant
 
     def __post_init__(self) -> None:
         name, groups = type(local_of(self.optimizer)).__name__, self.optimizer.param_groups
