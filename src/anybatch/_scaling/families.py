@@ -160,14 +160,19 @@ _TABLE: dict[str, Family | str] = {
 _LIKE = ("SGD", "Adam", "AdamW", "Muon")
 
 
-def row_of(optimizer: Optimizer) -> Family | None:
-    """The row of the optimizer's class or base class in torch.optim; `None` where there is none.
+def row_of(optimizer: Optimizer) -> Family:
+    """The row of the optimizer's class or base class in torch.optim.
 
     Raises:
-        UnsupportedError: scaling has no meaning for this class.
+        UnsupportedError: scaling has no meaning for this class, or it is unknown.
     """
     name, row = _entry(optimizer)
-    return row if name.startswith("torch.") else None
+    if row is None or not name.startswith("torch."):
+        raise UnsupportedError(
+            f"How the hyperparameters of {type(optimizer).__name__} follow the batch is not known: it is not derived "
+            "from a class of torch.optim. Set its values yourself, or use attach with a rule that states an exponent."
+        )
+    return row
 
 
 def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimizer] | None = None) -> Family:
