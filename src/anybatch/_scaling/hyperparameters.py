@@ -15,14 +15,7 @@ from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
 from anybatch._scaling.families import Family, local_of
-from anybatch._scaling.momentum import (
-    Decays,
-    automatic,
-    averaged_exponent,
-    clock_power,
-    interpolated_exponent,
-    momentum_at,
-)
+from anybatch._scaling.momentum import Decays, automatic, averaged_exponent, clock_power, interpolated_exponent
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Hyperparameters:
         or one for each. With decays on the clock, k is `iterations` or `iterations ** decays`, and:
 
             `betas`, `alpha`    become `beta ** k`, `alpha ** k`.
-            `momentum`          becomes `momentum_at`, and the gradient's weight keeps lr / (1 - momentum).
+            `momentum`          becomes its power too, and the gradient's weight keeps lr / (1 - momentum).
             `lr_decay`          is multiplied by k, like NAdam's `momentum_decay`: both multiply the step count.
             Weight decay        is multiplied by k / lr_factor where it is decoupled: lr * weight_decay changes by k.
             Step counts         are in units of k, so that a debiasing by 1 - beta ** step is exact while k changes.
@@ -186,7 +179,7 @@ class Hyperparameters:
         decays = self._decays
         if self.decays == "auto" and self.family.momentum != "mean":
             decays = automatic(momentum, scale=scale, total=self.total)
-        return momentum_at(momentum, iterations, decays=decays)
+        return float(momentum ** clock_power(decays, iterations))
 
     def _values(self, group: dict[str, Any], lr_factor: float, k: float, momentum: float) -> dict[str, Any]:
         """The group's entries that change in this step."""

@@ -38,11 +38,6 @@ def automatic(momentum: float, *, scale: float, total: float | None) -> float:
     return 0.5 if scale > (1 + 1e-9) * MEMORY * total * (1 - momentum) else 0.0  # 8 is not above .02 * 4000 * (1 - .9)
 
 
-def momentum_at(momentum: float, iterations: float, *, decays: Decays) -> float:
-    """The momentum of a step: `momentum ** clock_power`; the caller has replaced `"auto"` (`automatic`)."""
-    return _power(momentum, clock_power(decays, iterations))
-
-
 def clock_power(decays: Decays, iterations: float) -> float:
     """The power of a decay in a step of r = `iterations`: 1 if constant, r on the clock, `r ** a` for a number a."""
     if isinstance(decays, str):

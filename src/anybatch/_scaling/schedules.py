@@ -85,7 +85,8 @@ class ScheduleDriver:
         """Give the scheduler back to its wrapper, and stop following the clock."""
         self._stopped = True
         self._unsubscribe()
-        self._rates.leave(self)
+        self._rates.drivers.discard(self)
+        self._rates.forget()
         if self._held is not None and self._holder.scheduler is self._held:
             self._holder.scheduler = self.scheduler
 
@@ -203,11 +204,6 @@ class _Rates:
         self.drivers.add(driver)
         self.keep()
 
-    def leave(self, driver: ScheduleDriver) -> None:
-        """Remove a driver."""
-        self.drivers.discard(driver)
-        self.forget()
-
     def forget(self) -> None:
         """Forget the rates, which a loaded state may change."""
         self._left = []
@@ -298,10 +294,9 @@ def _check_step_signature(scheduler: Any) -> None:
     """Raise if `scheduler.step()` needs an argument."""
     try:
         signature = inspect.signature(scheduler.step)
+        signature.bind()
     except ValueError:  # a callable without a signature
         return
-    try:
-        signature.bind()
     except TypeError:
         raise InvalidValueError(
             f"{type(scheduler).__name__}.step{signature} needs an argument, and the clock has none: pass a scheduler "
