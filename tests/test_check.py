@@ -120,8 +120,8 @@ def test_several_optimizers_pass():
 TRAPS = {
     "a micro_batch that is too large": (
         right, {"micro_batch": 8}, "sizes",
-        "2 backwards counted as scale 2, 8 as scale 8. It should be 1 and 4: all scales are 2 times what they are. Is "
-        "the batch one base batch?"),
+        "2 backwards counted as scale 2, 8 as scale 8. It should be 1 and 4: all scales are wrong by the factor "
+        "2. Pass one base batch."),
     "a number of parts that does not follow the batch": (
         lambda m, o, c, b: right(m, o, c, b, size=len(b[0]) // 2), {}, "sizes",
         "2 backwards counted as scale 1, 2 as scale 1. It should be 1 and 4: the scale does not follow the batch."),
@@ -131,20 +131,20 @@ TRAPS = {
         "into `with controller.together():`"),
     "a forgotten division": (
         lambda m, o, c, b: right(m, o, c, b, share=1), {}, "means",
-        "The base batch 4 times over gave 4 times its gradient, in 8 backwards: divide each loss by the number of "
+        "The base batch repeated 4 times gave 4 times its gradient, in 8 backwards: divide each loss by the number of "
         'micro-batches, or attach(..., reduction="sum").'),
     "a division by what is not the number of parts": (
         lambda m, o, c, b: right(m, o, c, b, share=len(b[0]) ** 2), {}, "means",
-        "The base batch 4 times over gave 0.25 times its gradient, in 8 backwards: it should be 1."),
+        "The base batch repeated 4 times gave 0.25 times its gradient, in 8 backwards: it should be 1."),
     "a division besides reduction='sum'": (
         right, {"reduction": "sum"}, "means", "with reduction='sum' it should be 4 times; do not divide the losses"),
     "a sum over the examples": (
         lambda m, o, c, b: right(m, o, c, b, reduction="sum"), {}, "means",
-        "Of half of a micro-batch and the same half twice over the gradients differ 2 times, in as many backwards: "
-        "the loss is a sum over its examples."),
+        "Half of a micro-batch and the same half twice gave gradients that differ by the factor 2, in the same number "
+        "of backwards: the loss is a sum over its examples."),
     "no zero_grad": (
         lambda m, o, c, b: [mse_loss(m(b[0]), b[1]["y"]).backward(), o.step()], {"micro_batch": "auto"}, "clearing",
-        "Gradients of the step before were still there: call optimizer.zero_grad() after optimizer.step()."),
+        "Gradients of an earlier step were left: call optimizer.zero_grad() after optimizer.step()."),
     "zero_grad before step": (
         lambda m, o, c, b: [mse_loss(m(b[0]), b[1]["y"]).backward(), o.zero_grad(), o.step()], {"micro_batch": "auto"},
         "clearing", "The gradients were cleared before optimizer.step(): call optimizer.zero_grad() after it."),
@@ -212,7 +212,7 @@ def test_a_step_that_trains_the_model_outside_is_an_error():
     def step(_, __, controller, batch):
         right(model, optimizer, controller, batch)
 
-    with pytest.raises(anybatch.UsageError, match="trained the model outside"):
+    with pytest.raises(anybatch.UsageError, match="trained the original model"):
         anybatch.check(step, model=model, optimizer=optimizer, batch=data(), **OPTIONS)
 
 
@@ -261,10 +261,10 @@ def test_where_half_a_micro_batch_cannot_be_trained_nothing_is_told_of_sums():
 
     found = checked(step)
     assert found.ok
-    assert "nothing can be told" in found.findings[2].text
+    assert "gave no evidence" in found.findings[2].text
     one = checked(lambda m, o, c, b: right(m, o, c, b, size=1), micro_batch=1)
     assert one.ok
-    assert "nothing can be told" in one.findings[2].text
+    assert "gave no evidence" in one.findings[2].text
 
 
 def test_what_a_step_raises_is_raised():

@@ -104,7 +104,7 @@ def test_a_total_is_a_positive_number(total):
 def test_a_move_is_a_number(amount):
     clock, heard = anybatch.Clock(10), []
     clock.subscribe(heard.append)
-    with pytest.raises(anybatch.InvalidValueError, match="The clock moves by"):
+    with pytest.raises(anybatch.InvalidValueError, match="The clock advances by"):
         clock.advance(amount)
     assert (clock.tau, heard) == (0, [])
 

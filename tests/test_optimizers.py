@@ -905,7 +905,7 @@ REFUSALS = {
     "muon.SingleDeviceMuonWithAuxAdam": r"two laws.*anybatch.attach\(\[muon, adamw\]",
     "pytorch_optimizer.Muon": r"two laws.*anybatch.attach\(\[muon, adamw\]",
     "sophia.SophiaG": "curvature.*AdamW",
-    "torch_optimizer.Lookahead": "once in k steps.*inside of it",
+    "torch_optimizer.Lookahead": "once in k steps.*inner optimizer",
 }
 
 

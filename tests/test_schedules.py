@@ -272,7 +272,7 @@ def test_a_schedule_that_ends_before_the_run_warns_once(name, total):
         said = attached(make, total // part, total=total, groups=2 if name != "jumping" else 1)
         assert len(said) == ends, said
         assert all("does not fit total" in words and "base iterations" in words for words in said)
-        assert all("attach's total, not as len(loader)" in words for words in said)
+        assert all("attach's total, not to len(loader)" in words for words in said)
 
 
 @pytest.mark.parametrize("part", [1, 2, 4])

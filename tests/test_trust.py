@@ -48,7 +48,7 @@ class WantsAMetric:
         ("model", None, "nn.Module"),
         ("process_group", 3, "ProcessGroup"),
         ("grad_scaler", object(), "GradScaler"),
-        ("scheduler", WantsAMetric(), "wants an argument"),
+        ("scheduler", WantsAMetric(), "needs an argument"),
         ("scale", 10**400, "positive, finite"),
         pytest.param("scale", 10**5000, "value of type int", id="an int of 5,000 digits"),
         ("scale", True, "positive, finite"),

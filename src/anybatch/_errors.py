@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was wrong, with the value, and what to do."""
+"""The errors of anybatch. Each message states what is wrong, with the value, and what to do."""
 
 
 class AnybatchError(Exception):
@@ -10,7 +10,7 @@ class InvalidValueError(AnybatchError, ValueError):
 
 
 class UsageError(AnybatchError, RuntimeError):
-    """A call came in the wrong phase, or the training loop does something that would go wrong silently."""
+    """A call came in the wrong phase, or the training loop has an error that would otherwise be silent."""
 
 
 class UnsupportedError(AnybatchError, NotImplementedError):
@@ -18,12 +18,12 @@ class UnsupportedError(AnybatchError, NotImplementedError):
 
 
 class DivergedError(AnybatchError, ArithmeticError):
-    """Training has come to weights or gradients that are not finite, and goes nowhere."""
+    """Weights or gradients are not finite, so training cannot continue."""
 
 
 class StateError(AnybatchError, ValueError):
-    """A saved state does not fit: another model, another base batch, other names or a newer version."""
+    """A saved state does not match: another model, base batch, set of names or a newer version."""
 
 
 class AnybatchWarning(UserWarning):
-    """Training goes on, but not as well as it could; the message says what to change."""
+    """Training continues, but could be better; the message states what to change."""

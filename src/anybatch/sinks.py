@@ -1,10 +1,10 @@
 """Trackers as destinations of `attach(record=...)`, beside or instead of a file.
 
-A sink is any function of one dictionary. It is called after every step, on rank 0, with the numbers of the step's
-record under their names behind "anybatch/", and after every `controller.log` with those results; "anybatch/step" and
-"anybatch/tau" are in both. Numbers that are not finite are left out. A sink that raises is dropped with one warning.
+A sink is any function of one dictionary. It is called on rank 0, after every step with the numbers of the step's record
+under their names after "anybatch/", and after every `controller.log` with its results. Both have "anybatch/step" and
+"anybatch/tau". Numbers that are not finite are left out. A sink that raises is dropped with one warning.
 
-This module imports no tracker: each function takes the object of yours that logs.
+This module imports no tracker: each function takes your own logging object.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def tensorboard(writer: Any) -> Callable[[Values], None]:
     """Write to TensorBoard; the horizontal axis is the number of steps.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or any object with `add_scalar(name, value, step)`. Give it
-            `max_queue=1000`: with the 10 of torch's default most steps wait for the thread that writes.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or any object with `add_scalar(name, value, step)`. Set
+            `max_queue=1000`: with torch's default of 10 most steps block until the writer's thread is done.
 
     Returns:
         A sink.
@@ -41,10 +41,10 @@ def tensorboard(writer: Any) -> Callable[[Values], None]:
 
 
 def wandb(run: Any) -> Callable[[Values], None]:
-    """Log to Weights & Biases; the horizontal axis of `anybatch/` charts is tau, where runs at any batch size meet.
+    """Log to Weights & Biases; the horizontal axis of `anybatch/` charts is tau, which compares runs at any batch size.
 
     Args:
-        run: what `wandb.init()` returned. Its own step counter counts one more for every step.
+        run: the result of `wandb.init()`. Its own step counter increases by one for every step.
 
     Returns:
         A sink.
@@ -53,21 +53,18 @@ def wandb(run: Any) -> Callable[[Values], None]:
         >>> class Printed:
         ...     def define_metric(self, name, step_metric): print(name, "against", step_metric)
         ...     def log(self, values): print(values)
-        >>> sink = anybatch.sinks.wandb(Printed())         # wandb.init() in earnest
+        >>> sink = anybatch.sinks.wandb(Printed())         # in your script: wandb.init()
         anybatch/* against anybatch/tau
         >>> sink({"anybatch/step": 1, "anybatch/tau": 3.2})
         {'anybatch/step': 1, 'anybatch/tau': 3.2}
     """
     run.define_metric("anybatch/*", step_metric="anybatch/tau")
-
-    def sink(values: Values) -> None:
-        run.log(values)
-
+    sink: Callable[[Values], None] = run.log
     return sink
 
 
 def mlflow(module: Any) -> Callable[[Values], None]:
-    """Log to MLflow's active run. Every step is one request; `mlflow.config.enable_async_logging()` makes it cheap.
+    """Log to MLflow's active run, one request a step; `mlflow.config.enable_async_logging()` makes it cheap.
 
     Args:
         module: `mlflow` itself, or any object with `log_metrics(values, step=...)`.
@@ -78,7 +75,7 @@ def mlflow(module: Any) -> Callable[[Values], None]:
     Example:
         >>> class Printed:
         ...     def log_metrics(self, values, step): print(step, values)
-        >>> sink = anybatch.sinks.mlflow(Printed())        # the module mlflow in earnest
+        >>> sink = anybatch.sinks.mlflow(Printed())        # in your script: mlflow
         >>> sink({"anybatch/step": 1, "anybatch/tau": 3.2})
         1 {'anybatch/tau': 3.2}
     """

@@ -1,4 +1,4 @@
-"""Whether the user's own step is right: a few steps of it on copies, at scale 1 and at a larger one."""
+"""A test of the user's own step: a few calls on copies, at scale 1 and at a larger scale."""
 
 from anybatch._check.check import check
 

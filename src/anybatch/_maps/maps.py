@@ -1,9 +1,9 @@
-"""The hyperparameter maps: every value of an optimizer at kappa times the batch, with the reason.
+"""The hyperparameter maps: every value of an optimizer at kappa times the batch, with its reason.
 
-[Note: decays] A decay is a memory counted in base iterations, and one step at kappa times the batch does the work of
-kappa of them. `"power"` keeps the memory exactly: `beta ** kappa`, and weights that shrink by `(1 - lr * weight_decay)
-** kappa` a step. `"sde"` is the first-order form of the papers: `1 - kappa * (1 - beta)`, and `lr * weight_decay` times
-kappa. Both compose: the map of kappa2 after that of kappa1 is the map of kappa1 * kappa2.
+[Note: decays] A decay is a memory counted in base iterations, and one step at kappa times the batch replaces kappa of
+them. `"power"` keeps the memory exactly: `beta ** kappa`, and weights that shrink by `(1 - lr * weight_decay) ** kappa`
+a step. `"sde"` is the first-order form of the papers: `1 - kappa * (1 - beta)`, and `lr * weight_decay` times kappa.
+Both compose: the map of kappa2 after that of kappa1 is the map of kappa1 * kappa2.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anybatch._errors import InvalidValueError, UnsupportedError
+from anybatch._errors import InvalidValueError
 from anybatch._scaling import Family, averaged_exponent, check_positive, known_classes, row_of
 
 BetasRule = Literal["power", "sde"]
@@ -34,7 +34,7 @@ _LR = {
     0.5: "square root: the step is divided by the noise",
     0.0: "unchanged: it divides by a sum over steps, which grows more slowly",
 }
-_AVERAGED = "as far as kappa directions of averaged noise go: linear, or less"
+_AVERAGED = "the distance of kappa steps along averaged noise: linear, or less"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Change:
         before: the value at the base batch; a tuple for `betas`.
         after: the value at kappa times the batch.
         why: the formula or the reason, in a few words.
-        source: the paper it is from; "derived" for what was worked out in this project.
+        source: the paper; "derived" for a formula of this project.
     """
 
     before: Value
@@ -72,8 +72,8 @@ def scale_hyperparameters(
         model EMA               decay -> decay ** kappa
         BatchNorm               momentum -> 1 - (1 - momentum) ** kappa
 
-    with the weight decay as it is where it is part of the gradient, and SGD's momentum as it is; Muon's rate follows
-    its momentum (docs/hyperparameters.md). Under `attach` nothing of this is needed: a controller does it step by step.
+    SGD's momentum is unchanged, and so is a weight decay that is part of the gradient. Muon's learning rate follows its
+    momentum (docs/hyperparameters.md). Under `attach` none of this is needed: a controller does it step by step.
 
     Args:
         optimizer: the name of a class of torch.optim, in any case: "sgd", "adam", "adamw", "rmsprop", ...
@@ -82,15 +82,14 @@ def scale_hyperparameters(
             alpha and the decoupled weight decay.
         ema_decay: the factor of the model's moving average per step, in [0, 1).
         batch_norm_momentum: PyTorch's momentum of running statistics, in (0, 1].
-        values: the optimizer's own: `lr`, `betas`, `eps`, `weight_decay`, `momentum`, ...; torch's defaults for those
-            not given.
+        values: the optimizer's own: `lr`, `betas`, `eps`, `weight_decay`, `momentum`, ...; torch's defaults otherwise.
 
     Returns:
         A `Change` for each value, by name: `before`, `after`, `why` and `source`. Values that are 0 are left out.
 
     Raises:
         InvalidValueError: a value out of range; with `"sde"`, a kappa so large that a beta leaves (0, 1): the message
-            has the largest one.
+            has the limit.
         UnsupportedError: the optimizer cannot be scaled.
 
     Example:
@@ -107,8 +106,8 @@ def scale_hyperparameters(
 
     Differs from the paper in:
         1. `"power"` in place of `1 - kappa * (1 - beta)`: equal to first order in `kappa * (1 - beta)`.
-        2. The decoupled weight decay and BatchNorm's momentum are averages of the same kind, treated in the same way.
-        3. The other classes of torch.optim, whose rows are derived: docs/hyperparameters.md.
+        2. The decoupled weight decay and BatchNorm's momentum are averages of the same kind, with the same map.
+        3. The other classes of torch.optim have derived rows: docs/hyperparameters.md.
     """
     kappa = check_positive("kappa", kappa)
     changes = map_group(*_example(optimizer, values), kappa, betas_rule)
@@ -138,33 +137,14 @@ def _example(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], Family]
     try:
         if len(values.get("betas", (0, 0))) != 2:
             raise ValueError("betas are two numbers")
-        optimizer = cls([torch.zeros(1, 1)], **values)  # of two dimensions, as Muon wants it
+        optimizer = cls([torch.zeros(1, 1)], **values)  # Muon needs two dimensions
     except (TypeError, ValueError) as error:
         raise InvalidValueError(f"{cls.__name__}: {error}.") from None
-    return optimizer.param_groups[0], map_family(optimizer)
-
-
-def map_family(optimizer: Optimizer) -> Family:
-    """The row of the optimizer's class.
-
-    Raises:
-        UnsupportedError: it cannot be scaled, or is unknown.
-    """
-    family = row_of(optimizer)
-    if family is None:
-        raise UnsupportedError(
-            f"How the hyperparameters of {type(optimizer).__name__} follow the batch is not known: it is not derived "
-            "from a class of torch.optim. Set its values yourself, or use attach with a rule's exponent."
-        )
-    return family
+    return optimizer.param_groups[0], row_of(optimizer)
 
 
 def map_group(group: dict[str, Any], family: Family, kappa: float, betas_rule: BetasRule) -> dict[str, Change]:
-    """The changes of one parameter group.
-
-    Raises:
-        InvalidValueError: a value out of range, before or after.
-    """
+    """The changes of one parameter group; `InvalidValueError` for a value out of range, before or after."""
     if betas_rule not in ("power", "sde"):
         raise InvalidValueError(f'betas_rule must be "power" or "sde", got {betas_rule!r}.')
     values: dict[str, Value] = {}
@@ -176,13 +156,11 @@ def map_group(group: dict[str, Any], family: Family, kappa: float, betas_rule: B
             values[name] = float(raw)
     for name, value in values.items():
         _check(all(isfinite(v) for v in flat(value)), f"{name} must be finite", value)
-    decoupled = family.decoupled or bool(group.get("decoupled_weight_decay"))
     changes = {}
     for name, value in values.items():
         if value == 0:
             continue
-        rate, lr_factor = float(group["lr"]), kappa ** lr_exponent(group, family, kappa)
-        after, why, source = _map_value(name, value, rate, lr_factor, family, decoupled, kappa, betas_rule)
+        after, why, source = _map_value(name, value, group, family, kappa, betas_rule)
         _check(all(isfinite(v) for v in flat(after)), f"{name} at {kappa:g} times the batch must be finite", after)
         changes[name] = Change(value, value if kappa == 1 else after, why, source)
     return changes
@@ -194,16 +172,11 @@ def lr_exponent(group: dict[str, Any], family: Family, kappa: float) -> float:
 
 
 def _map_value(
-    name: str,
-    value: Any,
-    lr: float,
-    lr_factor: float,
-    family: Family,
-    decoupled: bool,
-    kappa: float,
-    betas_rule: BetasRule,
+    name: str, value: Any, group: dict[str, Any], family: Family, kappa: float, betas_rule: BetasRule
 ) -> tuple[Value, str, str]:
+    """The value at `kappa` times the batch, the reason and the source."""
     source = family.source or _DERIVED
+    lr_factor = kappa ** lr_exponent(group, family, kappa)
     if name == "lr":
         return value * lr_factor, _AVERAGED if family.momentum == "mean" else _LR[family.exponent], source
     if name == "momentum" and family.momentum == "mean":
@@ -213,13 +186,12 @@ def _map_value(
         return value / kappa**family.eps, f"eps / {power}: as what it is added to", source
     if name in family.rates:
         return value * kappa, "times kappa: it multiplies the step count", _DERIVED
-    if name == "weight_decay" and decoupled:
-        why = _DECOUPLED[betas_rule]
-        return _decoupled(value, lr, lr_factor, kappa, betas_rule), why, _DERIVED
+    if name == "weight_decay" and (family.decoupled or group.get("decoupled_weight_decay")):
+        after = _decoupled(value, float(group["lr"]), lr_factor, kappa, betas_rule)
+        return after, _DECOUPLED[betas_rule], _DERIVED
     if name in family.names and family.decays == "clock":
-        after = _decays(flat(value), kappa, betas_rule, least=family.least)
-        why, source = _BETAS[betas_rule], source if betas_rule == "sde" else _DERIVED
-        return after if name == "betas" else after[0], why, source
+        betas = _decays(flat(value), kappa, betas_rule, least=family.least)
+        return betas if name == "betas" else betas[0], _BETAS[betas_rule], source if betas_rule == "sde" else _DERIVED
     source = source if family.exponent == 1 else _DERIVED  # SGD: its paper keeps these
     if name == "weight_decay":
         return value, "unchanged: it is part of the gradient", source
@@ -227,7 +199,7 @@ def _map_value(
 
 
 def _decays(betas: tuple[float, ...], kappa: float, betas_rule: BetasRule, *, least: float) -> tuple[float, ...]:
-    """Each beta at kappa times the batch; one of 0 has no memory, and keeps none."""
+    """Each beta at kappa times the batch; a beta of 0 has no memory, and stays 0."""
     if betas_rule == "power":
         after = tuple(float(beta**kappa) for beta in betas)
     else:
@@ -249,6 +221,7 @@ def _decays(betas: tuple[float, ...], kappa: float, betas_rule: BetasRule, *, le
 
 
 def _decoupled(decay: float, lr: float, lr_factor: float, kappa: float, betas_rule: BetasRule) -> float:
+    """The decoupled weight decay at kappa times the batch."""
     shrink = lr * decay
     if kappa == 1:
         return decay

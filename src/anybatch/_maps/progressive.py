@@ -1,4 +1,4 @@
-"""Progressive scaling: another batch from chosen points of the clock on."""
+"""Progressive scaling: other batches from chosen points of the clock on."""
 
 from collections.abc import Mapping
 
@@ -12,14 +12,14 @@ class Progressive:
 
         scale(tau) = scales[largest start <= tau]
 
-    Under a controller, accumulate `scale(controller.tau)` micro-batches of the base batch: it counts what happens, and
-    learning rate, schedule and averages follow.
+    Under a controller, accumulate `scale(controller.tau)` micro-batches of the base batch. It counts them, and the
+    learning rate, the schedule and the averages follow.
 
     Args:
-        scales: start, in base iterations, to scale, batch / base batch; one start is 0.
+        scales: maps each start, in base iterations, to its scale, batch / base batch; one start is 0.
 
     Raises:
-        InvalidValueError: no start at 0, a negative one, or a scale that is not positive.
+        InvalidValueError: no start at 0, a negative start, or a scale that is not positive.
 
     Example:
         >>> progressive = anybatch.Progressive({0: 1, 20: 4})
@@ -48,9 +48,7 @@ class Progressive:
         for start, scale in scales.items():
             if positive(scale) is None:
                 raise InvalidValueError(f"A scale is batch / base batch, positive and finite; got {shown(scale)}.")
-            tau = real(start)
-            if tau is None or tau < 0:
-                raise InvalidValueError(f"A start is a number of base iterations, at least 0; got {shown(start)}.")
+            _check_tau("A start", start)
         if 0 not in scales:
             raise InvalidValueError(f"scales needs a start at 0, got {sorted(scales)}.")
         self.scales: dict[float, float] = dict(sorted(scales.items()))
@@ -59,11 +57,15 @@ class Progressive:
         """The scale at `tau`, base iterations, up to the rounding of a long sum.
 
         Raises:
-            InvalidValueError: `tau` is negative, or no finite number.
+            InvalidValueError: `tau` is negative, or not a finite number.
         """
-        now = real(tau)
-        if now is None or now < 0:
-            raise InvalidValueError(f"tau is a number of base iterations, at least 0; got {shown(tau)}.")
         clock = Clock()
-        clock.tau = now
+        clock.tau = _check_tau("tau", tau)
         return float(next(s for start, s in reversed(self.scales.items()) if clock.reached(start)))
+
+
+def _check_tau(name: str, value: object) -> float:
+    tau = real(value)
+    if tau is None or tau < 0:
+        raise InvalidValueError(f"{name} is a number of base iterations, at least 0; got {shown(value)}.")
+    return tau

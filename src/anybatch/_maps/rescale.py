@@ -7,32 +7,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from anybatch._errors import UsageError
-from anybatch._maps.maps import BetasRule, Change, Value, flat, lr_exponent, map_family, map_group
-from anybatch._scaling import Family, attached, check_positive, local_of
+from anybatch._maps.maps import BetasRule, Change, Value, flat, lr_exponent, map_group
+from anybatch._scaling import attached, check_positive, local_of, row_of
 
 
 def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule = "power") -> list[dict[str, Change]]:
-    """Edit an optimizer in place for `kappa` times the batch; `1 / kappa` takes it back.
+    """Edit an optimizer in place for `kappa` times the batch; `1 / kappa` reverses it.
 
-    Every parameter group becomes what `scale_hyperparameters` says. A learning rate held in a tensor is changed in
-    place and keeps its identity. Where steps were done already, the counters that debias Adam's averages go on in the
-    units of the new steps. The averages themselves are left: Adam's second moment needs `1 / (1 - beta2)` steps to
+    Every parameter group gets the values of `scale_hyperparameters`. A learning rate held in a tensor is changed in
+    place and keeps its identity. If steps were done already, the counters that debias Adam's averages continue in the
+    units of the new steps. The averages themselves are unchanged: Adam's second moment needs `1 / (1 - beta2)` steps to
     forget the noise of the old batch.
 
-    A scheduler that exists already computes the learning rate from its own base values and overwrites this: make it
-    afterwards. `initial_lr`, which one made afterwards starts from, is scaled as well. For a batch that changes in the
-    middle of a schedule use `attach`, which scales at each step.
+    Make a scheduler afterwards: an older one computes the learning rate from its own base values and overwrites this.
+    `initial_lr`, from which a new one starts, is scaled as well. If the batch changes in the middle of a schedule, use
+    `attach`, which scales at each step.
 
     Args:
         optimizer: of a class in torch.optim, or derived from one; without a controller.
-        kappa: new batch / the batch that its values are for; positive.
+        kappa: new batch / the batch of the tuned values; positive.
         betas_rule: as in `scale_hyperparameters`.
 
     Returns:
         For each parameter group a `Change` for each value, by name: `before`, `after`, `why` and `source`.
 
     Raises:
-        InvalidValueError: a value out of range; nothing was changed.
+        InvalidValueError: a value out of range; the optimizer is then unchanged.
         UsageError: the optimizer has a controller, which scales by itself.
         UnsupportedError: the optimizer cannot be scaled.
 
@@ -51,7 +51,7 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
             "This optimizer has a controller, which scales it at every step: leave its values as tuned for the base "
             "batch, or detach() the controller first."
         )
-    family = map_family(optimizer)
+    family, local = row_of(optimizer), local_of(optimizer)
     changes = [map_group(group, family, kappa, betas_rule) for group in optimizer.param_groups]
     if kappa == 1:
         return changes
@@ -60,17 +60,11 @@ def scale_optimizer(optimizer: Optimizer, kappa: float, *, betas_rule: BetasRule
             group["initial_lr"] = group["initial_lr"] * kappa ** lr_exponent(group, family, kappa)
         for name, change in changed.items():
             _write(group, name, change.after)
-        _rescale_state(local_of(optimizer), group, family, kappa)
+        states = [local.state[p] for p in group["params"] if p in local.state]
+        for name, power in family.state.items():
+            if entries := [state[name] for state in states if isinstance(state.get(name), Tensor)]:
+                torch._foreach_div_(entries, kappa**power)
     return changes
-
-
-def _rescale_state(local: Optimizer, group: dict[str, Any], family: Family, kappa: float) -> None:
-    """Counters of steps, in the units of the new steps."""
-    states = [local.state[p] for p in group["params"] if p in local.state]
-    for name, power in family.state.items():
-        entries = [state[name] for state in states if isinstance(state.get(name), Tensor)]
-        if entries:
-            torch._foreach_div_(entries, kappa**power)
 
 
 def _write(group: dict[str, Any], name: str, after: Value) -> None:

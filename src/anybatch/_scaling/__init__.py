@@ -1,4 +1,4 @@
-"""How far a step may go: moments, gain and rules; the clock; and what an optimizer makes of a `Scaling`."""
+"""From norms to the values of a step: moments, gain, rules, the clock, schedules and hyperparameters."""
 
 from anybatch._scaling.batch import BatchSize, check_positive, check_steps, split
 from anybatch._scaling.clock import Clock

@@ -1,4 +1,4 @@
-"""Base batch, micro-batch, ranks and accumulation: how big a step is, in base batches."""
+"""The size of a step in base batches, from base batch, micro-batch, ranks and accumulation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,30 +10,28 @@ from anybatch._errors import InvalidValueError
 from anybatch._numbers import positive, shown
 
 _THE_THREE_WAYS = (
-    "Say the scale of a step in exactly one way:\n"
-    "  base_batch=256, micro_batch=64   the batch it was tuned for, and what each backward on each rank sees\n"
+    "State the scale of a step in exactly one way:\n"
+    "  base_batch=256, micro_batch=64   the batch of the tuning, and that of each backward on each rank\n"
     "                                   (both in examples, or both in tokens),\n"
-    '                                   or micro_batch="auto": the first dimension of what each forward gets;\n'
+    '                                   or micro_batch="auto": the first dimension of each forward\'s input;\n'
     "  scale=16                         every step is 16 base batches;\n"
-    "  scale=1                          every step is the base batch, and training is only measured; beside it\n"
-    "                                   base_batch=256 says how large that is, for noise scales in examples;\n"
+    "  scale=1                          every step is the base batch, and training is only measured; base_batch=256\n"
+    "                                   may give its size, for noise scales in examples;\n"
     '  scale="count"                    every backward on every rank is one base batch.'
 )
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How a step's scale is known: exactly one of a pair of sizes, a number, or `"count"`.
+    """The source of a step's scale: exactly one of a pair of sizes, a number, or `"count"`.
 
-    For a step of N micro-batches of `b_i` examples, whose gradients are averaged with equal weights:
+    A step averages, with equal weights, the gradients of N micro-batches of `b_i` examples:
 
-        size  = N / sum_i (1 / b_i)                 the micro-batches' harmonic mean, b when all are equal
-        sample = size / base_batch                  one sample, in base batches
-        scale = N * sample                          S
+        S = N * sample        sample = size / base_batch        size = N / sum_i (1 / b_i)
 
-    With unequal micro-batches the harmonic mean is exact, not a convention: the variance of an equally weighted mean of
-    gradients with variances `v / b_i` is `v / (N * size)`. `examples` is the size of the data, if it was said. Beside a
-    scale of 1 `base_batch` says no scale, but in what the noise scale is told.
+    The harmonic mean `size` is exact. Gradients of variances `v / b_i` have an equally weighted mean of the variance
+    `v / (N * size)`. `examples` is the size of the data, or `None`. With `scale=1`, `base_batch` only sets the unit of
+    the noise scale.
     """
 
     base_batch: float | None
@@ -58,12 +56,12 @@ class BatchSize:
 
     @property
     def population(self) -> float | None:
-        """Base batches of a pass over the data; `None` where the size of the data was not said."""
+        """Base batches of a pass over the data; `None` where the size of the data is not given."""
         return None if self.examples is None or self.base_batch is None else self.examples / self.base_batch
 
     @property
     def only_measured(self) -> bool:
-        """Whether it was said that training is only measured: a scale of 1, and how large that batch is."""
+        """Whether training is only measured: the scale is 1, and `base_batch` is the size of that batch."""
         return self.scale == 1 and self.base_batch is not None
 
     @property
@@ -74,7 +72,7 @@ class BatchSize:
     def of_step(self, count: int, inverse_sizes: float, *, effective: float | None = None) -> tuple[float, float]:
         """The pair `(scale, sample)` of a step of `count` micro-batches with `inverse_sizes` = sum of `1 / b_i`.
 
-        In a weighted mean a sample is as large as if there were `effective` equal ones.
+        A weighted mean has the variance of a mean of `effective` equal samples.
         """
         share = 1.0 if effective is None else count / effective
         if self.scale == "count":
@@ -87,7 +85,7 @@ class BatchSize:
 
 
 def check_positive(name: str, value: object) -> float:
-    """`value` as a float, or an error that names it."""
+    """`value` as a float; an error with its name where it is not positive and finite."""
     number = positive(value)
     if number is None:
         raise InvalidValueError(f"{name} must be a positive, finite number, got {shown(value)}.")
@@ -95,17 +93,17 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_steps(name: str, value: object) -> None:
-    """Raise if `value` is no number of steps."""
+    """Raise if `value` is not a number of steps."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidValueError(f"{name} is a number of steps, at least 1; got {shown(value)}.")
 
 
 def split(batch: Any, n: int) -> Iterator[Any]:
-    """Split a batch into `n` equal micro-batches, so that one device sees the noise of its gradient.
+    """Split a batch into `n` equal micro-batches, so that one device can measure the noise of its gradient.
 
-    Every tensor in `batch` is cut along its first dimension into `n` contiguous views; lists, tuples, named tuples and
-    dictionaries keep their structure, anything else is repeated as it is. Backward each part with its loss divided by
-    `n`; the gradient is that of the whole batch.
+    Every tensor in `batch` is cut along its first dimension into `n` contiguous views. Lists, tuples, named tuples and
+    dictionaries keep their structure; anything else is repeated. Divide the loss of each part by `n` before its
+    backward: the sum of the gradients is then that of the whole batch.
 
     Args:
         batch: a tensor `[B, ...]`, or a list, tuple or dictionary of batches.
@@ -115,8 +113,8 @@ def split(batch: Any, n: int) -> Iterator[Any]:
         An iterator over the `n` parts.
 
     Raises:
-        InvalidValueError: `n` is not positive, or does not divide a first dimension. Parts of unequal size would
-            make the mean of their mean losses another number than the mean loss of the batch.
+        InvalidValueError: `n` is not positive, or does not divide a first dimension. With parts of unequal size, the
+            mean of their mean losses would not be the mean loss of the batch.
 
     Example:
         >>> x, y = torch.arange(6.).view(6, 1), torch.arange(6)
@@ -125,28 +123,16 @@ def split(batch: Any, n: int) -> Iterator[Any]:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InvalidValueError(f"n must be a positive integer, got {n!r}.")
-    _check_divisible(batch, n)
-    return (_part(batch, i, n) for i in range(n))
-
-
-def _check_divisible(batch: Any, n: int) -> None:
-    if isinstance(batch, Tensor):
-        if batch.dim() == 0 or batch.shape[0] % n:
-            shape = list(batch.shape)
-            raise InvalidValueError(
-                f"A tensor of shape {shape} cannot be split into {n} equal parts along its first dimension. "
-                f"Choose a divisor of the batch, and drop a last, partial batch (drop_last=True)."
-            )
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            _check_divisible(value, n)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            _check_divisible(value, n)
+    return iter([_part(batch, i, n) for i in range(n)])
 
 
 def _part(batch: Any, i: int, n: int) -> Any:
     if isinstance(batch, Tensor):
+        if batch.dim() == 0 or batch.shape[0] % n:
+            raise InvalidValueError(
+                f"A tensor of shape {list(batch.shape)} cannot be split into {n} equal parts along its first "
+                "dimension. Choose a divisor of the batch, and drop a last, partial batch (drop_last=True)."
+            )
         size = batch.shape[0] // n
         return batch[i * size : (i + 1) * size]
     if isinstance(batch, dict):

@@ -1,4 +1,4 @@
-"""The scale-invariant clock: tau counts base iterations, and everything in training that has a rhythm hangs on it."""
+"""The scale-invariant clock: tau counts base iterations, and everything counted in steps follows it."""
 
 from collections.abc import Callable
 from math import floor
@@ -8,19 +8,19 @@ from anybatch._numbers import positive, real, shown
 
 Subscriber = Callable[[float], None]
 
-# tau is a sum of up to millions of floats; a target such as total = n * (total / n) must be met after n of them.
+# tau is a sum of up to millions of floats. A total = n * (total / n) must be reached after n of them.
 _SLACK = 1e-9
-# Of one stretch that is counted: at a tau of 1e9 the slack above would be a whole base iteration.
+# Relative to the interval that is counted: at a tau of 1e9 the slack above would be a whole base iteration.
 _MOST_SLACK = 1e-4
 
 
 class Clock:
-    """The number of scale-invariant iterations done, tau, and those who move with it.
+    """The number of scale-invariant iterations done, tau, and its subscribers.
 
-        tau <- tau + iterations        after every step that really happened
+        tau <- tau + iterations        after every step that was not skipped
 
-    One base iteration is one optimizer step at the base batch. A step of AdaScale moves the clock by its gain, a step
-    of linear scaling by its scale. The schedule is at `floor(tau)`; training ends when `tau >= total`.
+    One base iteration is one optimizer step at the base batch. A step of AdaScale advances the clock by its gain, a
+    step of linear scaling by its scale. The schedule is at `floor(tau)`; training ends when `tau >= total`.
 
     Args:
         total: base iterations of the whole run, T_SI; positive, or `None` when training has no planned end.
@@ -45,12 +45,11 @@ class Clock:
             raise InvalidValueError(f"total must be a positive number of base iterations, got {shown(total)}.")
         self.total = total
         self.tau: float = 0.0
-        self._subscribers: dict[int, Subscriber] = {}
-        self._next = 0
+        self._subscribers: dict[object, Subscriber] = {}
 
     @property
     def subscribers(self) -> int:
-        """How many follow the clock."""
+        """The number of subscribers."""
         return len(self._subscribers)
 
     @property
@@ -59,7 +58,7 @@ class Clock:
         return self.count(1.0)
 
     def count(self, length: float) -> int:
-        """How many stretches of `length` base iterations are done: epochs, say."""
+        """The number of completed intervals of `length` base iterations, such as epochs."""
         return floor((self.tau + min(_SLACK * max(1.0, self.tau), _MOST_SLACK * length)) / length)
 
     @property
@@ -67,43 +66,42 @@ class Clock:
         """Whether `tau >= total`.
 
         Raises:
-            UsageError: the clock was given no `total`, so that a loop on `done` would never end.
+            UsageError: the clock has no `total`, so a loop on `done` would never end.
         """
         if self.total is None:
             raise UsageError("The clock has no total: pass total=, the base iterations of the whole run.")
         return self.reached(self.total)
 
     def reached(self, tau: float) -> bool:
-        """Whether the clock has come to `tau`, up to the rounding of a long sum."""
+        """Whether the clock has reached `tau`, up to the rounding of a long sum."""
         return self.tau + _SLACK * max(1.0, abs(tau)) >= tau
 
     def advance(self, iterations: float) -> None:
-        """Move by `iterations` (finite, not negative) and tell every subscriber, in the order they came.
+        """Advance by `iterations` (finite, not negative) and call every subscriber, in the order of subscription.
 
-        All of them are told, also behind one that raises. An error is raised after that, several as a group.
+        If a subscriber raises, the others are still called. The error is raised after that; several, as a group.
 
         Raises:
-            InvalidValueError: `iterations` is negative, or no finite number; the clock has not moved.
+            InvalidValueError: `iterations` is negative, or not a finite number; the clock has not advanced.
         """
         moved = real(iterations)
         if moved is None or moved < 0:
-            raise InvalidValueError(f"The clock moves by a finite, non-negative amount, got {shown(iterations)}.")
+            raise InvalidValueError(f"The clock advances by a finite, non-negative amount, got {shown(iterations)}.")
         self.tau += moved
         errors: list[BaseException] = []
         for subscriber in list(self._subscribers.values()):
             try:
                 subscriber(moved)
-            except BaseException as error:  # an interrupt, too, must not part the others from the clock
+            except BaseException as error:  # an interrupt, too, must not keep the others behind the clock
                 errors.append(error)
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise BaseExceptionGroup(f"Several of those who follow the clock failed at tau = {self.tau:g}", errors)
+            raise BaseExceptionGroup(f"Several subscribers of the clock failed at tau = {self.tau:g}", errors)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call `subscriber(iterations)` after every move; returns a function that ends it."""
-        key = self._next
-        self._next += 1
+        """Call `subscriber(iterations)` after every advance; return a function that ends this."""
+        key = object()
         self._subscribers[key] = subscriber
 
         def unsubscribe() -> None:

@@ -1,4 +1,4 @@
-"""Whether a schedule was written for the length of the run."""
+"""Whether a schedule fits the length of the run."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,24 +11,18 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from anybatch._scaling.preview import parts_of, preview
 
-_TOLERANCE = 0.02  # of the run; schedules are often a warm-up or an epoch short of it
-_LOWEST = 1e-8  # a factor on the rate below which no one anneals
-_STILL = 1e-5  # of the highest rate: a rate that stays there trains nothing, and no floor is chosen so low
-_LOW, _HIGH, _JUMP = 0.01, 0.1, 0.5  # of the highest rate: fallen, risen again, and risen at once, by a restart
-_POINTS = 512  # at which a schedule is asked, and as many in the first 32nd of a long run
+_TOLERANCE = 0.02  # of the run; schedules are often shorter by a warm-up or an epoch
+_LOWEST = 1e-8  # factor on the learning rate below which no schedule anneals
+_STILL = 1e-5  # of the highest rate: training stops where the rate stays there, and no floor is chosen so low
+_LOW, _HIGH, _JUMP = 0.01, 0.1, 0.5  # of the highest rate: fallen, risen again, and risen in one step by a restart
+_POINTS = 512  # at which a schedule is evaluated, and as many in the first 32nd of a long run
 
 
-def misfit(scheduler: Any, *, length: float, optimizer: Optimizer | None = None, jump: str | None = None) -> str | None:
-    """In what a schedule does not fit a run that ends at its step `length`; empty where it does, `None` if unknown.
+def misfit(scheduler: Any, *, length: float, optimizer: Optimizer, jump: str | None) -> str | None:
+    """How a schedule does not fit a run of `length` scheduler steps; empty where it does, `None` if unknown.
 
-    A class of torch's with an end is compared with the length. Of any other schedule, the rates over the whole run
-    are taken from a copy: they may not stay at 0 before the run's end, nor come back from 0 as slowly as they fell.
-
-    Args:
-        scheduler: the real one, unwrapped.
-        length: scheduler steps.
-        optimizer: the one that it moves.
-        jump: as for `preview`.
+    A class of torch's with an end is compared with the length. The rates of any other over the whole run are taken from
+    a copy (`preview`): they may not stay at 0 before the run's end, nor rise from 0 as slowly as they fell.
     """
     kind, name = type(scheduler), type(scheduler).__name__
     end = _stated_end(scheduler)
@@ -38,42 +32,36 @@ def misfit(scheduler: Any, *, length: float, optimizer: Optimizer | None = None,
     if kind is torch_schedulers.MultiStepLR:
         late = sorted(m for m in scheduler.milestones if m > length)
         return f"{name} has a milestone at {late[0]:g}, the run {length:g} scheduler steps" if late else ""
-    factor = _decay(scheduler)
-    if factor is not None and 0 < factor[0] < 1:
-        log_end = length / factor[1] * log10(factor[0])
-        said = f"{name} ends the run, {length:g} scheduler steps, at 1e{log_end:.0f} of its first rate"
-        return said if log_end < log10(_LOWEST) else ""
-    if optimizer is None:
-        return None
-    asked = preview(scheduler, _points(length, len(optimizer.param_groups)), optimizer=optimizer, jump=jump)
-    if asked is None:
+    if kind in (torch_schedulers.StepLR, torch_schedulers.ExponentialLR) and 0 < scheduler.gamma < 1:
+        log_end = length / getattr(scheduler, "step_size", 1) * log10(scheduler.gamma)
+        low = f"{name} ends the run, {length:g} scheduler steps, at 1e{log_end:.0f} of its first rate"
+        return low if log_end < log10(_LOWEST) else ""
+    seen = preview(scheduler, _points(length, len(optimizer.param_groups)), optimizer=optimizer, jump=jump)
+    if seen is None:
         return None
     course = Course(name, length, restarts=any(type(part) in _RESTARTS for part in parts_of(scheduler)))
-    for t, rates in asked:
+    for t, rates in seen:
         course.see(t, rates)
     return course.misfit
 
 
 class Course:
-    """The base rates of a run at ascending steps, and whether they came to an end before the run does.
+    """The base rates of a run of `length` scheduler steps, and whether they end before it.
 
-    Args:
-        name: the scheduler's.
-        length: scheduler steps of the run.
-        restarts: the rates rise again on purpose.
+    With `restarts`, the rates rise again on purpose.
     """
 
     def __init__(self, name: str, length: float, *, restarts: bool = False) -> None:
         self._name, self._length, self._restarts = name, length, restarts
         self._end = length - max(_TOLERANCE * length, 1.0)
         self._peaks: list[float] = []
-        self._level = 1.0  # the highest of the groups' rates, each as a part of the highest that it had
+        self._level = 1.0  # the highest of the groups' rates, each relative to its highest so far
         self._high, self._fallen, self._low = 0.0, 0.0, -1.0
         self._ended: float | None = None
         self._risen: tuple[float, float] | None = None
 
     def see(self, t: float, rates: Sequence[float]) -> None:
-        """Take the rates of all groups at step `t`."""
+        """Add the rates of all groups at step `t`."""
         self._peaks = [max(pair) for pair in zip_longest(self._peaks, rates, fillvalue=0.0)]
         levels = [rate / peak for rate, peak in zip(rates, self._peaks, strict=False) if peak > 0]
         if not levels:
@@ -96,7 +84,7 @@ class Course:
 
     @property
     def misfit(self) -> str:
-        """In what the rates do not fit the run, by those seen; empty if they do."""
+        """How the rates seen so far do not fit the run; empty if they do."""
         run = f"the run has {self._length:g} scheduler steps"
         if self._risen is not None and not self._restarts:
             low, again = self._risen
@@ -109,7 +97,7 @@ class Course:
         return ""
 
 
-# Where the curve has an end: cosine rises again after it, the others stand still, and OneCycleLR raises.
+# The argument that holds the curve's end. Past it a cosine rises, a polynomial is constant and OneCycleLR raises.
 _ENDS = {
     torch_schedulers.CosineAnnealingLR: "T_max",
     torch_schedulers.OneCycleLR: "total_steps",
@@ -119,28 +107,19 @@ _RESTARTS = (torch_schedulers.CosineAnnealingWarmRestarts, torch_schedulers.Cycl
 
 
 def _stated_end(scheduler: Any) -> tuple[str, float] | None:
-    """The name and the value of what a scheduler was given for its length."""
+    """The name and the value of the argument that states a schedule's length."""
     if type(scheduler) in _ENDS:
         name = _ENDS[type(scheduler)]
         return name, float(getattr(scheduler, name))
     for function in getattr(scheduler, "lr_lambdas", ()):  # those of transformers are partial functions
-        given = function.keywords if isinstance(function, partial) else {}
-        if isinstance(length := given.get("num_training_steps"), int | float):
+        keywords = function.keywords if isinstance(function, partial) else {}
+        if isinstance(length := keywords.get("num_training_steps"), int | float):
             return "num_training_steps", float(length)
     return None
 
 
-def _decay(scheduler: Any) -> tuple[float, float] | None:
-    """The factor on the rate, and the scheduler steps that each takes, of a schedule that multiplies for ever."""
-    if type(scheduler) is torch_schedulers.StepLR:
-        return scheduler.gamma, scheduler.step_size
-    if type(scheduler) is torch_schedulers.ExponentialLR:
-        return scheduler.gamma, 1.0
-    return None
-
-
 def _points(length: float, groups: int) -> list[int]:
-    """Ascending steps of the run: all of a short one, and of a long one's beginning more than of the rest."""
+    """Ascending steps of the run: all of a short run; of a long run, more of the beginning than of the rest."""
     last = ceil(length) - 1
     count = max(64, min(_POINTS, 50_000 // max(1, groups)))
     if last < 2 * count:

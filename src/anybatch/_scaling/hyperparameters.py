@@ -1,7 +1,6 @@
-"""How a `Scaling` becomes the values of one optimizer step: learning rate, decays, weight decay, step counters.
+"""The values of one optimizer step from its `Scaling`: learning rate, decays, weight decay, step counts.
 
-Everything is changed for one `step()` and put back. `families` says what is true of a class, `momentum` what becomes of
-a momentum.
+All are changed for one `step()` and restored. `families` has what depends on the class, `momentum` the momentum.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,58 +15,45 @@ from torch.optim import Optimizer
 
 from anybatch._errors import InvalidValueError, UnsupportedError
 from anybatch._scaling.families import Family, local_of
-from anybatch._scaling.momentum import (
-    Decays,
-    automatic,
-    averaged_exponent,
-    clock_power,
-    interpolated_exponent,
-    momentum_at,
-)
+from anybatch._scaling.momentum import Decays, automatic, averaged_exponent, clock_power, interpolated_exponent
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What becomes of an optimizer's values in a step of `iterations` base iterations.
-
-    Args:
-        optimizer: the user's own.
-        family: what the theory says of its class.
-        decays: as in `Rule`.
-        total: base iterations of the whole run, or `None`.
+    """The values of an optimizer in a step of `iterations` base iterations.
 
     Raises:
         InvalidValueError: a momentum of 1 or more, unless decays are constant.
         UnsupportedError: decays on the clock where they cannot be right; a group without a learning rate, or with one
-            that is no number.
+            that is not a number.
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer  # of the user
     family: Family
-    decays: Decays
-    total: float | None
+    decays: Decays  # as in `Rule`
+    total: float | None  # base iterations of the run; `None`: automatic momenta are constant
 
     def __post_init__(self) -> None:
-        if any("lr" not in group for group in self.optimizer.param_groups):
-            raise UnsupportedError(
-                f"{type(local_of(self.optimizer)).__name__} has a parameter group without a learning rate, its entry "
-                "'lr', so there is nothing to scale."
-            )
-        for group in self.optimizer.param_groups:
+        name, groups = type(local_of(self.optimizer)).__name__, self.optimizer.param_groups
+        for group in groups:
+            if "lr" not in group:
+                raise UnsupportedError(
+                    f"{name} has a parameter group without a learning rate, its entry 'lr', so there is nothing to "
+                    "scale."
+                )
             if isinstance(group["lr"], bool) or not isinstance(group["lr"], Real | Tensor):
                 raise UnsupportedError(
-                    f"{type(local_of(self.optimizer)).__name__} has the learning rate lr={group['lr']!r}, so there is "
-                    "nothing to scale: give it a number, or use an optimizer that steps by its entry 'lr'."
+                    f"{name} has the learning rate lr={group['lr']!r}, so there is nothing to scale: give it a number, "
+                    "or use an optimizer that steps by its entry 'lr'."
                 )
-        forever = [g for g in self.optimizer.param_groups if self.family.momentum and g.get("momentum", 0) >= 1]
-        if forever and self.decays not in ("constant", 0):
+        endless = [group["momentum"] for group in groups if self.family.momentum and group.get("momentum", 0) >= 1]
+        if endless and self.decays not in ("constant", 0):
             raise InvalidValueError(
-                f"A momentum of {forever[0]['momentum']:g} never forgets, so it has no length in base iterations: use "
-                "one below 1, or decays='constant'."
+                f"A momentum of {endless[0]:g} never forgets, so it has no length in base iterations: use one below 1, "
+                "or decays='constant'."
             )
-        if self.decays in ("auto", "constant") or self.decays == 0:
+        if self.decays in ("auto", "constant", 0):
             return
-        name = type(local_of(self.optimizer)).__name__
         if self.family.off_clock:
             raise UnsupportedError(
                 f"The decays of {name} cannot be on the clock: {self.family.off_clock}. Use decays='constant'."
@@ -77,7 +63,7 @@ class Hyperparameters:
                 f"{name} normalises after its momentum, so its learning rate and its momentum follow the batch "
                 f"together or not at all: use decays='clock' or 'constant', got {self.decays!r}."
             )
-        if any(map(_centered, self.optimizer.param_groups)):
+        if any(map(_centered, groups)):
             raise UnsupportedError(
                 f"The decays of {name}(centered=True) cannot be on the clock: a short average of squares less the "
                 "square of a short average is far too small, and below 0 by rounding. Use decays='constant' or 'auto', "
@@ -85,7 +71,7 @@ class Hyperparameters:
             )
 
     def exponent(self, iterations: float, group: int = 0) -> float:
-        """Power of `iterations` that multiplies the learning rate of the group of that number."""
+        """The power of `iterations` that multiplies the learning rate of the group with this number."""
         if self.family.momentum not in ("mean", "lion") or self._power(iterations) == 1:
             return self.family.exponent
         entries = self.optimizer.param_groups[group]
@@ -95,40 +81,39 @@ class Hyperparameters:
 
     @property
     def same_law(self) -> list[bool]:
-        """For each group, whether its learning rate follows the batch as the first one's does."""
+        """For each group, whether its learning rate follows the batch as the first group's does."""
         entry = {"mean": "momentum", "lion": "betas"}.get(self.family.momentum)
         groups = self.optimizer.param_groups
         return [entry is None or group[entry] == groups[0][entry] for group in groups]
 
     @contextmanager
     def scaled(self, *, lr_factor: float | Sequence[float], iterations: float, scale: float = 1.0) -> Iterator[None]:
-        """Hold the values of a step of `iterations` base iterations at `scale`, then put the base values back, but for
-        what somebody else has written in between.
+        """Set the values of a step of `iterations` base iterations at `scale`, then restore the base values.
 
-        The learning rate is multiplied by `lr_factor`, one for all groups or one for each. With decays on the clock and
-        k = `iterations`, or `iterations ** decays`:
+        A value that was written in between is kept. The learning rate is multiplied by `lr_factor`, one for all groups
+        or one for each. With decays on the clock, k is `iterations` or `iterations ** decays`, and:
 
-            betas, alpha -> beta ** k, alpha ** k
-            momentum     -> as `momentum_at` says, with the gradient's weight that keeps lr / (1 - momentum)
-            lr_decay     -> times k, and NAdam's momentum_decay: what multiplies the step count
-            weight decay -> times k / lr_factor, where it is decoupled, so that lr * weight_decay moves by k
-            step count   -> in units of k, so that a debiasing by 1 - beta ** step is exact while k changes
-            Adagrad sum  -> of base iterations, k ** 2 times that of steps
+            `betas`, `alpha`    become `beta ** k`, `alpha ** k`.
+            `momentum`          becomes its power too, and the gradient's weight keeps lr / (1 - momentum).
+            `lr_decay`          is multiplied by k, like NAdam's `momentum_decay`: both multiply the step count.
+            Weight decay        is multiplied by k / lr_factor where it is decoupled: lr * weight_decay changes by k.
+            Step counts         are in units of k, so that a debiasing by 1 - beta ** step is exact while k changes.
+            Adagrad's sum       is that of base iterations, k ** 2 times that of steps.
 
         A buffer of momentum is the same running sum of base iterations whatever k is. A learning rate held in a tensor
         is changed in place, and keeps its identity. A step count that is an int becomes a float.
 
         Raises:
             InvalidValueError: so many iterations in one step leave RAdam no average to divide by.
-            UnsupportedError: the step has changed a number that is not on the clock, of a class that is said to be like
-                another one, or it needs a step count that is whole.
+            UnsupportedError: under `like=`, the step has changed a number that is not on the clock; or the step needs a
+                whole step count.
         """
         k = self._power(iterations)
         groups = list(self.optimizer.param_groups)
         if (local := local_of(self.optimizer)) is not self.optimizer:
-            groups += local.param_groups  # a closure runs after these were synchronised with the outer ones
+            groups += local.param_groups  # in the same order; a closure runs after their synchronisation
         factors = list(lr_factor) if isinstance(lr_factor, Sequence) else [lr_factor] * len(groups)
-        factors *= len(groups) // len(factors)  # those that were synchronised are in the same order
+        factors *= len(groups) // len(factors)
         momenta = [self._momentum(group, iterations, scale) for group in groups]
         changes = [self._values(g, f, k, m) for g, f, m in zip(groups, factors, momenta, strict=True)]
         if not any(changes):
@@ -138,11 +123,11 @@ class Hyperparameters:
         shared = _separated(groups, laws)
         # All are read before any is written: groups may share one tensor.
         saved = [{name: _copy(group[name]) for name in values} for group, values in zip(groups, changes, strict=True)]
-        own = momenta[-len(local.param_groups) :]  # those of the groups that hold the state
+        own = momenta[-len(local.param_groups) :]  # of the groups that hold the state
         for group, momentum in zip(local.param_groups, own, strict=True):
             self._prepare_momentum(group, momentum)
         for entries, divisor in self._state_entries(k, own):
-            torch._foreach_div_(entries, divisor)  # not times 1 / k: rounding that would be one-sided for a constant k
+            torch._foreach_div_(entries, divisor)  # not times 1 / k: for a constant k its rounding is one-sided
         self._count_numbers(lambda count, unit: _Count(count / unit), k)
         before = self._running_numbers() if self.family.stated and k != 1 else {}
         written: list[tuple[dict[str, Any], str, Any]] = []
@@ -153,10 +138,10 @@ class Hyperparameters:
             written = [(group, name, _mark(group[name])) for group, name, _ in written]
             yield
         finally:
-            # After a step that raised this comes late: what a user has set since then is his.
-            his = {(id(group), name) for group, name, mark in written if _mark(group[name]) != mark}
+            # After a step that raised, this runs late: values that the user has set since then are kept.
+            kept = {(id(group), name) for group, name, mark in written if _mark(group[name]) != mark}
             for group, values in zip(groups, saved, strict=True):
-                _assign(group, {n: value for n, value in values.items() if (id(group), n) not in his})
+                _assign(group, {n: value for n, value in values.items() if (id(group), n) not in kept})
             for entries, divisor in self._state_entries(k, own):
                 torch._foreach_mul_(entries, divisor)
             self._count_numbers(lambda count, unit: float(count) * unit, k)
@@ -167,7 +152,7 @@ class Hyperparameters:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Put the groups' counts back after a step without gradients, which leaves those at the parameters alone."""
+        """Restore the groups' counts after a step without gradients, which changes none at the parameters."""
         groups = local_of(self.optimizer).param_groups
         saved = [(group, name, group.get(name)) for group in groups for name in self.family.state]
         yield
@@ -178,27 +163,26 @@ class Hyperparameters:
                 group.pop(name, None)
 
     @property
-    def _on_clock(self) -> bool:
-        """Whether averages, step counts and a decoupled weight decay follow the clock."""
-        return (self.family.decays if self.decays == "auto" else self.decays) not in ("constant", 0)
+    def _decays(self) -> Decays:
+        """The decays of averages, step counts and a decoupled weight decay."""
+        return self.family.decays if self.decays == "auto" else self.decays
 
     def _power(self, iterations: float) -> float:
-        """Base iterations by which the averages of the class move: betas, alpha, step counts."""
-        return clock_power(self.family.decays if self.decays == "auto" else self.decays, iterations)
+        """The base iterations of the class's averages in this step: betas, alpha, step counts."""
+        return clock_power(self._decays, iterations)
 
     def _momentum(self, group: dict[str, Any], iterations: float, scale: float) -> float:
         """The group's momentum in this step."""
         momentum: float = group.get("momentum", 0.0)
         if not momentum or not self.family.momentum:
             return momentum
-        decays = self.decays
-        if decays == "auto" and self.family.momentum == "mean":
-            decays = self.family.decays
-        elif decays == "auto":
+        decays = self._decays
+        if self.decays == "auto" and self.family.momentum != "mean":
             decays = automatic(momentum, scale=scale, total=self.total)
-        return momentum_at(momentum, iterations, decays=decays)
+        return float(momentum ** clock_power(decays, iterations))
 
     def _values(self, group: dict[str, Any], lr_factor: float, k: float, momentum: float) -> dict[str, Any]:
+        """The group's entries that change in this step."""
         family = self.family
         changed: dict[str, Any] = {}
         if lr_factor != 1:
@@ -206,23 +190,22 @@ class Hyperparameters:
         if momentum != group.get("momentum", 0.0):
             changed["momentum"] = momentum
             if family.momentum == "sum":
-                entering = _entering(group, momentum)
-                if _damps(group):
-                    changed["dampening"] = 1 - (1 - group["dampening"]) * entering
+                weight = _gradient_weight(group, momentum)
+                if _has_dampening(group):
+                    changed["dampening"] = 1 - (1 - group["dampening"]) * weight
                 else:
-                    changed["lr"] = group["lr"] * (lr_factor * entering)
+                    changed["lr"] = group["lr"] * (lr_factor * weight)
         decoupled = family.decoupled or any(map(group.get, _DECOUPLED))
-        # A fixed one (pytorch-optimizer's) is not multiplied by the learning rate.
+        on_clock = self._decays not in ("constant", 0)
+        # A fixed weight decay (pytorch-optimizer's) is not multiplied by the learning rate.
         factor = 1.0 if group.get("fixed_decay") else lr_factor
-        if self._on_clock and decoupled and group.get("weight_decay") and factor and k != factor:
+        if on_clock and decoupled and group.get("weight_decay") and factor and k != factor:
             changed["weight_decay"] = group["weight_decay"] * (k / factor)
         if k == 1:
             return changed
         for name in family.names if not _centered(group) else ():
-            value = group[name]
-            if value is None:  # Adafactor without an average of its steps
-                continue
-            changed[name] = tuple(beta**k for beta in value) if isinstance(value, tuple | list) else value**k
+            if (value := group[name]) is not None:  # Adafactor without an average of its steps
+                changed[name] = tuple(beta**k for beta in value) if isinstance(value, tuple | list) else value**k
         if family.momentum == "lion":
             share, memory = group["betas"]
             changed["betas"] = (share, memory**k)
@@ -237,8 +220,8 @@ class Hyperparameters:
         return changed
 
     def _prepare_momentum(self, group: dict[str, Any], momentum: float) -> None:
-        """Give SGD zero buffers: its first step would take the gradient without the dampening."""
-        if self.family.momentum != "sum" or momentum == group["momentum"] or not _damps(group):
+        """Create zero buffers for SGD, whose first step would take the gradient without the dampening."""
+        if self.family.momentum != "sum" or momentum == group["momentum"] or not _has_dampening(group):
             return
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -249,35 +232,31 @@ class Hyperparameters:
                 state["momentum_buffer"] = torch.zeros_like(like)
 
     def _state_entries(self, k: float, momenta: Sequence[float]) -> Iterator[tuple[list[Tensor], float]]:
-        """State that is kept in another unit than this step's, with what divides it."""
+        """The state that is kept in another unit than this step's, with its divisor."""
         local = local_of(self.optimizer)
         for name, power in self.family.state.items() if k != 1 else ():
             holders = [holder for holder in _holders(local) if isinstance(holder.get(name), Tensor)]
             for holder in holders:
                 if not holder[name].is_floating_point():
                     holder[name] = holder[name].float()
-            entries = [holder[name] for holder in holders]
-            if entries:
-                yield entries, k**power
-        if self.family.momentum != "sum":
-            return
-        for group, momentum in zip(local.param_groups, momenta, strict=True):
-            if not group["momentum"] or momentum == group["momentum"] or _damps(group):
+            if holders:
+                yield [holder[name] for holder in holders], k**power
+        for group, momentum in zip(local.param_groups, momenta, strict=True) if self.family.momentum == "sum" else ():
+            if not group["momentum"] or momentum == group["momentum"] or _has_dampening(group):
                 continue
-            states = [local.state[p] for p in group["params"] if p in local.state]
-            entries = [s["momentum_buffer"] for s in states if isinstance(s.get("momentum_buffer"), Tensor)]
-            if entries:
-                yield entries, _entering(group, momentum)
+            buffers = [local.state[p].get("momentum_buffer") for p in group["params"] if p in local.state]
+            if entries := [buffer for buffer in buffers if isinstance(buffer, Tensor)]:
+                yield entries, _gradient_weight(group, momentum)
 
     def _count_numbers(self, changed: Callable[[float, float], float], k: float) -> None:
-        """Change the counts of steps that are numbers, in the state or in a group, by what k is a unit of."""
+        """Change the step counts that are numbers, in the state or in a group, to or from the unit k."""
         for name, power in self.family.state.items() if k != 1 else ():
             for holder in _holders(local_of(self.optimizer)):
                 if _is_number(holder.get(name)):
                     holder[name] = changed(holder[name], k**power)
 
     def _running_numbers(self) -> dict[tuple[int, str], Any]:
-        """The numbers that a step may change: in the groups, the state and the optimizer itself, by where they are."""
+        """The numbers that a step may change, in the groups, the state and the optimizer itself, by their place."""
         local = local_of(self.optimizer)
         known = {*self.family.state, *self.family.names, *self.family.rates, "lr", "momentum", "weight_decay"}
         scalars = [state for p, state in local.state.items() if isinstance(p, Tensor) and not p.dim()]
@@ -292,25 +271,24 @@ class Hyperparameters:
         }
 
     def _check_running(self, before: Mapping[tuple[int, str], Any]) -> None:
-        """Raise where a step has changed a number of which the class that it is like has none."""
+        """Raise where a step has changed a number that the class of `like=` does not have."""
         after = self._running_numbers() if before else {}
-        moved = sorted({name for (at, name), value in before.items() if after.get((at, name), value) != value})
-        if moved:
-            name = type(local_of(self.optimizer)).__name__
+        changed = sorted({name for (at, name), value in before.items() if after.get((at, name), value) != value})
+        if changed:
             raise UnsupportedError(
-                f"{name} changes {', '.join(moved)} in its step, which the class that it is said to be like has not: a "
-                "count or a sum over steps that is not on the clock, so that steps at another batch would be of "
-                "another length. If it is the count of steps that debiases the averages, name it 'step'; otherwise "
-                "use AdaScale(like=..., decays='constant')."
+                f"{type(local_of(self.optimizer)).__name__} changes {', '.join(changed)} in its step, and the class of "
+                "like= has no such entry. A count or a sum over steps that is not on the clock would change the length "
+                "of steps at another batch. If it is the step count that debiases the averages, name it 'step'; "
+                "otherwise use AdaScale(like=..., decays='constant')."
             )
 
 
-# Entries of a group that say that its weight decay is decoupled: torch's and pytorch-optimizer's.
+# Entries of a group that state that its weight decay is decoupled: torch's and pytorch-optimizer's.
 _DECOUPLED = ("decoupled_weight_decay", "weight_decouple")
 
 
 class _Count(float):
-    """A count of steps in units of this step, for the time of the step: whoever needs a whole one gets an error."""
+    """A step count in units of the present step; an error where a whole number is needed."""
 
     __slots__ = ()
 
@@ -326,17 +304,17 @@ class _Count(float):
     def _refuse(self, *_: Any) -> Any:
         raise UnsupportedError(
             "This optimizer needs a whole number of steps, for a period or an index. Its averages are on the clock, "
-            f"where the count is {float(self):g}: use a rule with decays='constant'."
+            f"and the count is {float(self):g}: use a rule with decays='constant'."
         )
 
     __mod__ = __floordiv__ = __divmod__ = __int__ = __trunc__ = __floor__ = __ceil__ = __round__ = _refuse
 
 
 def _separated(groups: Sequence[dict[str, Any]], laws: Sequence[object]) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
-    """Give groups that share a tensor learning rate, but not the law that it follows, a copy each.
+    """Copy a tensor learning rate for each group that shares it and not its law.
 
     Returns:
-        Each such group with its own tensor and the common one.
+        Each of these groups with its own tensor and the common one.
     """
     first: dict[int, object] = {}
     separated = []
@@ -349,7 +327,7 @@ def _separated(groups: Sequence[dict[str, Any]], laws: Sequence[object]) -> list
 
 
 def _holders(local: Optimizer) -> list[dict[str, Any]]:
-    """Where a count of steps may be: at each parameter, as torch has it, once in a group, or once in the state."""
+    """The places of a step count: at each parameter, as torch has it, once in a group, or once in the state."""
     states: dict[Any, Any] = local.state
     return [states, *(state for state in states.values() if isinstance(state, dict)), *local.param_groups]
 
@@ -359,20 +337,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _centered(group: Mapping[str, Any]) -> bool:
-    """Whether it divides by a variance: RMSprop's average of squares less the square of an average.
+    """Whether the group divides by a variance: RMSprop's average of squares less the square of an average.
 
-    With `alpha ** k` an average of few gradients, that difference is `2 a / (1 + a)` of the variance, a = `alpha ** k`.
+    With a = `alpha ** k` of few gradients, that difference is `2 a / (1 + a)` of the variance.
     """
     return bool(group.get("centered"))
 
 
-def _entering(group: dict[str, Any], momentum: float) -> float:
-    """The gradient's weight as it enters a buffer of `momentum`, with which lr / (1 - momentum) stays the base's."""
+def _gradient_weight(group: dict[str, Any], momentum: float) -> float:
+    """The gradient's weight in a buffer of `momentum` that keeps the base's lr / (1 - momentum)."""
     return (1 - momentum) / (1 - float(group["momentum"]))
 
 
-def _damps(group: dict[str, Any]) -> bool:
-    """Whether the gradient's weight can be a dampening: SGD's without Nesterov, which would take it unweighted."""
+def _has_dampening(group: dict[str, Any]) -> bool:
+    """Whether the gradient's weight can be a dampening: SGD's without Nesterov, which takes the gradient unweighted."""
     return "dampening" in group and not group["nesterov"]
 
 
@@ -381,7 +359,7 @@ def _copy(value: Any) -> Any:
 
 
 def _mark(value: Any) -> Any:
-    """What tells whether `value` is still what was written; a tensor's version, as its number may lie on a device."""
+    """A mark of `value` that changes when it is written; of a tensor its version, as a read may synchronise."""
     return (id(value), value._version) if isinstance(value, Tensor) else value
 
 

@@ -1,8 +1,7 @@
-"""From squared norms to variance, squared mean, their running averages, and the gain.
+"""Variance, squared mean, their running averages and the gain, from squared norms.
 
-Notation (docs/architecture.md has the table): `B0` base batch, `S` scale, `N` samples, `a` the size of one sample in
-base batches, `variance` the trace of the covariance of ONE base batch's gradient, `sqnorm` the squared norm of the
-expected gradient.
+docs/architecture.md has the notation. `variance` is the trace of the covariance of ONE base batch's gradient, `sqnorm`
+the squared norm of the expected gradient.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ Smoothing = float | Literal["paper"] | None
 
 # Johnson et al. 2020: the floor of the variance before averaging.
 EPSILON = 1e-6
-# Share of the whole run, in tau, over which the averages look back (measured on the digits: benchmarks/smoothing.py).
+# The memory of the averages as a share of the run, in tau (measured on the digits: benchmarks/smoothing.py).
 _HORIZON = 0.01
 
 
@@ -39,12 +38,12 @@ class Moments:
         return isfinite(self.variance) and isfinite(self.sqnorm)
 
     def with_replacement(self, population: float) -> "Moments":
-        """What draws with replacement would have shown, of samples from one pass over `population` base batches.
+        """The moments of draws with replacement, from those of one pass over `population` base batches.
 
-            variance' = variance * (1 - 1/population)        sqnorm' = sqnorm + variance / population
+            V = variance * (1 - 1/population)        M = sqnorm + variance / population
 
-        Two samples of one pass are never the same examples, so they are correlated by `-1 / (population - 1)`, and
-        raw moments are off by just that: late in training on little data by as much as sqnorm itself.
+        Two samples of one pass never share an example, so they are correlated by `-1 / (population - 1)`. Raw moments
+        have exactly this error: late in training on little data it is as large as sqnorm.
         """
         return Moments(self.variance * (1 - 1 / population), self.sqnorm + self.variance / population)
 
@@ -60,26 +59,25 @@ class Moments:
 def moments(mean_square: float, square_mean: float, *, sample: float, batch: float) -> Moments:
     """Unbiased variance and squared mean from the squared norms of gradient samples.
 
-    For samples `g_i`, each the mean gradient over `sample` base batches, whose mean `gbar` is over `batch` of them:
+    A sample `g_i` is the mean gradient over `sample` base batches, and the samples' mean `gbar` is over `batch`.
 
         variance = (mean_square - square_mean) / (1/sample - 1/batch)
         sqnorm   = square_mean - variance / batch
 
-    where `mean_square = (1/N) sum_i ||g_i||^2` and `square_mean = ||gbar||^2`. With N equal samples `batch = N *
-    sample` and the factor is the paper's `N/(N-1) * sample`. Samples of `b_i` examples with weights `w_i` (summing to
-    1) fit the same two lines, with `mean_square = sum_i w_i ||g_i||^2`, `1/sample = B0 * sum_i w_i/b_i` and
-    `1/batch = B0 * sum_i w_i^2/b_i`.
+    `mean_square` is `(1/N) sum_i ||g_i||^2`, `square_mean` is `||gbar||^2`. With N equal samples `batch = N * sample`,
+    and the factor is the paper's `N/(N-1) * sample`. The same two lines hold for samples of `b_i` examples with
+    weights `w_i` (summing to 1): `mean_square = sum_i w_i ||g_i||^2`, `1/sample = B0 * sum_i w_i/b_i` and `1/batch =
+    B0 * sum_i w_i^2/b_i`.
 
     Args:
         mean_square: mean of the samples' squared norms, grad^2, at least 0.
-        square_mean: squared norm of their mean, grad^2, at least 0. Each loss is the MEAN over its examples: of a sum
-            the gradient, and with it both norms, would grow with the batch.
+        square_mean: squared norm of their mean, grad^2, at least 0. Each loss must be the MEAN over its examples:
+            `"sum"` losses make the gradient, and both norms, grow with the batch.
         sample: size of one sample in base batches, positive.
-        batch: size of the mean in base batches, larger than `sample`: one sample alone shows no variance.
+        batch: size of the mean in base batches, larger than `sample`: one sample alone has no variance.
 
     Returns:
-        The raw `Moments`: `variance` and `sqnorm`, of which either may be negative by chance. Average them first, clip
-        last.
+        The raw `Moments`: `variance` and `sqnorm`. Either may be negative by chance: average them first, clip last.
 
     Raises:
         InvalidValueError: a size is not positive, or `batch <= sample`.
@@ -98,15 +96,14 @@ def moments(mean_square: float, square_mean: float, *, sample: float, batch: flo
     check_positive("batch", batch)
     if batch <= sample:
         raise InvalidValueError(
-            f"batch ({batch}) must be larger than sample ({sample}): the variance is seen between samples, "
-            "so it takes two."
+            f"batch ({batch}) must be larger than sample ({sample}): a variance needs two samples or more."
         )
     variance = (mean_square - square_mean) / (1 / sample - 1 / batch)
     return Moments(variance, square_mean - variance / batch)
 
 
 def gain(variance: float, sqnorm: float, scale: float) -> float:
-    """How many base iterations one step at `scale` is worth: AdaScale's gain ratio.
+    """The base iterations that one step at `scale` replaces: AdaScale's gain ratio.
 
         r(S) = (variance + sqnorm) / (variance / S + sqnorm)
 
@@ -116,8 +113,7 @@ def gain(variance: float, sqnorm: float, scale: float) -> float:
         scale: S, the step's batch over the base batch; positive, may be fractional or below 1.
 
     Returns:
-        The gain, between `min(1, S)` and `max(1, S)`: 1 without noise, S when there is nothing but noise. Without
-        either (a vanishing gradient) it is 1.
+        The gain, between `min(1, S)` and `max(1, S)`: 1 without noise, S with noise alone, 1 without a gradient.
 
     Raises:
         InvalidValueError: `scale` is not positive.
@@ -140,51 +136,41 @@ def gain(variance: float, sqnorm: float, scale: float) -> float:
         return 1.0
     if sqnorm == 0:
         return float(scale)
-    # Divided by the larger moment nothing overflows or vanishes, whatever unit the gradient has; the bounds hold
-    # the law against the last bit of rounding.
+    # Division by the larger moment prevents overflow and underflow in any unit of the gradient. The last line removes
+    # the rounding beyond the bounds.
     noise, signal = (1.0, sqnorm / variance) if variance > sqnorm else (variance / sqnorm, 1.0)
     ratio = (noise + signal) / (noise / scale + signal)
     return min(max(ratio, min(1.0, scale)), max(1.0, scale))
 
 
 def careful(gain: float, samples: int) -> float:
-    """A gain above 1 that rests on few samples, drawn towards 1: `gain ** (1 - 2 ** -((n + 1) / 2))` after n of them.
+    """A gain above 1 of n `samples`, drawn towards 1: `gain ** (1 - 2 ** -((n + 1) / 2))`.
 
-    After the first sample that is half of the way, in logarithms, and every two steps half of the rest.
+    In logarithms this is half of the way after the first sample, and every two samples half of the rest.
 
-    A single sample's estimate is off by its own size: sqnorm may come out near 0, and the gain near the scale, where a
-    few steps later it is a small part of that. On yolo-tiny at S = 32 a third step of 16 threw one seed of two off.
+    The error of one sample's estimate is as large as the estimate. So sqnorm may be near 0 and the gain near the scale,
+    and a few steps later the gain is a small part of it. On yolo-tiny at S = 32, a third step of 16 made one seed of
+    two diverge.
     """
     return gain if gain <= 1 else float(gain ** (1 - 2 ** (-(samples + 1) / 2)))
 
 
 @dataclass(frozen=True)
 class Averages:
-    """Running averages of the moments; a value, so that a step that fails leaves no trace.
+    """Running averages of the moments; a value, so that a failed step changes nothing.
 
-    With raw moments `x_t` of step t and `theta_t` the smoothing:
+        X = theta * X + (1 - theta) * x         weight = theta * weight + (1 - theta)         average = X / weight
 
-        sum_t = theta_t * sum_(t-1) + (1 - theta_t) * x_t
-        weight_t = theta_t * weight_(t-1) + (1 - theta_t)         average = sum_t / weight_t
-
-    The moments are those of one base batch: they do not change with the scale, so neither do the averages when the
-    batch, the ranks or the accumulation change.
-
-    Args:
-        variance: weighted sum of raw variances, grad^2.
-        sqnorm: weighted sum of raw squared means, grad^2.
-        weight: sum of the weights, in [0, 1].
-        samples: steps that were averaged.
-        iterations: how far the clock moved since the last of them, base iterations; 1 before the first.
-        age: steps since the last of them; 1 before the first.
+    Raw moments x have the weighted sum X. The smoothing is theta. The moments are those of one base batch, so the
+    averages stay valid when the scale, the ranks or the accumulation change.
     """
 
-    variance: float = 0.0
-    sqnorm: float = 0.0
-    weight: float = 0.0
-    samples: int = 0
-    iterations: float = 1.0
-    age: int = 1
+    variance: float = 0.0  # weighted sum of raw variances, grad^2
+    sqnorm: float = 0.0  # weighted sum of raw squared means, grad^2
+    weight: float = 0.0  # sum of the weights, in [0, 1]
+    samples: int = 0  # steps that were averaged
+    iterations: float = 1.0  # base iterations since the last sample; 1 before the first
+    age: int = 1  # steps since the last sample; 1 before the first
 
     @property
     def moments(self) -> Moments:
@@ -203,8 +189,8 @@ class Averages:
         total: float | None,
         every: int = 1,
     ) -> "Averages":
-        """The averages with one more sample, taken at `scale`; `every` so many steps at most are between two."""
-        steps = max(1, min(self.age, every))  # one that could not be measured in its turn is no step between
+        """The averages with one more sample, taken at `scale`; each `every`-th step has a sample."""
+        steps = max(1, min(self.age, every))  # steps beyond `every` could not be measured, and do not count
         theta = smoothing_factor(smoothing, scale=scale, iterations=self.iterations, total=total, steps=steps)
         if estimator == "paper":
             raw = Moments(max(raw.variance, EPSILON), max(raw.sqnorm, 0.0))
@@ -220,16 +206,14 @@ class Averages:
         )
 
     def moved(self, iterations: float) -> "Averages":
-        """The averages after a step that moved the clock by `iterations`, or before it, with less than 0."""
+        """The averages after a step that advanced the clock by `iterations`; a negative number undoes that."""
         if self.samples == 0:
             return self
         step = (iterations > 0) - (iterations < 0)
         return replace(self, iterations=self.iterations + iterations, age=self.age + step)
 
     def gain(self, scale: float, *, noise_factor: float = 1.0) -> float:
-        """The gain at `scale` with `noise_factor` times the variance; `min(1, S)`, the careful end, where nothing is
-        known yet.
-        """
+        """The gain at `scale` with `noise_factor` times the variance; the lower bound `min(1, S)` before a sample."""
         if scale == 1:
             return 1.0
         if self.samples == 0:
@@ -240,35 +224,27 @@ class Averages:
 def smoothing_factor(
     smoothing: Smoothing, *, scale: float, iterations: float, total: float | None, steps: int = 1
 ) -> float:
-    """The factor `theta` with which the averages forget at this step.
+    """The factor `theta` of the averages, `steps` and base `iterations` after the previous sample.
 
-        theta = max(1 - S / 1000, 0)                   smoothing="paper", or None without a total
-        theta = exp(-iterations / (0.01 * total))      smoothing=None, with a total, where that is smaller
-        theta = smoothing                              a number
-
-    The first and the last to the power of `steps`, as many as there were since the last sample.
-
-    Args:
-        smoothing: `None`, `"paper"` or a number in [0, 1).
-        scale: S of this step.
-        iterations: how far the clock moved between the previous sample and this one, in base iterations.
-        total: base iterations of the whole run, or `None`.
+        Smoothing "paper", or None without a total:    `max(1 - S / 1000, 0) ** steps`
+        Smoothing None with a total:                   `exp(-iterations / (0.01 * total))`, where that is smaller.
+        A number:                                      `smoothing ** steps`
 
     Source:
-        "paper": Johnson et al., ICML 2020, Section 3.4. The horizon is this project's: on short runs, where 1000/S
-        iterations are too long a memory, it saves iterations. At the paper's own lengths 1000/S is the shorter one.
+        Johnson et al., ICML 2020, Section 3.4 ("paper"). The horizon is this project's: it saves iterations in short
+        runs, where a memory of 1000/S iterations is too long. At the paper's own lengths 1000/S is shorter.
     """
     of_step, of_iteration = thetas(smoothing, scale=scale, total=total)
     return min(of_step**steps, float(of_iteration**iterations))
 
 
 def thetas(smoothing: Smoothing, *, scale: float, total: float | None) -> tuple[float, float]:
-    """What the averages keep over one step, and over one base iteration; they forget by the shorter memory."""
+    """The factors of the averages for one step and for one base iteration; the shorter memory is used."""
     if isinstance(smoothing, int | float):
         return float(smoothing), 1.0
     return max(1 - scale / 1000, 0.0), exp(-1 / horizon_of(smoothing, total=total))
 
 
 def horizon_of(smoothing: Smoothing, *, total: float | None) -> float:
-    """Base iterations over which the averages look back by the clock; infinite where steps alone make them forget."""
+    """The memory of the averages on the clock, in base iterations; infinite where it is counted in steps alone."""
     return inf if smoothing is not None or total is None else _HORIZON * total

@@ -1,6 +1,6 @@
-"""Preview: the learning rates of a schedule at chosen steps, from a copy of the scheduler.
+"""The learning rates of a schedule at chosen steps, from a copy of the scheduler.
 
-The copy moves a stand-in optimizer, so the scheduler, its optimizer and the optimizer's groups stay as they are.
+The copy changes a stand-in optimizer, so the scheduler, its optimizer and the optimizer's groups stay unchanged.
 """
 
 import copy
@@ -8,7 +8,6 @@ import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from math import inf, prod
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,23 +19,23 @@ from torch.optim import lr_scheduler as ls
 
 Rates = list[float]
 
-# Scheduler steps times groups that a copy may take: one takes 5 to 15 µs, so all of them about a second.
+# The most scheduler steps times groups of a copy: one takes 5 to 15 µs, so all of them about a second.
 _AFFORDABLE = 100_000
 
 
 def preview(
     scheduler: Any, steps: Sequence[int], *, optimizer: Optimizer, jump: str | None = None
 ) -> list[tuple[int, Rates]] | None:
-    """Each of the ascending `steps` with the learning rate of every group at it; `None` where they cannot be known.
+    """Each of the ascending `steps` with every group's learning rate at that step; `None` where these are unknown.
 
     Classes of torch's with a closed form are evaluated at each step. Others are stepped up to the last one, if their
-    `step` is torch's own and the work is bounded; steps before the scheduler's position are left out then.
+    `step` is torch's own and the work is bounded. Steps before the scheduler's position are then left out.
 
     Args:
         scheduler: the real one, unwrapped.
         steps: scheduler steps, not negative.
-        optimizer: the one that it moves.
-        jump: the name of a method that takes the scheduler to a step; timm's schedulers have one.
+        optimizer: the optimizer of the scheduler.
+        jump: the name of a method that sets the scheduler to a step, which timm's schedulers have.
     """
     if not isinstance(getattr(scheduler, "optimizer", None), Optimizer | None) or not steps:
         return None
@@ -45,15 +44,15 @@ def preview(
             warnings.simplefilter("ignore")  # of the order of steps, which concerns the real ones
             stand_in = _stand_in(optimizer)
             memo: dict[int, Any] = {id(optimizer): stand_in, id(optimizer.param_groups): stand_in.param_groups}
-            memo |= {id(mine): its for mine, its in zip(optimizer.param_groups, stand_in.param_groups, strict=True)}
+            memo |= {id(real): new for real, new in zip(optimizer.param_groups, stand_in.param_groups, strict=True)}
             memo[id(getattr(scheduler, "optimizer", optimizer))] = stand_in  # a wrapper of it, perhaps
             return list(_rates(_copied(scheduler, memo), steps, stand_in, jump)) or None
-    except Exception:  # a schedule of the user's may fail beyond its end: then nothing is known of it
+    except Exception:  # a user's schedule may fail beyond its end: then its rates are unknown
         return None
 
 
 def position_of(scheduler: Any) -> int | None:
-    """How often it was stepped; `None` where it does not tell."""
+    """The number of times that a scheduler was stepped; `None` where it has no `last_epoch`."""
     if isinstance(scheduler, ls.ChainedScheduler):
         return position_of(scheduler._schedulers[0])
     position = getattr(scheduler, "last_epoch", None)
@@ -61,7 +60,7 @@ def position_of(scheduler: Any) -> int | None:
 
 
 def last_index(scheduler: Any) -> float:
-    """The last step a scheduler can be at: OneCycleLR raises beyond its end."""
+    """The last step of a scheduler: OneCycleLR raises beyond its end."""
     if isinstance(scheduler, ls.OneCycleLR):
         return scheduler.total_steps - 1
     if isinstance(scheduler, ls.ChainedScheduler):
@@ -72,7 +71,7 @@ def last_index(scheduler: Any) -> float:
 
 
 def parts_of(scheduler: Any) -> Iterator[Any]:
-    """The scheduler and those it is made of."""
+    """The scheduler and the schedulers inside it."""
     yield scheduler
     if isinstance(scheduler, ls.ChainedScheduler | ls.SequentialLR):
         for part in scheduler._schedulers:
@@ -93,9 +92,9 @@ def _stand_in(optimizer: Optimizer) -> Optimizer:
 
 
 def _copied(thing: Any, memo: dict[int, Any]) -> Any:
-    """A copy of numbers, containers and schedulers, and of objects that are called; anything else is shared.
+    """A copy of numbers, containers, schedulers and callable objects; anything else is shared.
 
-    `copy.deepcopy` would copy the model as well, where a lambda is a method of something that holds it.
+    `copy.deepcopy` would also copy the model, where a lambda is a method of an object that holds it.
     """
     if id(thing) in memo:
         return memo[id(thing)]
@@ -115,7 +114,7 @@ def _copied(thing: Any, memo: dict[int, Any]) -> Any:
         new = memo[id(thing)] = copy.copy(thing)
         for name, value in thing.items():
             new[name] = _copied(value, memo)
-    elif _moves(thing):
+    elif _changes(thing):
         new = memo[id(thing)] = copy.copy(thing)
         for name, value in vars(thing).items():
             vars(new)[name] = _copied(value, memo)
@@ -123,8 +122,8 @@ def _copied(thing: Any, memo: dict[int, Any]) -> Any:
     return new
 
 
-def _moves(thing: Any) -> bool:
-    """Whether it may change when a scheduler is stepped: a scheduler, or a function with a state."""
+def _changes(thing: Any) -> bool:
+    """Whether `thing` may change when a scheduler is stepped: a scheduler, or a function with a state."""
     if isinstance(thing, type | FunctionType | nn.Module) or not hasattr(thing, "__dict__"):
         return False
     return callable(thing) or callable(getattr(thing, "step", None))
@@ -146,13 +145,10 @@ def _rates(scheduler: Any, steps: Sequence[int], optimizer: Optimizer, jump: str
             yield t, [float(rate) for rate in closed(t)]
         return
     at, last = position_of(scheduler), last_index(scheduler)
-    if at is None or (steps[-1] - at) * len(groups) > _AFFORDABLE:
+    by_torch = all(type(part).step.__module__.startswith("torch.") for part in parts_of(scheduler))
+    if at is None or (steps[-1] - at) * len(groups) > _AFFORDABLE or not by_torch:
         return
-    if not all(type(part).step.__module__.startswith("torch.") for part in parts_of(scheduler)):
-        return
-    for t in steps:
-        if t < at:
-            continue
+    for t in [t for t in steps if t >= at]:
         while at < min(t, last):
             scheduler.step()
             at += 1
@@ -160,7 +156,7 @@ def _rates(scheduler: Any, steps: Sequence[int], optimizer: Optimizer, jump: str
 
 
 def _closed_form(scheduler: Any) -> Callable[[int], Sequence[float | Tensor]] | None:
-    """What gives the rates at a step, whatever the steps before it; `None` for a recursion."""
+    """The rates as a function of the step, whatever the steps before it; `None` for a recursion."""
     kind = type(scheduler)
     if kind is ls.LambdaLR:
         return lambda t: [f(t) * base for f, base in zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)]
@@ -187,16 +183,7 @@ def _at(scheduler: Any, t: int) -> Sequence[float | Tensor]:
         scheduler.step(t)
         return list(scheduler.get_last_lr())
     scheduler.last_epoch = t
-    with _within_step(scheduler):
-        form = getattr(scheduler, "_get_closed_form_lr", scheduler.get_lr)
-        return list(form())
-
-
-@contextmanager
-def _within_step(scheduler: Any) -> Iterator[None]:
-    scheduler._get_lr_called_within_step = True
-    yield
-    scheduler._get_lr_called_within_step = False
+    return list(getattr(scheduler, "_get_closed_form_lr", scheduler.get_lr)())
 
 
 def _in_sequence(parts: Sequence[Any], milestones: Sequence[int], t: int) -> Sequence[float | Tensor]:
@@ -205,7 +192,7 @@ def _in_sequence(parts: Sequence[Any], milestones: Sequence[int], t: int) -> Seq
 
 
 def _product(chained: Sequence[tuple[Any, Sequence[Any]]], t: int) -> Sequence[float | Tensor]:
-    """Each of a chain multiplies the rate that it finds; a cosine's lowest rate is taken for a part of its factor."""
+    """The rates of a chain of factors; a cosine's lowest rate counts as a part of its factor."""
     bases = chained[0][1]
     factors = [
         [float(rate) / float(base) if base else 0.0 for rate, base in zip(form(t), its, strict=True)]

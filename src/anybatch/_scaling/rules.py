@@ -1,4 +1,4 @@
-"""The rules: each looks at the scale, the gain and the clock, and says how far the step may go."""
+"""The rules: each maps the scale, the gain and the clock to the length of a step."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from anybatch._scaling.momentum import Decays
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a rule says of one step.
+    """The result of a rule for one step.
 
     Args:
         lr_factor: the factor on the base learning rate `lr(tau)`.
-        iterations: how far the clock moves, in base iterations.
+        iterations: the clock's advance, in base iterations.
     """
 
     lr_factor: float
@@ -31,18 +31,18 @@ class Scaling:
 class Rule(ABC):
     """A rule maps a step's scale, its gain and the clock to a `Scaling`.
 
-    To write your own, subclass and implement `__call__`. Where it needs the gain, set `measures = True` in the class:
-    the gain is then measured with the defaults of `AdaScale`. Subclass `AdaScale` for its options.
+    To write your own, subclass and implement `__call__`. If it needs the gain, set `measures = True` in the class: the
+    gain is then measured with the defaults of `AdaScale`. Subclass `AdaScale` for its options.
 
     Args:
-        decays: what becomes of the optimizer's own decays in a step of r = `iterations`.
-            `"clock"`: `decay ** r`, a memory of as many base iterations at any batch; AdamW's weight decay follows.
-            `"constant"`: they stay as they are, memories of as many steps.
+        decays: the optimizer's own decays in a step of r = `iterations`.
+            `"clock"`: `decay ** r`, a memory of the same base iterations at any batch; AdamW's weight decay follows.
+            `"constant"`: unchanged, a memory of the same number of steps.
             A number a in [0, 1]: `decay ** (r ** a)`, between the two.
             `"auto"`: the clock for averages (Adam's betas, RMSprop's alpha) and for a momentum that is normalised
-            after (Muon). A momentum m that is a sum (SGD's, RMSprop's) is constant where `S / (1 - m)` base iterations,
-            what it can come to remember, are at most 2 % of `total`, as in all of the AdaScale paper's runs; in a
-            shorter run, under AdaScale, it is half of the way to the clock, a = 1/2.
+            afterwards (Muon). A momentum m that is a sum (SGD's, RMSprop's) remembers at most `S / (1 - m)` base
+            iterations. It is constant where these are at most 2 % of `total`, as in all runs of the AdaScale paper. In
+            a shorter run, under AdaScale, a = 1/2.
     """
 
     measures: ClassVar[bool] = False  # whether the gain is measured for this rule
@@ -90,7 +90,7 @@ class Identity(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Rule):
-    """Linear scaling, with a warm-up LSW, and with the warm-up stretched over more steps LSW+.
+    """Linear scaling; LSW with a warm-up, and LSW+ with a stretched one.
 
         lr_factor  = 1 + (S - 1) * min(1, (tau / total) / warmup)       iterations = S, or total / steps
 
@@ -158,7 +158,7 @@ class SquareRoot(Rule):
 
     Differs from the paper in:
         1. `beta ** S` in place of `1 - S * (1 - beta)`: equal to first order, and valid at every S.
-        2. Adam's epsilon is left alone.
+        2. Adam's epsilon is unchanged.
     """
 
     def __call__(self, *, scale: float, gain: float, clock: Clock, exponent: float) -> Scaling:  # noqa: ARG002
@@ -167,53 +167,52 @@ class SquareRoot(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaScale(Rule):
-    """AdaScale: the step goes as far as the measured noise of the gradient allows.
+    """AdaScale: the gain, from the measured noise of the gradient, sets the length of the step.
 
         r = (variance + sqnorm) / (variance / S + sqnorm)          with noise_factor times the measured variance
         lr_factor = r ** exponent        iterations = r
 
-    with `exponent` 1 for SGD and 1/2 for the Adam family. Always r = 1 is identity scaling, always r = S
-    linear scaling.
+    `exponent` is 1 for SGD and 1/2 for the Adam family. A constant r = 1 is identity scaling, r = S linear scaling.
 
     Args:
-        estimator: how the two moments become a gain.
-            `"unbiased"`: raw moments are averaged, debiased, and clipped only when read; the first gains, which rest
-            on n samples alone, are drawn towards 1: `r ** (1 - 2 ** -((n + 1) / 2))`.
-            `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0); the gain is that of the
-            averages over the steps before, the first is 1; a plain mean before the exponential one. Biased low when the
-            noise is high: at S=8 and variance/sqnorm = 1000 it gives 7.69 where 7.94 is right.
-        smoothing: the averages' factor theta, a number in [0, 1); `"paper"` for `max(1 - S/1000, 0)`; `None` for the
-            shorter memory of the paper's and 1 % of the run on the clock (`"paper"` where no `total` is given).
-        noise_factor: c, positive: the gain is that of c times the measured variance. More saves steps and costs
-            quality; the bounds and laws of the gain hold for any. `None` for the optimizer's own: 1, but for Adam and
-            AdamW, which need fewer steps than Euclidean norms say, 2 (docs/same-training.md).
-        like: for an optimizer class that anybatch does not know, the one of `torch.optim.SGD`, `Adam`, `AdamW` and
-            `Muon` whose rate and decays follow the batch as its do: `Muon` for what normalises after its momentum
-            (Signum, other Muons), `AdamW` for what divides by a running size of the gradient, `SGD` for what does
-            neither. The entries of its groups must have that class's names. A count `step` in its state or its groups,
-            a tensor or a number, is kept on the clock; a step that changes any other number raises.
-        exponent: power of the gain that multiplies the learning rate; `None` for the optimizer's own. Alone it is
+        estimator: the gain from the two moments.
+            `"unbiased"`: raw moments are averaged, debiased, and clipped only when read. The first gains, of n samples,
+            are drawn towards 1: `r ** (1 - 2 ** -((n + 1) / 2))`.
+            `"paper"`: each step is clipped before averaging (variance >= 1e-6, sqnorm >= 0). The gain is that of the
+            averages over the steps before, at first 1. The averages begin as plain means. Biased low when the noise is
+            high: at S=8 and variance/sqnorm = 1000 it gives 7.69, where 7.94 is right.
+        smoothing: the averages' factor theta, a number in [0, 1). `"paper"` is `max(1 - S/1000, 0)`. `None` is the
+            shorter memory of `"paper"` and 1 % of the run on the clock (`"paper"` where no `total` is given).
+        noise_factor: c, positive, a factor on the measured variance. A larger c saves steps and costs quality; the
+            bounds and laws of the gain hold for any c. `None` is the optimizer's own: 2 for Adam and AdamW, which need
+            fewer steps than Euclidean norms predict (docs/same-training.md), 1 otherwise.
+        like: for an unknown optimizer class, the class whose learning rate and decays follow the batch in the same way.
+            `torch.optim.Muon` if it normalises after its momentum (Signum, other Muons), `AdamW` or `Adam` if it
+            divides by a running size of the gradient, `SGD` if it does neither. The entries of its groups must have
+            that class's names. A count `step` in its state or its groups, a tensor or a number, is kept on the clock. A
+            step that changes any other number raises.
+        exponent: power of the gain that multiplies the learning rate; `None` is the optimizer's own. Alone it is
             enough for an unknown class, whose decays then stay constant.
-        consecutive: with one gradient a step (one rank, no accumulation), take this step's and the previous step's as
+        consecutive: with one gradient a step (one rank, no accumulation), use this step's and the previous step's as
             the two samples. Costs one copy of the gradient. The change of the expected gradient between two steps
             counts as noise, so the gain is biased upwards where the learning rate is high. The previous gradient is
             not part of the state: the first step after a resume has no new sample.
-        metric: in which squared norms the two moments of the gain are.
-            `"euclidean"`: every coordinate counts alike, as in the paper.
-            `"adam"`: each coordinate counts as Adam counts it, by its second moment v before the step, debiased:
+        metric: the squared norms of the two moments.
+            `"euclidean"`: every coordinate has the same weight, as in the paper.
+            `"adam"`: a coordinate has Adam's weight, from its debiased second moment v before the step.
 
                 ||g||^2 = sum_i g_i^2 / (sqrt(v_i / (1 - beta2 ** step)) + eps)
 
-            For Adam, AdamW, NAdam and RAdam. The first 10 steps, and those in which some parameter has no v that old,
-            have the Euclidean gain. Costs a second, weighed read of the gradients and of v for each micro-batch, and
-            memory for one parameter at a time. The record has both moments, `noise_scale` and forecasts are Euclidean.
-            Where many rows seldom get a gradient, as embeddings of rare words, their v is next to nothing, so they
-            weigh most and take the gain towards S: keep to `"euclidean"` there.
-        every: k: the gradients of each k-th step are measured, by default all. A step between costs next to nothing and
-            has the gain of the averages. Their memory stays as long as it is, so they hold fewer samples: by the steps
-            about 1000 / (S k). So that the clock leaves them four, a step is measured too where it has moved by a
-            quarter of 1 % of the `total`. For long runs of small micro-batches (docs/overhead.md). A gradient that is
-            not finite is skipped only where it is measured.
+            For Adam, AdamW, NAdam and RAdam. The gain is Euclidean in the first 10 steps, and where the v of some
+            parameter is younger. Costs a second, weighted read of the gradients and of v for each micro-batch, and
+            memory for one parameter at a time. The record has both moments; `noise_scale` and forecasts are Euclidean.
+            Rows that seldom get a gradient, such as embeddings of rare words, have a tiny v and a large weight. Many of
+            them pull the gain towards S: use `"euclidean"` there.
+        every: k: the gradients of each k-th step are measured, by default all. The steps between are almost free and
+            have the gain of the averages. The memory of the averages is unchanged, so they hold fewer samples: by the
+            steps about 1000 / (S k). A step is also measured where the clock has advanced by a quarter of 1 % of the
+            `total`, which leaves four samples. For long runs of small micro-batches (docs/overhead.md). A gradient that
+            is not finite is skipped only where it is measured.
         decays: as for every `Rule`.
 
     Raises:
@@ -224,18 +223,18 @@ class AdaScale(Rule):
         Scaling(lr_factor=3.0, iterations=9.0)
 
     Source:
-        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2 and Section 3.4; the square root for Adam and the
-        consecutive estimator: Qiao et al., Pollux, OSDI 2021, Section 3.1. Pollux also measures the noise of Adam's
+        Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2 and Section 3.4. Qiao et al., Pollux, OSDI 2021, Section
+        3.1: the square root for Adam, and the consecutive estimator. Pollux also measures the noise of Adam's
         preconditioned gradient g / sqrt(v); `metric="adam"` is the square root of that preconditioner, derived here.
 
     Differs from the paper in:
-        1. The default estimator clips after averaging, and comes to the full gain step by step instead of after a
+        1. The default estimator clips after averaging, and reaches the full gain step by step instead of after a
            first gain of 1.
-        2. The default averages have a horizon on the clock where that is shorter than the paper's in iterations.
+        2. The default averages have a horizon on the clock where it is shorter than the paper's in iterations.
         3. S may be fractional or below 1, change at any step, and differ from the number of samples.
         4. Optimizers other than SGD, with their decays on the clock.
         5. `every` measures some of the steps.
-        6. `metric="adam"` takes both moments in Adam's own metric, in which its step is one of steepest descent.
+        6. `metric="adam"` takes both moments in Adam's own metric, in which its step is a steepest descent.
     """
 
     measures: ClassVar[bool] = True
@@ -265,8 +264,8 @@ class AdaScale(Rule):
         check_steps("every", self.every)
         if self.consecutive and self.every > 1:
             raise InvalidValueError(
-                f"consecutive=True measures each step's gradient against the last one's: every={self.every} would "
-                "leave it without one."
+                f"consecutive=True compares the gradients of adjacent steps, which every={self.every} does not "
+                "measure: use one of them."
             )
         if self.metric != "euclidean" and self.consecutive:
             raise InvalidValueError(
@@ -280,7 +279,5 @@ class AdaScale(Rule):
 
 
 def measurement_of(rule: Rule) -> AdaScale | None:
-    """How the gain is measured for `rule`: by its own options, or AdaScale's defaults; `None` where it is not."""
-    if isinstance(rule, AdaScale):
-        return rule
-    return AdaScale() if rule.measures else None
+    """The options that measure the gain for `rule`: its own, or AdaScale's defaults; `None` where it has no gain."""
+    return rule if isinstance(rule, AdaScale) else AdaScale() if rule.measures else None

@@ -1,6 +1,6 @@
-"""Wrappers: what frameworks put around an optimizer or a scheduler, and the real one in it.
+"""The optimizer or the scheduler inside a framework's wrapper.
 
-They are known by their shape, so that no framework is imported.
+Wrappers are recognised by their attributes, so that no framework is imported.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ from anybatch._errors import UnsupportedError
 
 
 class HeldScheduler:
-    """A scheduler in a framework's hands: its `step()` does nothing, and everything else is the real scheduler's.
+    """A scheduler for a framework: its `step()` does nothing, and everything else is the real scheduler's.
 
-    A controller steps the real one to `floor(tau)`; a framework that steps it as well, once a step or an epoch, would
-    move it twice. So the framework is given this in its place: it saves, loads and reads the rate as ever.
-    `attach(scheduler=...)` takes the one as well as the other, and puts this into a wrapper that keeps its scheduler as
-    `scheduler` by itself (Accelerate's `AcceleratedScheduler`, Lightning's `LRSchedulerConfig`), until `detach()`.
+    A controller steps the real scheduler to `floor(tau)`; a framework that steps it as well would step it twice. Give
+    this one to the framework instead, which saves, loads and reads the learning rate as before.
+    `attach(scheduler=...)` accepts either. Until `detach()`, `attach` also puts this into a wrapper that has a
+    `scheduler` (Accelerate's `AcceleratedScheduler`, Lightning's `LRSchedulerConfig`).
 
     Args:
         scheduler: the real one.
@@ -34,7 +34,7 @@ class HeldScheduler:
         self.__dict__["scheduler"] = scheduler.scheduler if isinstance(scheduler, HeldScheduler) else scheduler
 
     def step(self, *_: Any, **__: Any) -> None:
-        """Nothing: the clock steps the scheduler."""
+        """Do nothing: the clock steps the scheduler."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["scheduler"], name)
@@ -42,7 +42,7 @@ class HeldScheduler:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["scheduler"], name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copied as it is made: a copy that is still empty has nothing to ask
+    def __reduce__(self) -> tuple[Any, ...]:  # __getattr__ of an empty copy would fail
         return HeldScheduler, (self.__dict__["scheduler"],)
 
     def __repr__(self) -> str:
@@ -50,28 +50,28 @@ class HeldScheduler:
 
 
 def held_by(scheduler: Any) -> tuple[Any, Any]:
-    """The real scheduler, and the wrapper that keeps it as `scheduler`; `None` where there is none to be changed."""
+    """The real scheduler, and the wrapper that keeps it as `scheduler`; `None` where no wrapper is to be changed."""
     holder = None
-    while isinstance(scheduler, HeldScheduler) or _wraps(scheduler):
-        # What is held already was so before this controller, and stays so after it.
+    while isinstance(scheduler, HeldScheduler) or _is_wrapper(scheduler):
+        # A scheduler that is held already was held before this controller, and stays held after it.
         holder = None if isinstance(scheduler, HeldScheduler) else scheduler
         scheduler = scheduler.scheduler
     return scheduler, holder
 
 
-def _wraps(thing: Any) -> bool:
-    """Whether it is Accelerate's wrapper, or Lightning's, which has no step; another one may do more than that."""
+def _is_wrapper(thing: Any) -> bool:
+    """Whether `thing` is Accelerate's wrapper or Lightning's, which has no step; other wrappers may do more."""
     return hasattr(thing, "scheduler") and (hasattr(thing, "step_with_optimizer") or not hasattr(thing, "step"))
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that is stepped, in the wrapper of Accelerate, Fabric or Lightning.
+    """The optimizer inside the wrapper of Accelerate, Fabric or Lightning.
 
-    Such a wrapper shares groups and state with what it keeps as `optimizer`. One with a state of its own, Lookahead
-    say, is an optimizer of another kind.
+    These wrappers share groups and state with their `optimizer`. A wrapper with its own state, such as Lookahead, is
+    another optimizer.
 
     Raises:
-        UnsupportedError: it is DeepSpeed's.
+        UnsupportedError: the optimizer is DeepSpeed's.
     """
     refuse_deepspeed(optimizer)
     inner = getattr(optimizer, "optimizer", None)
@@ -83,14 +83,10 @@ def bare_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def refuse_deepspeed(thing: object) -> None:
-    """Raise for DeepSpeed's engine and optimizers.
-
-    Raises:
-        UnsupportedError: it is one of them.
-    """
+    """Raise `UnsupportedError` for DeepSpeed's engine and optimizers."""
     if any(cls.__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in cls.__name__ for cls in type(thing).__mro__):
         raise UnsupportedError(
-            f"DeepSpeed is not supported ({type(thing).__name__}): its engine takes the gradients out of .grad during "
-            "the backward and steps by itself, so that no hook sees a micro-batch's gradient, their mean or the step. "
-            "Train under DDP, or under FSDP2 (fully_shard), which shards as much."
+            f"DeepSpeed is not supported ({type(thing).__name__}): its engine removes the gradients from .grad during "
+            "the backward and steps by itself, so that hooks get no gradient of a micro-batch, no mean and no step. "
+            "Train under DDP, or under FSDP2 (fully_shard), which shards the same."
         )
