@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import anybatch
+from anybatch._record import MetricRecord
 from anybatch._report.comparison import compare
 from anybatch._report.report import report
 from anybatch._report.summary import summarise
@@ -31,7 +32,7 @@ def written(path, *, scale=8, metrics=(), header=None, config=None, count=None, 
     for step in source.steps[:count]:
         record.write(step)
     for step, tau, results in metrics:
-        record.write(anybatch.MetricRecord(step, tau, results))
+        record.write(MetricRecord(step, tau, results))
     record.close()
     return anybatch.read_record(path)
 
