@@ -19,6 +19,7 @@ from test_record import step
 import anybatch
 from anybatch._record import MetricRecord, read_columns
 from anybatch._record.lines import parsed
+from anybatch._scaling import Moments
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = [field.name for field in dataclasses.fields(anybatch.StepRecord) if field.type in (int, float, bool)]
@@ -36,7 +37,7 @@ def line_of(tmp_path_factory, *lines):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    layers = {"a": anybatch.Moments(1.5, -2e-7)}
+    layers = {"a": Moments(1.5, -2e-7)}
     values = {"tau": 1.5e-7, "gain": math.nan, "lr": -0.0, "noise_scale": 1e300, "seconds": 123456.789}
     return line_of(tmp_path_factory, step(3, **values), step(4, per_layer=layers), step(0, skipped=True))[1:]
 
@@ -121,7 +122,7 @@ def test_columns_are_the_values_of_the_steps(tmp_path_factory, kinds, block):
             record.write(MetricRecord(count, float(i), {"x": 1.0}))
         else:
             count += kind != "skipped"
-            values = {"layers": {"per_layer": {"a": anybatch.Moments(1.0, 2.0)}}, "skipped": {"skipped": True}}
+            values = {"layers": {"per_layer": {"a": Moments(1.0, 2.0)}}, "skipped": {"skipped": True}}
             line = step(count, tau=float(i), gain=math.nan if i % 3 else 2.0, **values.get(kind, {}))
             record.write(line)
             if kind == "spaced":

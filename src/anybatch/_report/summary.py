@@ -14,7 +14,7 @@ from torch import Tensor
 
 import anybatch
 from anybatch._numbers import chosen, median, positive
-from anybatch._record import read_columns
+from anybatch._record import MetricRecord, read_columns
 from anybatch._report.layers import LayerMap, layer_map
 from anybatch._report.points import Point, drawable, each, thin
 from anybatch._report.words import short_number, written
@@ -188,7 +188,7 @@ def _scales(scales: Tensor) -> str:
     return " → ".join(map(short_number, walk.tolist())) or "–"
 
 
-def _of_metric(lines: Sequence[anybatch.MetricRecord], name: str) -> Curve:
+def _of_metric(lines: Sequence[MetricRecord], name: str) -> Curve:
     found = [(line.tau, float(min(line.step, _MANY_STEPS)), line.values[name]) for line in lines if name in line.values]
     return _curve(*torch.tensor(found, dtype=torch.float64).T)
 
