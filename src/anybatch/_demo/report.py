@@ -16,7 +16,7 @@ from anybatch._record import read_columns, strict
 from anybatch._report import (
     BAND,
     INK,
-    SAYS,
+    METHOD,
     Block,
     Chart,
     Grid,
@@ -126,7 +126,7 @@ def _apart(plan: Plan, results: Sequence[Result]) -> list[Block]:
         charts.append(difference(f"test {name}: difference from scale 1", groups, "S = 1"))
     accuracy, loss = max(a for a, _ in largest.values()), max(b for _, b in largest.values())
     words = (
-        f"{SAYS} {BAND if plan.seeds > 1 else ''} Accuracy in points. Largest distance of an AdaScale curve's mean, "
+        f"{METHOD} {BAND if plan.seeds > 1 else ''} Accuracy in points. Largest distance of an AdaScale curve's mean, "
         f"those of changing scales too: {accuracy:.2f} points of accuracy, {loss:.4f} of test loss."
     )
     return [
