@@ -122,7 +122,7 @@ def test_beyond_the_noise_scale_of_a_record(tmp_path):
     assert plan["noise_scale"] == 1050
     assert plan["gain"] == pytest.approx((1050 / 256 + 1) / (1050 / 2048 + 1))
     assert "2048 is beyond the run's noise scale of 1050" in plan["limits"][0]
-    assert f"worth {plan['gain']:.4g}" in plan["adascale"]
+    assert f"gain would be {plan['gain']:.4g}" in plan["adascale"]
     assert parsed(record=record, batch=1024)["limits"] == []
     assert "Note: The batch of 2048 is beyond" in run(record=record).output
 

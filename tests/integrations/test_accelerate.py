@@ -90,7 +90,7 @@ def test_a_prepared_scheduler_that_attach_was_not_given_is_warned_of():
     accelerator, model, optimizer, loader, scheduler, controller = workers.prepared(accumulation=4)
     controller.detach()
     controller = anybatch.attach(optimizer, model=model, total=4, base_batch=task.SIZE, micro_batch=task.SIZE)
-    with pytest.warns(anybatch.AnybatchWarning, match="attach was not given"):
+    with pytest.warns(anybatch.AnybatchWarning, match="was not passed to attach"):
         workers.train(accelerator, model, optimizer, loader, scheduler, controller)
     assert scheduler.scheduler.last_epoch == controller.steps
 

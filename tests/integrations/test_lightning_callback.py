@@ -392,7 +392,7 @@ def test_an_optimizer_that_lightning_steps_and_nobody_sees_is_an_error():
         def optimizer_step(self, epoch, index, optimizer, closure):
             closure()
 
-    with pytest.raises(anybatch.UsageError, match="no hook on trainer.optimizers was called"):
+    with pytest.raises(anybatch.UsageError, match=r"no hook on trainer\.optimizers was called"):
         fit(module=Elsewhere())
 
 
@@ -524,7 +524,7 @@ def test_swa_at_a_larger_batch_is_on_the_clock_and_warns_that_it_counts_passes()
 
 
 # Without max_epochs, Lightning takes one batch more of the finished epoch, for which SWA has made no scheduler yet.
-@pytest.mark.filterwarnings("ignore:This optimizer has a scheduler that attach was not given")
+@pytest.mark.filterwarnings("ignore:This optimizer has a scheduler that was not passed")
 def test_swa_resumed_in_its_midst(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     make = functools.partial(workers.Module, make=cosine_by_step)

@@ -33,8 +33,8 @@ class Limits:
             self._own.callback(setattr, loop, name, getattr(loop, name))
         if fit.min_epochs or steps.min_steps:
             warnings.warn(
-                f"The run ends at tau = {total:g}. The Trainer's min_epochs and min_steps are ignored, since they would "
-                "train beyond the end of the schedule: remove them.",
+                f"The run ends at tau = {total:g}. The Trainer's min_epochs and min_steps are ignored, since they "
+                "would train beyond the end of the schedule: remove them.",
                 anybatch.AnybatchWarning,
                 stacklevel=3,
             )

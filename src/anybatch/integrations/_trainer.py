@@ -151,8 +151,8 @@ class AnyBatchCallback(TrainerCallback):
             if self._trainer.accelerator.optimizer_step_was_skipped:  # a GradScaler's first steps
                 return
             raise anybatch.UsageError(
-                "The trainer has taken a step, but no hook on trainer.optimizer was called: another optimizer steps the "
-                "model. Train under DDP or FSDP2, with a torch.optim.Optimizer."
+                "The trainer has taken a step, but no hook on trainer.optimizer was called: another optimizer steps "
+                "the model. Train under DDP or FSDP2, with a torch.optim.Optimizer."
             )
         self._seen = True
         # The optimizer's state has it too, but a sharded checkpoint loads only keys that the new optimizer has.

@@ -192,8 +192,8 @@ class AnyBatch(Callback):
             if trainer.global_step > self._first and self._taken == 0:
                 raise anybatch.UsageError(
                     "Lightning has taken a step, but no hook on trainer.optimizers was called: the strategy "
-                    f"{type(trainer.strategy).__name__} steps another optimizer. Use DDP, or ModelParallelStrategy with "
-                    "fully_shard."
+                    f"{type(trainer.strategy).__name__} steps another optimizer. Use DDP, or ModelParallelStrategy "
+                    "with fully_shard."
                 )
             return
         self._seen = self._taken
