@@ -36,29 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The hyperparameters for another batch.
-
-    Args:
-        optimizer: the class's name, as given.
-        base_batch: the batch that the values were tuned for, examples.
-        batch: the new batch, examples.
-        kappa: batch / base_batch.
-        changes: each value's change, by name.
-        limits: the limits of the theory for this plan, as sentences.
-        adascale: the alternative with AdaScale.
-        noise_scale: noise scale at the end of the given run, examples; `None` without a record.
-        gain: AdaScale's gain at the new batch for that noise scale.
-    """
+    """The hyperparameters for another batch."""
 
     optimizer: str
-    base_batch: int
-    batch: int
-    kappa: float
+    base_batch: int  # the batch that the values were tuned for, examples
+    batch: int  # examples
+    kappa: float  # batch / base_batch
     changes: "dict[str, Change]"
-    limits: list[str]
-    adascale: str
-    noise_scale: float | None
-    gain: float | None
+    limits: list[str]  # the limits of the theory for this plan, as sentences
+    adascale: str  # the alternative with AdaScale
+    noise_scale: float | None  # noise scale at the end of the given run, examples; `None` without a record
+    gain: float | None  # AdaScale's gain at the new batch for that noise scale
 
 
 def plan(
@@ -123,20 +111,7 @@ def planned(
     steps: Mapping[str, int],
     record: str | PathLike[str] | None,
 ) -> Plan:
-    """The plan for `optimizer` from `base_batch` to `batch`.
-
-    Args:
-        optimizer: the name of a class of torch.optim.
-        base_batch, batch: examples; positive.
-        values: keywords of `scale_hyperparameters`.
-        steps: numbers of steps at the base batch, by name.
-        record: a record with a noise scale.
-
-    Raises:
-        InvalidValueError: a value out of range, or a record that cannot be read.
-        StateError: a newer anybatch wrote the record.
-        UnsupportedError: the optimizer cannot be scaled.
-    """
+    """The plan, with `values` as for `scale_hyperparameters` and `steps` as numbers of steps at the base batch."""
     from anybatch._maps import Change
     from anybatch._numbers import MOST, shown
 
@@ -165,11 +140,7 @@ def planned(
 
 
 def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
-    """The median noise scale over the last tenth of a run, in examples.
-
-    Raises:
-        InvalidValueError: the file is not a record, or has no noise scale.
-    """
+    """The median noise scale over the last tenth of a run, in examples."""
     from anybatch._numbers import median
     from anybatch._record import read_columns
 

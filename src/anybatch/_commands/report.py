@@ -36,10 +36,10 @@ def report(
         _check(out)
     try:
         if as_json:
-            found = in_numbers(records, tell=lambda sentence: typer.echo(f"Left out: {sentence}", err=True))
+            found = in_numbers(records, warn=lambda sentence: typer.echo(f"Left out: {sentence}", err=True))
             typer.echo(json.dumps(strict(found), allow_nan=False, indent=1))
             return
-        text = make_page(records, tell=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
+        text = make_page(records, warn=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
     except ImportError as error:
         raise failed(f"The report needs {error.name}: pip install 'anybatch[report]'") from None
     except (anybatch.AnybatchError, OSError) as error:

@@ -17,12 +17,7 @@ def words(text: str) -> list[str]:
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """The message of a function with the names of its arguments replaced by options.
-
-    Args:
-        message: the function's message.
-        options: the option of each argument. A name without an underscore is replaced only at the message's start.
-    """
+    """The message with the names of arguments replaced by options; plain words only at the message's start."""
     for name, option in options.items():
         start = "" if "_" in name else "^"
         message = re.sub(rf"{start}(?<![\w/.'\"-]){name}(?![\w/'\"-]|\.\w)", option, message)

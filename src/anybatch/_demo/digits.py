@@ -36,23 +36,14 @@ RULES = ("adascale", "lsw", "lsw+")
 
 @dataclass(frozen=True)
 class Task:
-    """One training run.
+    """One training run."""
 
-    Args:
-        rule: `"adascale"`, `"lsw"` or `"lsw+"`.
-        scales: the scale, or three: for the first quarter of the run, the second, and the rest.
-        seed: seed of the weights and the data order.
-        total: base iterations of the run.
-        steps: for `"lsw+"`, the number of steps of the run.
-        record: path of the record.
-    """
-
-    rule: str
-    scales: tuple[int, ...]
-    seed: int
-    total: int
-    steps: int | None = None
-    record: str | None = None
+    rule: str  # `"adascale"`, `"lsw"` or `"lsw+"`
+    scales: tuple[int, ...]  # the scale, or three: for the first quarter of the run, the second, and the rest
+    seed: int  # seed of the weights and the data order
+    total: int  # base iterations of the run
+    steps: int | None = None  # for `"lsw+"`, the number of steps of the run
+    record: str | None = None  # path of the record
 
     @property
     def name(self) -> str:
@@ -67,22 +58,13 @@ class Task:
 
 @dataclass
 class Result:
-    """The results of a run; the lists are at equal steps of tau.
-
-    Args:
-        task: the run.
-        iterations: optimizer steps.
-        accuracy: test accuracy at the end, in percent.
-        loss: training loss at the end.
-        mean_gain: tau per iteration in AdaScale's runs, else nan.
-        tau, test_accuracy, test_loss: the curves.
-    """
+    """The results of a run; the lists are curves at equal steps of tau."""
 
     task: Task
-    iterations: int = 0
-    accuracy: float = float("nan")
-    loss: float = float("nan")
-    mean_gain: float = float("nan")
+    iterations: int = 0  # optimizer steps
+    accuracy: float = float("nan")  # test accuracy at the end, in percent
+    loss: float = float("nan")  # training loss at the end
+    mean_gain: float = float("nan")  # tau per iteration in AdaScale's runs, else nan
     tau: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)

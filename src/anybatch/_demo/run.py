@@ -24,23 +24,14 @@ Group = tuple[tuple[int, ...], int]  # scales, seed
 
 @dataclass(frozen=True)
 class Plan:
-    """The trainings of a demo.
+    """The trainings of a demo."""
 
-    Args:
-        scales: the scales, including 1.
-        rules: some of `"adascale"`, `"lsw"`, `"lsw+"`.
-        seeds: number of seeds.
-        total: base iterations of a run.
-        ranks: processes that share each step.
-        out: folder for the records.
-    """
-
-    scales: tuple[int, ...]
-    rules: tuple[str, ...]
-    seeds: int
-    total: int
-    ranks: int
-    out: Path
+    scales: tuple[int, ...]  # including 1
+    rules: tuple[str, ...]  # some of `"adascale"`, `"lsw"`, `"lsw+"`
+    seeds: int  # number of seeds
+    total: int  # base iterations of a run
+    ranks: int  # processes that share each step
+    out: Path  # folder for the records
 
     @property
     def groups(self) -> list[Group]:
@@ -112,27 +103,16 @@ def _one_thread() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a rule at a scale, means over the seeds.
+    """A row of the table: a rule at a scale, means over the seeds."""
 
-    Args:
-        scale: a number, or `32→64→128`.
-        rule: the rule.
-        accuracy: mean test accuracy, percent.
-        spread: standard deviation of the accuracy, nan for one seed.
-        loss: mean training loss.
-        iterations: mean number of optimizer steps.
-        gain: mean gain, nan for fixed rules.
-        worse: whether the accuracy is significantly below that of scale 1 (one-sided Welch test, 0.95).
-    """
-
-    scale: str
+    scale: str  # a number, or `32→64→128`
     rule: str
-    accuracy: float
-    spread: float
-    loss: float
-    iterations: float
-    gain: float
-    worse: bool
+    accuracy: float  # mean test accuracy, percent
+    spread: float  # standard deviation of the accuracy; nan for one seed
+    loss: float  # mean training loss
+    iterations: float  # mean number of optimizer steps
+    gain: float  # mean gain; nan for fixed rules
+    worse: bool  # whether the accuracy is significantly below that of scale 1 (one-sided Welch test, 0.95)
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:

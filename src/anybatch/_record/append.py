@@ -19,14 +19,7 @@ class AppendFile:
     """A file that grows by whole lines, with this object as the only writer.
 
     Each line is one write in append mode. A kill or a full disk during the write tears this line alone: the next one
-    starts on a new line. The operating system's lock ends with the process.
-
-    Args:
-        path: the file; created with its folders, or appended to.
-
-    Raises:
-        InvalidValueError: the file cannot be opened for writing.
-        UsageError: the file has another writer.
+    starts on a new line. The operating system's lock ends with the process. A second writer gets a `UsageError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,11 +45,7 @@ class AppendFile:
         _open_files.add(self)
 
     def __reduce__(self) -> NoReturn:
-        """Raise: in another process, or after `close`, the descriptor's number belongs to another file.
-
-        Raises:
-            UsageError: always.
-        """
+        """Raise: in another process, or after `close`, the descriptor's number belongs to another file."""
         raise UsageError(
             f"A RunRecord cannot be copied or sent to another process: pass the path {str(self.path)!r}, of which each "
             "process opens its own RunRecord."
@@ -75,15 +64,7 @@ class AppendFile:
         return self._file >= 0
 
     def append(self, line: bytes, *, needed: bool = False) -> None:
-        """Append a line. A line that the disk does not take is lost, with one warning.
-
-        Args:
-            line: the bytes, including the newline.
-            needed: on failure, write the line before the next one.
-
-        Raises:
-            UsageError: the file is closed.
-        """
+        """Append a line, newline included. On a full disk it is lost with one warning, or if `needed` written later."""
         if not self.open:
             raise UsageError(
                 f"{str(self.path)!r} is closed, or was opened before this process was forked: make a new RunRecord."

@@ -14,11 +14,7 @@ def as_json(layers: ByLayer) -> dict[str, list[float]]:
 
 
 def from_json(value: Any, *, number: Callable[[Any], float]) -> dict[str, Moments]:
-    """Invert `as_json`; `number` reads each number.
-
-    Raises:
-        AttributeError, TypeError, ValueError: `value` is not from `as_json`.
-    """
+    """Invert `as_json`; raises AttributeError, TypeError or ValueError for any other value."""
     return {name: Moments(number(variance), number(sqnorm)) for name, (variance, sqnorm) in value.items()}
 
 

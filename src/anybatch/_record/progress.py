@@ -16,16 +16,8 @@ _SECONDS = 0.1  # between two updates; a step may take microseconds
 def progress_bar(clock: Clock, *, shown: bool, values: Callable[[], str], console: Any) -> Iterator[None]:
     """A bar that follows the clock inside of the context.
 
-    The steps draw it, not a thread: a fork of the process could copy a thread's locks.
-
-    Args:
-        clock: the clock; without a total the bar has no end.
-        shown: whether this rank draws.
-        values: the text beside the bar.
-        console: a `rich.console.Console`; `None` for standard error.
-
-    Raises:
-        UsageError: rich is not installed.
+    The steps draw it, not a thread: a fork of the process could copy a thread's locks. Without a total the bar has no
+    end. `values` returns the text beside the bar; `console` is of rich, or `None` for standard error.
     """
     try:
         from rich.console import Console

@@ -81,21 +81,15 @@ def iter_record(path: str | os.PathLike[str]) -> Iterator[StepRecord | MetricRec
 
 @dataclass(frozen=True)
 class Columns:
-    """A record with its steps as columns of float64, eight bytes a number.
-
-    Args:
-        config, torn, metrics, header, ranks: as in `Run`.
-        measured_by_layer: the steps that hold moments by layer.
-        values: the numbers of all steps by field; true becomes 1, false 0, and integers are at most 2**53.
-    """
+    """A record as in `Run`, with its steps as columns of float64, eight bytes a number."""
 
     config: dict[str, Any]
     torn: int
     metrics: list[MetricRecord]
     header: dict[str, Any]
     ranks: tuple[int, ...]
-    measured_by_layer: list[StepRecord]
-    values: dict[str, Tensor]
+    measured_by_layer: list[StepRecord]  # the steps that hold moments by layer
+    values: dict[str, Tensor]  # by field; true becomes 1, false 0, and integers are at most 2**53
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]

@@ -21,18 +21,7 @@ Destination = str | PathLike[str] | RunRecord | Sink
 
 
 class RecordSinks:
-    """The destinations of `attach(record=...)`.
-
-    Args:
-        record: the destinations. `close` closes the files that were given as paths.
-        config: the controller's part of the header.
-        first: whether this is the rank that writes.
-
-    Raises:
-        InvalidValueError: a file cannot be written.
-        StateError: a newer anybatch wrote a file.
-        UsageError: another run writes to a file.
-    """
+    """The destinations of `attach(record=...)`; the `first` rank alone writes, with `config` in the header."""
 
     def __init__(self, record: Sequence[Destination], *, config: Mapping[str, Any], first: bool) -> None:
         self._lacking = first and not record  # the other ranks need no destination
@@ -64,12 +53,7 @@ class RecordSinks:
             self._send(values | as_numbers(layers))
 
     def metrics(self, results: Mapping[str, float], *, step: int, tau: float) -> None:
-        """Write the results of an evaluation.
-
-        Raises:
-            InvalidValueError: a result is not a number, or has the name of a field of `StepRecord`.
-            UsageError: the rank that writes has no destination, or `close` was called.
-        """
+        """Write the results of an evaluation."""
         if self._closed:
             raise UsageError("This controller is detached and cannot write: call log() before detach().")
         if self._lacking:
@@ -132,11 +116,7 @@ class RecordSinks:
 
 
 def destinations(record: Destination | Sequence[Destination] | None) -> list[Destination]:
-    """The destinations of `attach(record=...)` as a list.
-
-    Raises:
-        InvalidValueError: a value is not a destination.
-    """
+    """The destinations of `attach(record=...)` as a list."""
     if record is None:
         return []
     given: list[Any] = list(record) if isinstance(record, list | tuple) else [record]

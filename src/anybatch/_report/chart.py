@@ -27,42 +27,25 @@ Dash = tuple[float, ...]  # alternating lengths of dashes and gaps; empty for a 
 
 @dataclass(frozen=True)
 class Line:
-    """A line or dots.
+    """A line or dots."""
 
-    Args:
-        points: pairs of x and y; a non-finite y is a gap.
-        name: shown under the pointer.
-        colour: as `#rrggbb`.
-        dash: lengths of dashes and gaps.
-        dots: whether to draw dots instead of a line.
-        band: for each x the low and the high end of a band behind the line.
-    """
-
-    points: Sequence[Point]
-    name: str
-    colour: str = INK
-    dash: Dash = ()
-    dots: bool = False
-    band: Sequence[tuple[float, float, float]] = ()
+    points: Sequence[Point]  # pairs of x and y; a non-finite y is a gap
+    name: str  # shown under the pointer
+    colour: str = INK  # as `#rrggbb`
+    dash: Dash = ()  # lengths of dashes and gaps
+    dots: bool = False  # whether to draw dots instead of a line
+    band: Sequence[tuple[float, float, float]] = ()  # for each x the low and the high end of a band behind the line
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over two axes; the vertical axis is logarithmic if its values are positive and far apart.
+    """Lines over two axes; the vertical axis is logarithmic if its values are positive and far apart."""
 
-    Args:
-        title: the quantity on the vertical axis.
-        across: the quantity on the horizontal axis.
-        lines: the lines; those without a point that can be drawn are dropped.
-        log_x: whether the horizontal axis is logarithmic.
-        log_y: whether the vertical axis is logarithmic for all values.
-    """
-
-    title: str
-    across: str
-    lines: Sequence[Line]
-    log_x: bool = False
-    log_y: bool = False
+    title: str  # the quantity on the vertical axis
+    across: str  # the quantity on the horizontal axis
+    lines: Sequence[Line]  # lines without a point that can be drawn are dropped
+    log_x: bool = False  # whether the horizontal axis is logarithmic
+    log_y: bool = False  # whether the vertical axis is logarithmic for all values
 
     @property
     def height(self) -> int:

@@ -22,19 +22,12 @@ _LEAST, _MOST = 1e-3, 1e6  # the range of forecast scales
 
 @dataclass(frozen=True)
 class Comparison:
-    """One configuration at several scales.
+    """One configuration at several scales."""
 
-    Args:
-        happened: the mean iterations of the finished runs at each scale, in ascending order.
-        counts: the number of finished runs at each scale.
-        forecasts: for each run with a measured variance, the forecast iterations at each of these scales.
-        notes: for each run without a forecast, the reason.
-    """
-
-    happened: dict[float, float]
-    counts: dict[float, int]
-    forecasts: list[tuple[Summary, dict[float, Estimate]]]
-    notes: list[str]
+    happened: dict[float, float]  # the mean iterations of the finished runs at each scale, in ascending order
+    counts: dict[float, int]  # the number of finished runs at each scale
+    forecasts: list[tuple[Summary, dict[float, Estimate]]]  # forecast iterations by scale, for each measured run
+    notes: list[str]  # for each run without a forecast, the reason
 
 
 def compare(runs: Sequence[Summary]) -> list[Comparison]:

@@ -22,12 +22,8 @@ def difference(title: str, runs: Mapping[str, tuple[str, Sequence[Sequence[Point
     """The mean of each group of runs minus the mean of the base group, against tau.
 
     y_i(tau) is linearly interpolated between a run's own points, and b(tau) is the mean over the base group. The line
-    is mean_i y_i(tau) - b(tau). For two runs or more its band is one standard deviation (n - 1) to each side.
-
-    Args:
-        title: the chart's title.
-        runs: each group's colour and its runs' points in ascending tau, by the group's name.
-        base: the name of the base group, which is drawn too, around 0.
+    is mean_i y_i(tau) - b(tau). For two runs or more its band is one standard deviation (n - 1) to each side. `runs`
+    has each group's colour and its runs' points in ascending tau, by the group's name; `base` is drawn too, around 0.
     """
     curves = {}
     for name, (_, found) in runs.items():

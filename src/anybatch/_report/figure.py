@@ -96,10 +96,8 @@ def css(value: str) -> str:
 def inline(figure: "Figure", label: str, titles: Mapping[str, str]) -> str:
     """The figure as SVG inside of a page, in the page's fonts and colours, without ids, which might repeat on the page.
 
-    Args:
-        figure: drawn within `project_style()`, without clips.
-        label: a description for screen readers.
-        titles: each artist's tooltip by its gid; a gid's letters become the class.
+    The figure is drawn within `project_style()`, without clips. `label` is a description for screen readers. `titles`
+    has the tooltips of artists by gid; a gid's letters become the class.
     """
     from matplotlib import rc_context
 

@@ -40,15 +40,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The noise scale of each layer along tau.
+    """The noise scale of each layer along tau."""
 
-    Args:
-        layers: the cells of each layer in ascending tau, with gaps; the layers are in the model's order.
-        end: tau at the end of the run, base iterations.
-    """
-
-    layers: Mapping[str, Sequence[Cell]]
-    end: float
+    layers: Mapping[str, Sequence[Cell]]  # cells in ascending tau, with gaps, in the model's order
+    end: float  # tau at the end of the run, base iterations
 
 
 def layer_map(steps: Sequence[StepRecord], *, unit: float) -> LayerMap | None:
@@ -110,17 +105,11 @@ def layer_legend(limits: Sequence[float]) -> Legend:
 
 @dataclass(frozen=True)
 class LayerChart:
-    """The picture of a map.
+    """The picture of a map."""
 
-    Args:
-        title: the run's name.
-        found: the map.
-        limits: the limits of the colours, from `levels`.
-    """
-
-    title: str
+    title: str  # the run's name
     found: LayerMap
-    limits: Sequence[float]
+    limits: Sequence[float]  # the limits of the colours, from `levels`
 
     @property
     def height(self) -> int:

@@ -98,18 +98,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the rows whose index is in `marked` are coloured.
-
-    Args:
-        left: number of first columns that are aligned to the left; the others hold numbers.
-        words: whether the cells hold text, which may wrap.
-    """
+    """Rows of cells; the rows whose index is in `marked` are coloured."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: frozenset[int] = frozenset()
-    left: int = 2
-    words: bool = False
+    left: int = 2  # number of first columns that are aligned to the left; the others hold numbers
+    words: bool = False  # whether the cells hold text, which may wrap
 
     def html(self) -> str:
         left = len(self.columns) if self.words else self.left

@@ -50,13 +50,7 @@ def each(values: Tensor) -> Iterator[float]:
 
 
 def thin(x: Tensor, y: Tensor, *, columns: int = 160, log: bool = False) -> list[Point]:
-    """The lowest and the highest point of each column of pixels, and the first point of each gap.
-
-    Args:
-        x, y: coordinates of the points, two vectors of float64.
-        columns: number of columns of pixels.
-        log: whether the axis of x is logarithmic.
-    """
+    """The lowest and the highest point of each column of pixels, and the first point of each gap."""
     placed = drawable(x, log=log)
     if int(placed.sum()) <= 2 * columns:
         return list(zip(x[placed].tolist(), y[placed].tolist(), strict=True))

@@ -29,18 +29,12 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: None) -> str:
+def report(paths: Sequence[Path], *, warn: Callable[[str], None] = lambda _: None) -> str:
     """The page about the records at `paths`, as HTML. It names each unreadable record, with the reason.
 
-    Args:
-        paths: the records.
-        tell: called with a sentence for each unreadable record.
-
-    Raises:
-        InvalidValueError: none of the records can be read.
-        StateError: a newer anybatch wrote the only record.
+    `warn` is called with a sentence for each unreadable record. If no record can be read, the error is raised.
     """
-    runs, unread = _read(paths, tell)
+    runs, unread = _read(paths, warn)
     tasks = _tasks(runs)
     blocks: list[Block] = [Text(_sentence(runs, tasks)), *_missing(unread), *_table(runs)]
     for name, members in list(tasks.items())[:_TASKS]:
@@ -53,12 +47,9 @@ def report(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: Non
     return page(shorten(runs[0].name) if len(runs) == 1 else f"{len(runs)} training runs", blocks)
 
 
-def in_numbers(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The numbers of the page about the records at `paths`: its table, and forecasts against steps taken.
-
-    Args, Raises: as `report`.
-    """
-    runs, unread = _read(paths, tell)
+def in_numbers(paths: Sequence[Path], *, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The numbers of the page about the records at `paths`: its table, and forecasts against steps taken."""
+    runs, unread = _read(paths, warn)
     return {
         "runs": [
             {
@@ -83,14 +74,14 @@ def in_numbers(paths: Sequence[Path], *, tell: Callable[[str], None] = lambda _:
     }
 
 
-def _read(paths: Sequence[Path], tell: Callable[[str], None]) -> tuple[list[Summary], list[str]]:
+def _read(paths: Sequence[Path], warn: Callable[[str], None]) -> tuple[list[Summary], list[str]]:
     """The runs, and a sentence for each unreadable record."""
     unread: list[str] = []
     runs = summarise(paths, unread=unread.append if len(paths) > 1 else None)
     if not runs:
         raise anybatch.InvalidValueError(f"None of the records can be read. {' '.join(unread)}")
     for sentence in unread:
-        tell(sentence)
+        warn(sentence)
     return runs, unread
 
 

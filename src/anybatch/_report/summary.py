@@ -35,54 +35,29 @@ class Curve:
 
 @dataclass(frozen=True)
 class Summary:
-    """The summary of one run.
-
-    Args:
-        path: its record.
-        name: a name that no other run has.
-        rule: the rule's name.
-        scales: its scales as text.
-        scale: the median of its scales; nan without a step.
-        constant: whether the scale never changed.
-        measured: whether some step has a variance.
-        iterations: counted optimizer steps.
-        gain: the mean gain.
-        base_batches: base batches of all steps, including skipped ones.
-        seconds: wall time of the steps; nan if unknown.
-        tau: the clock at the end, base iterations.
-        total: base iterations of the whole run; nan if unknown.
-        skipped: skipped steps.
-        torn: unreadable lines.
-        results: the last result of each metric.
-        curves: `QUANTITIES` by name.
-        metrics: the evaluations by name.
-        config: the header's configuration.
-        facts: the header's values as text, and the scale.
-        layers: the noise by layer, in examples, or in base batches if the record has no base batch; `None` if no step
-            was measured by layer.
-    """
+    """The summary of one run."""
 
     path: Path
-    name: str
+    name: str  # a name that no other run has
     rule: str
-    scales: str
-    scale: float
-    constant: bool
-    measured: bool
-    iterations: int
+    scales: str  # its scales as text
+    scale: float  # the median of its scales; nan without a step
+    constant: bool  # whether the scale never changed
+    measured: bool  # whether some step has a variance
+    iterations: int  # counted optimizer steps
     gain: float
-    base_batches: float
-    seconds: float
-    tau: float
-    total: float
+    base_batches: float  # base batches of all steps, including skipped ones
+    seconds: float  # wall time of the steps; nan if unknown
+    tau: float  # the clock at the end, base iterations
+    total: float  # base iterations of the whole run; nan if unknown
     skipped: int
-    torn: int
-    results: dict[str, float]
-    curves: dict[str, Curve]
-    metrics: dict[str, Curve]
-    config: dict[str, Any]
-    facts: dict[str, str]
-    layers: LayerMap | None
+    torn: int  # unreadable lines
+    results: dict[str, float]  # the last result of each metric
+    curves: dict[str, Curve]  # `QUANTITIES` by name
+    metrics: dict[str, Curve]  # the evaluations by name
+    config: dict[str, Any]  # the header's configuration
+    facts: dict[str, str]  # the header's values as text, and the scale
+    layers: LayerMap | None  # in examples, or in base batches if the record has no base batch
 
     @property
     def finished(self) -> bool:
@@ -96,17 +71,9 @@ class Summary:
 
 
 def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = None) -> list[Summary]:
-    """Read the records one by one into summaries, each file once.
+    """Read the records one by one into summaries, each file once, sorted by batch and then by name.
 
-    The summaries are in the order of the batch, and then by name, with numbers in names as numbers.
-
-    Args:
-        paths: the records.
-        unread: called with a sentence for each unreadable record; `None` to raise at the first.
-
-    Raises:
-        InvalidValueError: a file cannot be read, or is not a record.
-        StateError: a newer anybatch wrote a record.
+    `unread` is called with a sentence for each unreadable record; with `None` the first one raises.
     """
     unique = list({_resolved(path): path for path in reversed(paths)}.values())[::-1]
     found = []

@@ -14,11 +14,7 @@ def numbers(controller: anybatch.Controller) -> dict[str, float]:
 
 
 def record_of(path: str | None, per_layer: int | None, *, first: bool) -> str | anybatch.RunRecord | None:
-    """The argument `record` of `attach`: the path, or on the first rank a `RunRecord` with `per_layer`.
-
-    Raises:
-        UsageError: `per_layer` without a path.
-    """
+    """The argument `record` of `attach`: the path, or on the first rank a `RunRecord` with `per_layer`."""
     if per_layer is None or (path is not None and not first):
         return path
     if path is None:
@@ -33,11 +29,7 @@ def close_record(record: str | anybatch.RunRecord | None) -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise if no single process can save an average of `model`.
-
-    Raises:
-        UnsupportedError: the parameters are sharded.
-    """
+    """Raise if no single process can save an average of `model`, since its parameters are sharded."""
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise anybatch.UnsupportedError(
             "ema_decay does not support sharded parameters: the framework's checkpoints would keep one process's part "

@@ -10,22 +10,14 @@ import anybatch
 
 
 class Limits:
-    """Replaces a Trainer's limits, from `take` to `release`.
-
-    Args:
-        base_batch, examples: as for `AnyBatch`.
-    """
+    """Replaces a Trainer's limits, from `take` to `release`."""
 
     def __init__(self, base_batch: float, examples: float | None) -> None:
         self._base_batch, self._examples = base_batch, examples
         self._own = ExitStack()
 
     def take(self, trainer: Trainer) -> float:
-        """Set Lightning's limits to the run's length in base iterations, and return this length.
-
-        Raises:
-            UsageError: there is no limit, or an epoch of unknown length.
-        """
+        """Set Lightning's limits to the run's length in base iterations, and return this length."""
         fit, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
         short = trainer.fast_dev_run  # type: ignore[attr-defined]  # a few steps; its one epoch is no limit
         total = self._total(fit.max_steps, -1 if short else fit.max_epochs)
@@ -46,11 +38,7 @@ class Limits:
         self._own.close()
 
     def epoch(self, wanted: str) -> float:
-        """Base iterations of a pass over the data; `wanted` names the setting that needs them.
-
-        Raises:
-            UsageError: `examples` is `None`.
-        """
+        """Base iterations of a pass over the data; `wanted` names the setting that needs them."""
         if self._examples is None:
             raise anybatch.UsageError(
                 f"{wanted} counts epochs, of unknown length: give AnyBatch(examples=len(data)). Or count in base "

@@ -12,9 +12,7 @@ import anybatch
 def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
     """The number of labels in the loss of each micro-batch of a step, with one synchronisation for all of them.
 
-    Args:
-        batches: the micro-batches, with labels.
-        shifted: whether the loss omits the first label of each sequence.
+    `shifted`: the loss omits the first label of each sequence.
     """
     found = []
     for each in batches:
@@ -27,11 +25,7 @@ def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
 
 
 def examples(inputs: Any) -> int:
-    """The number of examples of a micro-batch.
-
-    Raises:
-        UsageError: the micro-batch has no tensor.
-    """
+    """The number of examples of a micro-batch."""
     if "cu_seq_lens_q" in inputs:  # concatenated sequences without padding
         return len(inputs["cu_seq_lens_q"]) - 1
     rows: int | None = find_batch_size(inputs)

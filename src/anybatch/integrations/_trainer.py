@@ -207,11 +207,7 @@ class AnyBatchCallback(TrainerCallback):
         return clock.reached(self._total)
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        """Load the states of the controller and the average from a checkpoint.
-
-        Raises:
-            StateError: the checkpoint is from a run without this callback, or without its average.
-        """
+        """Load the states of the controller and the average from a checkpoint."""
         average = Path(self._checkpoint or "") / _AVERAGE
         if _STATE not in saved or (self.ema is not None and not average.is_file()):
             lacking = "no average" if _STATE in saved else "no state"
