@@ -1,4 +1,4 @@
-"""What a step whose layers are looked at (`attach(per_layer=k)`) costs beyond any other step, and one between looks.
+"""What a step whose layers are measured (`RunRecord(path, per_layer=k)`) costs beyond any other step, and one between.
 
     python -m benchmarks.per_layer [--turns 20]
 
@@ -6,13 +6,16 @@ Operations and entries read are counted, so they are the same on any machine; th
 """
 
 import argparse
+import tempfile
 import time
 from copy import deepcopy
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
+import anybatch
 from benchmarks.overhead import step_of
 from benchmarks.overhead_counts import Ops
 from benchmarks.overhead_loops import Step, ours
@@ -31,12 +34,13 @@ def layers_of(net: nn.Module) -> int:
     return sum(any(True for _ in module.parameters(recurse=False)) for module in net.modules())
 
 
-def row(name: str, turns: int) -> str:
-    """A line of the table."""
+def row(name: str, turns: int, folder: Path) -> str:
+    """A line of the table; the records go to `folder`."""
     model = MODELS[name]
     torch.manual_seed(0)
     net, x = model.make(), model.example()
-    loops = [ours(record=lambda _: None, per_layer=every) for every in (None, 1, 10**9)]
+    records = [anybatch.RunRecord(folder / f"{name}-{every}.jsonl", per_layer=every) for every in (None, 1, 10**9)]
+    loops = [ours(record=record) for record in records]
     plain, always, never = (step_of(loop, deepcopy(net), x, "SGD") for loop in loops)
     for step in (plain, always, never):
         step()  # the first is looked at everywhere, and makes what stays
@@ -59,8 +63,9 @@ def main() -> None:
     columns = ["tensors", "layers", "operations", "more at a look", "reads", "more between", "time of a look"]
     print(" | ".join(["| model", *columns, "per_layer=100 |"]))
     print("|---|" + "--:|" * (len(columns) + 1))
-    for name in MODELS:
-        print(row(name, turns))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            print(row(name, turns, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_a_page_about_damaged_records(tmp_path):
         paths.append(tmp_path / f"{i}.jsonl")
         paths[-1].write_bytes(damaged(lines_of(2 if i % 2 else 8, total=20.0, seed=0), draw))
     told = []
-    text = bounded(lambda: report(paths, tell=told.append))
+    text = bounded(lambda: report(paths, warn=told.append))
     runs = summarise(paths, unread=lambda _: None)
     assert len(told) + len(runs) == 40
     assert 0 < len(told) < 20

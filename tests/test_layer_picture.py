@@ -151,7 +151,7 @@ def test_the_page_draws_each_run_that_was_looked_at(tmp_path):
     text = report(sorted(tmp_path.glob("*.jsonl")))
     part = text.partition("Noise by layer</h2>")[2].partition("<h2>")[0]
     assert part.count('<svg class="chart"') == 4
-    assert "2 more runs are left out" in part
+    assert "omits the layers of 2 more runs" in part
     assert "in examples, as colour" in part
     assert "body.&lt;i&gt;\n64 for tau 0 to" in part
     assert "body.<i>" not in text
@@ -160,4 +160,4 @@ def test_the_page_draws_each_run_that_was_looked_at(tmp_path):
         record.write(anybatch.StepRecord(**{**vars(step), "per_layer": {"head": Moments(2.0, 1.0)}}))
     record.close()
     assert "in base batches, as colour" in report([tmp_path / "unsaid.jsonl"])
-    assert "in examples (in base batches for runs whose record" in report(sorted(tmp_path.glob("*.jsonl")))
+    assert "in examples (in base batches for runs without" in report(sorted(tmp_path.glob("*.jsonl")))

@@ -98,7 +98,7 @@ def test_sgd_is_told_of_stability_and_the_adam_family_is_not():
 
 
 def test_weight_decay_that_turns_signs():
-    assert any("turns the weights' sign" in x for x in parsed(optimizer="sgd", lr=1, weight_decay=0.2)["limits"])
+    assert any("flips the weights' signs" in x for x in parsed(optimizer="sgd", lr=1, weight_decay=0.2)["limits"])
     assert not any("sign" in x for x in parsed(optimizer="sgd", lr=1, weight_decay=0.1)["limits"])
 
 
@@ -122,9 +122,9 @@ def test_beyond_the_noise_scale_of_a_record(tmp_path):
     assert plan["noise_scale"] == 1050
     assert plan["gain"] == pytest.approx((1050 / 256 + 1) / (1050 / 2048 + 1))
     assert "2048 is beyond the run's noise scale of 1050" in plan["limits"][0]
-    assert f"worth {plan['gain']:.4g}" in plan["adascale"]
+    assert f"gain would be {plan['gain']:.4g}" in plan["adascale"]
     assert parsed(record=record, batch=1024)["limits"] == []
-    assert "Mind: The batch of 2048 is beyond" in run(record=record).output
+    assert "Note: The batch of 2048 is beyond" in run(record=record).output
 
 
 def test_a_record_that_counts_base_batches(tmp_path):

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anybatch
+from anybatch._record import MetricRecord
 
 
 def step(i, **values):
@@ -76,6 +77,7 @@ KILLS = """
 import contextlib, mmap, os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
 import anybatch
+from anybatch._record import MetricRecord
 from test_record import step
 
 random.seed(0)
@@ -87,7 +89,7 @@ def write(start, round):
     for n in range(start + 1, 10**9):
         record.write(step(n, lr=float(round)))
         done[:] = n.to_bytes(8, "little")
-        record.write(anybatch.MetricRecord(n, 1.0, {{f"metric {{i}}": 1 / 3 for i in range(100)}}))  # 3 kB: may tear
+        record.write(MetricRecord(n, 1.0, {{f"metric {{i}}": 1 / 3 for i in range(100)}}))  # 3 kB: may tear
 
 start, restarted = 0, []
 for round in range(kills):
@@ -208,7 +210,7 @@ def test_a_record_reads_as_the_steps_that_the_weights_went_through(tmp_path_fact
         for event in sorted(events, key=lambda e: e == "metric") if not with_steps else events:
             label += 1
             if event == "metric":
-                line = anybatch.MetricRecord(count, float(label), {"x": 1.0})
+                line = MetricRecord(count, float(label), {"x": 1.0})
             else:
                 count += event == "step"
                 line = step(count, tau=float(label), skipped=event == "skip")
@@ -222,7 +224,7 @@ def test_a_record_reads_as_the_steps_that_the_weights_went_through(tmp_path_fact
     run = anybatch.read_record(path)
     assert list(anybatch.iter_record(path)) == kept
     assert run.steps == [line for line in kept if isinstance(line, anybatch.StepRecord)]
-    assert run.metrics == [line for line in kept if isinstance(line, anybatch.MetricRecord)]
+    assert run.metrics == [line for line in kept if isinstance(line, MetricRecord)]
     assert run.torn == 0
 
 
@@ -361,7 +363,7 @@ def test_any_config_round_trips_or_is_made_inert(tmp_path_factory, value):
 )
 def test_hostile_names(tmp_path, name):
     record = anybatch.RunRecord(tmp_path / "r.jsonl", config={name: name})
-    record.write(anybatch.MetricRecord(1, 1.0, {name: 1.0}))
+    record.write(MetricRecord(1, 1.0, {name: 1.0}))
     run = anybatch.read_record(tmp_path / "r.jsonl")
     assert run.config == {inert(name): inert(name)}
     assert run.metrics[0].values == {inert(name): 1.0}
@@ -563,9 +565,7 @@ def test_logging_needs_a_record_and_numbers(tmp_path):
         with pytest.raises(anybatch.InvalidValueError):
             controller.log(**results)
     controller.log(tensor=torch.tensor(0.5), whole=3)
-    assert anybatch.read_record(tmp_path / "r.jsonl").metrics == [
-        anybatch.MetricRecord(0, 0.0, {"tensor": 0.5, "whole": 3.0})
-    ]
+    assert anybatch.read_record(tmp_path / "r.jsonl").metrics == [MetricRecord(0, 0.0, {"tensor": 0.5, "whole": 3.0})]
     controller.detach()
     with pytest.raises(anybatch.UsageError, match="detached"):
         controller.log(accuracy=1.0)
@@ -682,7 +682,7 @@ def test_a_run_from_nothing_supersedes_the_evaluation_before_the_first_step(tmp_
     record = anybatch.RunRecord(tmp_path / "r.jsonl")
     for loss in (2.0, 3.0):
         record.begin({})
-        record.write(anybatch.MetricRecord(0, 0.0, {"loss": loss}))
+        record.write(MetricRecord(0, 0.0, {"loss": loss}))
         record.write(step(1))
     assert [m.values for m in anybatch.read_record(tmp_path / "r.jsonl").metrics] == [{"loss": 3.0}]
 

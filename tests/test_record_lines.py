@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_record import step
 
 import anybatch
-from anybatch._record import read_columns
+from anybatch._record import MetricRecord, read_columns
 from anybatch._record.lines import parsed
 from anybatch._scaling import Moments
 
@@ -119,7 +119,7 @@ def test_columns_are_the_values_of_the_steps(tmp_path_factory, kinds, block):
             with path.open("ab") as file:
                 file.write(b'{"kind": "step", "step": 1, "tau"\n')
         elif kind == "metric":
-            record.write(anybatch.MetricRecord(count, float(i), {"x": 1.0}))
+            record.write(MetricRecord(count, float(i), {"x": 1.0}))
         else:
             count += kind != "skipped"
             values = {"layers": {"per_layer": {"a": Moments(1.0, 2.0)}}, "skipped": {"skipped": True}}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import anybatch
+from anybatch._record import MetricRecord
 from anybatch._report.comparison import compare
 from anybatch._report.report import report
 from anybatch._report.summary import summarise
@@ -31,7 +32,7 @@ def written(path, *, scale=8, metrics=(), header=None, config=None, count=None, 
     for step in source.steps[:count]:
         record.write(step)
     for step, tau, results in metrics:
-        record.write(anybatch.MetricRecord(step, tau, results))
+        record.write(MetricRecord(step, tau, results))
     record.close()
     return anybatch.read_record(path)
 
@@ -54,7 +55,7 @@ def test_the_table_says_what_the_record_says(tmp_path):
     assert found[7] in (str(examples), f"{examples / 1000:.4g}k")
     assert found[-2:] == ["0", "0"]
     assert cells(text, "b")[3:6] == ["–", "–", "3"]
-    assert "1 of 2 runs came to the end" in text
+    assert "1 of 2 runs reached the end" in text
 
 
 def test_forecasts_are_those_of_the_function(tmp_path):
@@ -67,7 +68,7 @@ def test_forecasts_are_those_of_the_function(tmp_path):
     from_32 = next(forecasts for source, forecasts in found.forecasts if source.scale == 32)
     real = anybatch.forecast(tmp_path / "32-0.jsonl", [2, 8, 32]).scales
     assert {s: e.value for s, e in from_32.items()} == {s.scale: s.steps.value for s in real[:2]}
-    assert "Forecast and what happened" in report(sorted(tmp_path.glob("*.jsonl")))
+    assert "Forecast and steps taken" in report(sorted(tmp_path.glob("*.jsonl")))
 
 
 def test_runs_come_by_batch_and_numbers_in_names_are_numbers(tmp_path):
@@ -83,7 +84,7 @@ def test_how_far_from_scale_1_is_drawn_for_each_rule(tmp_path):
         metrics = [(k, 100.0 * k, {"loss": i + 1 / k}) for k in range(1, 9)]
         written(tmp_path / f"{i}.jsonl", scale=scale, count=9, metrics=metrics, header={"rule": rule})
     text = report(sorted(tmp_path.glob("*.jsonl")))
-    apart = text.partition("How far from scale 1</h2>")[2].partition("<h2>")[0]
+    apart = text.partition("Difference from scale 1</h2>")[2].partition("<h2>")[0]
     assert apart.count('<svg class="chart"') == 2
     assert "loss: difference from scale 1, AdaScale" in apart
     assert "S = 8\n1 at tau (base iterations) 800" in apart

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from anybatch._forecast import forecast
     from anybatch._maps import Progressive, scale_hyperparameters, scale_optimizer
-    from anybatch._record import MetricRecord, RunRecord, StepRecord, iter_record, read_record
+    from anybatch._record import RunRecord, StepRecord, iter_record, read_record
     from anybatch._scaling import (
         AdaScale,
         Clock,
@@ -51,7 +51,6 @@ __all__ = [
     "Identity",
     "InvalidValueError",
     "Linear",
-    "MetricRecord",
     "ModelEMA",
     "Progressive",
     "Rule",

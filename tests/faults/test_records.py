@@ -10,6 +10,7 @@ import pytest
 from processes import until
 
 import anybatch
+from anybatch._record import MetricRecord
 from examples import elastic_digits
 from faults import jobs
 from faults.ledger import steps_of
@@ -219,7 +220,7 @@ def write_when_told(path, starter, number, writers):
         path.with_name(f"refused-{number}").write_text(str(error))
         return str(error)
     until(lambda: len(list(path.parent.glob("refused-*"))) == writers - 1, "the others")
-    record.write(anybatch.MetricRecord(0, 0.0, {"x": float(number)}))
+    record.write(MetricRecord(0, 0.0, {"x": float(number)}))
     record.close()
     return None
 
@@ -243,7 +244,7 @@ def test_of_several_writers_one_writes_and_the_others_are_told(faults, processes
 
 def hold(path):
     record = anybatch.RunRecord(path)
-    record.write(anybatch.MetricRecord(0, 0.0, {"x": 1.0}))
+    record.write(MetricRecord(0, 0.0, {"x": 1.0}))
     path.with_suffix(".held").touch()
     until(lambda: False, "the kill")
 
@@ -257,7 +258,7 @@ def test_the_record_of_a_killed_writer_is_free(faults, processes, times, tmp_pat
             anybatch.RunRecord(path)
         faults.fired(1 + child.kill())
         record = anybatch.RunRecord(path)
-        record.write(anybatch.MetricRecord(0, 0.0, {"x": 2.0}))
+        record.write(MetricRecord(0, 0.0, {"x": 2.0}))
         record.close()
         assert [line.values for line in anybatch.read_record(path).metrics] == [{"x": 1.0}, {"x": 2.0}]
         faults.survived()

@@ -1,4 +1,4 @@
-"""What the `anybatch` command can do, one file a command."""
+"""The commands of `anybatch`, one module for each."""
 
 from anybatch._commands.demo import demo
 from anybatch._commands.forecast import forecast

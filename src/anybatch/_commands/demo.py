@@ -25,7 +25,7 @@ def demo(
 ) -> None:
     """Train the digits at many batch sizes.
 
-    A proof on real data, in about a minute.
+    It takes about a minute.
     """
     try:
         from anybatch._demo import COLUMNS, RULES, Plan, cells, distances, run, summarise, write
@@ -34,7 +34,7 @@ def demo(
     chosen = tuple(rule for rule in RULES if rule in words(rules))
     unknown = sorted(set(words(rules)) - set(RULES))
     if unknown or "adascale" not in chosen:
-        raise failed(f"--rules takes adascale, and beside it lsw and lsw+; got {rules!r}.")
+        raise failed(f"--rules takes adascale, optionally with lsw and lsw+; got {rules!r}.")
     plan = Plan(_scales(scales), chosen, seeds, total, ranks, out)
     try:
         out.mkdir(parents=True, exist_ok=True)

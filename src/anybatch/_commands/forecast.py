@@ -40,12 +40,12 @@ def forecast(
         float, typer.Option(help="Seconds of synchronisation a step, with more than one device.")
     ] = 0.0,
     price_per_device_hour: Annotated[float | None, typer.Option(help="Price, in any currency.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw the forecast into this PNG, PDF or SVG file.")] = None,
 ) -> None:
     """Forecast steps, time and cost at other batch sizes.
 
-    The forecast is made from the record of one run at any small scale.
+    It needs the record of one run at any small scale.
     """
     from anybatch._record import strict
 
@@ -88,12 +88,12 @@ def _draw(found: "Forecast", out: Path) -> None:
         plot(found, out)
     except ImportError as error:
         raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
-    except (OSError, ValueError) as error:  # no such folder; a kind of picture that matplotlib does not know
+    except (OSError, ValueError) as error:  # a missing folder, or a format that matplotlib does not have
         raise failed(f"--out: cannot write {out}: {error}") from None
 
 
 def _show(found: "Forecast", console: "Console") -> None:
-    """One table, or two where the terminal is too narrow for it."""
+    """Print one table, or two if the terminal is too narrow."""
     from anybatch._report import duration
 
     columns = {
@@ -118,8 +118,7 @@ def _show(found: "Forecast", console: "Console") -> None:
         if isfinite(found.scales[0].cost.value):
             costs["cost"] = cells([s.cost for s in found.scales], lambda value: f"{value:,.4g}")
     whole = columns | costs
-    parts = [whole] if fits(_table(whole), console) else [columns, costs] if len(costs) > 1 else [columns]
-    for part in parts:
+    for part in [whole] if len(costs) == 1 or fits(_table(whole), console) else [columns, costs]:
         console.print(_table(part), highlight=False)
     console.print(f"{found.total:g} base iterations, from a record at scale {found.recorded:g}.", highlight=False)
 
@@ -136,6 +135,6 @@ def _with_band(value: "Estimate") -> str:
 def _sentence(found: "Forecast") -> str:
     c = found.critical
     return (
-        f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}): there wall time times "
-        "device time is smallest; beyond, each doubling saves less than 29 % of the time."
+        f"Doubling the devices pays up to scale {c.value:.3g} ({c.low:.3g} to {c.high:.3g}), where wall time times "
+        "device time is smallest. Above it, each doubling saves less than 29 % of the time."
     )

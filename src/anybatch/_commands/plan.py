@@ -1,4 +1,4 @@
-"""`anybatch plan`: every hyperparameter at the base batch and at another one, and where the theory behind it ends."""
+"""`anybatch plan`: the hyperparameters at another batch, and the limits of the theory."""
 
 import json
 from collections.abc import Mapping
@@ -36,39 +36,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a change of the batch asks for.
-
-    Args:
-        optimizer: the class's name, as given.
-        base_batch: what the values were tuned for, examples.
-        batch: the new one, examples.
-        kappa: batch / base_batch.
-        changes: each value, by name.
-        limits: where the theory ends for this plan, one sentence each.
-        adascale: what AdaScale does instead.
-        noise_scale: of the end of the given run, examples; `None` without a record.
-        gain: base iterations that one step at the new batch is worth by that noise scale.
-    """
+    """The hyperparameters for another batch."""
 
     optimizer: str
-    base_batch: int
-    batch: int
-    kappa: float
+    base_batch: int  # the batch that the values were tuned for, examples
+    batch: int  # examples
+    kappa: float  # batch / base_batch
     changes: "dict[str, Change]"
-    limits: list[str]
-    adascale: str
-    noise_scale: float | None
-    gain: float | None
+    limits: list[str]  # the limits of the theory for this plan, as sentences
+    adascale: str  # the alternative with AdaScale
+    noise_scale: float | None  # noise scale at the end of the given run, examples; `None` without a record
+    gain: float | None  # AdaScale's gain at the new batch for that noise scale
 
 
 def plan(
     *,
     optimizer: Annotated[str, typer.Option(help="A class of torch.optim: sgd, adam, adamw, rmsprop, ...")],
     lr: Annotated[float, typer.Option(help="Learning rate, as tuned at the base batch.")],
-    base_batch: Annotated[int, typer.Option(help="The batch that it was tuned for, in examples.")],
+    base_batch: Annotated[int, typer.Option(help="The batch that the values were tuned for, in examples.")],
     batch: Annotated[int, typer.Option(help="The new batch, in examples.")],
     betas: Annotated[str | None, typer.Option(help="Two numbers, comma-separated.")] = None,
-    eps: Annotated[float | None, typer.Option(help="Added to the denominator, by Adam and its like.")] = None,
+    eps: Annotated[float | None, typer.Option(help="The term that Adam adds to its denominator.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, as tuned at the base batch.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Momentum, as tuned at the base batch.")] = None,
     alpha: Annotated[float | None, typer.Option(help="RMSprop's decay.")] = None,
@@ -82,7 +70,7 @@ def plan(
 ) -> None:
     """Print the hyperparameters for another batch size.
 
-    Each value stands before and after the change, with the rule and its source.
+    The table has each value before and after the change, with the rule and its source.
     """
     values = {
         "lr": lr,
@@ -123,21 +111,7 @@ def planned(
     steps: Mapping[str, int],
     record: str | PathLike[str] | None,
 ) -> Plan:
-    """The plan for `optimizer` from `base_batch` to `batch`.
-
-    Args:
-        optimizer: the name of a class of torch.optim.
-        base_batch: examples; positive.
-        batch: examples; positive.
-        values: the keywords of `scale_hyperparameters`.
-        steps: numbers of steps at the base batch, by name: the same examples at the new one.
-        record: a run to take the noise scale from.
-
-    Raises:
-        InvalidValueError: a value out of range, or a record that cannot be read.
-        StateError: a record of a newer anybatch.
-        UnsupportedError: the optimizer cannot be scaled.
-    """
+    """The plan, with `values` as for `scale_hyperparameters` and `steps` as numbers of steps at the base batch."""
     from anybatch._maps import Change
     from anybatch._numbers import MOST, shown
 
@@ -150,7 +124,8 @@ def planned(
         why = "steps / kappa: the same examples"
         changes[name] = Change(number, number if kappa == 1 else ceil(number / kappa), why, "Goyal et al. 2017")
     noise_scale = None if record is None else _noise_scale(record, base_batch)
-    gain = None if noise_scale is None else _gain(noise_scale / base_batch, kappa)
+    noise = None if noise_scale is None else noise_scale / base_batch
+    gain = None if noise is None else kappa if noise == inf else (noise + 1) / (noise / kappa + 1)
     return Plan(
         optimizer=optimizer,
         base_batch=base_batch,
@@ -165,37 +140,30 @@ def planned(
 
 
 def _noise_scale(record: str | PathLike[str], base_batch: int) -> float:
-    """The median over the last tenth of a run, in examples.
-
-    Raises:
-        InvalidValueError: not a record, or one without a noise scale.
-    """
+    """The median noise scale over the last tenth of a run, in examples."""
     from anybatch._numbers import median
     from anybatch._record import read_columns
 
     run = read_columns(record, ("variance", "sqnorm", "noise_scale", "skipped"))
-    infinite = (run["variance"] > 0) & (run["sqnorm"] == 0)  # a file has no number for it
+    infinite = (run["variance"] > 0) & (run["sqnorm"] == 0)  # a record has no number for infinity
     noise = run["noise_scale"].masked_fill(infinite, inf)[run["skipped"] == 0]
     noise = noise[noise >= 0]
     if not len(noise):
-        raise anybatch.InvalidValueError(f"{record} has no step with a noise scale: it takes a run with AdaScale.")
+        raise anybatch.InvalidValueError(
+            f"{record} has no step with a noise scale: give the record of an AdaScale run."
+        )
     recent = median(noise[-ceil(len(noise) / 10) :])
-    return recent * (1 if run.config.get("base_batch") else base_batch)  # else it counts base batches
-
-
-def _gain(noise: float, kappa: float) -> float:
-    """AdaScale's, for a noise scale in base batches."""
-    return kappa if noise == inf else (noise + 1) / (noise / kappa + 1)
+    return recent * (1 if run.config.get("base_batch") else base_batch)  # without a base batch it is in base batches
 
 
 def _adascale(base_batch: int, kappa: float, gain: float | None) -> str:
     least, most = sorted((1.0, kappa))
     text = (
         f"AdaScale needs none of this: keep the values for {base_batch}, and attach(optimizer, model=model, "
-        f"base_batch={base_batch}, micro_batch=...). It measures how many base iterations each step is worth, from "
-        f"{least:g} to {most:g}, and moves learning rate, schedule and EMA by that."
+        f"base_batch={base_batch}, micro_batch=...). It measures the gain of each step, from {least:g} to {most:g}, "
+        "and scales learning rate, schedule and EMA by it."
     )
-    return text if gain is None else f"{text} By the noise of the given run, a step would be worth {gain:.4g}."
+    return text if gain is None else f"{text} At the noise scale of the given run the gain would be {gain:.4g}."
 
 
 def _limits(
@@ -204,33 +172,33 @@ def _limits(
     limits = []
     if noise_scale is not None and batch > noise_scale:
         limits.append(
-            f"The batch of {batch} is beyond the run's noise scale of {noise_scale:.4g} examples: there the gradient "
-            "has little noise left to average, and these rules, which take it to be mostly noise, step too far."
+            f"The batch of {batch} is beyond the run's noise scale of {noise_scale:.4g} examples. These rules assume "
+            "that the gradient is mostly noise; beyond the noise scale their steps are too long."
         )
     if optimizer == "sgd" and kappa > 1:
         limits.append(
-            "Linear scaling is stable only while kappa * lr < 2 / beta, and beta, the curvature, is not known here: "
-            "ramp the learning rate up (anybatch.Linear(warmup=0.055)), or use AdaScale."
+            "Linear scaling is stable only while kappa * lr < 2 / beta, with an unknown curvature beta: warm the "
+            "learning rate up (anybatch.Linear(warmup=0.055)), or use AdaScale."
         )
     lr, decay = changes.get("lr"), changes.get("weight_decay")
     if optimizer == "sgd" and lr and decay and _number(lr.after) * _number(decay.after) > 1:
         limits.append(
-            f"lr * weight_decay would be {_number(lr.after) * _number(decay.after):.4g}: above 1 each step turns the "
-            "weights' sign."
+            f"lr * weight_decay would be {_number(lr.after) * _number(decay.after):.4g}: above 1 each step flips the "
+            "weights' signs."
         )
     for name in ("betas", "alpha", "ema_decay"):
         change = changes.get(name)
         short = [b for b in _numbers(change.before) if b and kappa * (1 - b) >= 1] if change and kappa > 1 else []
         limits += [
             f"{name} {beta:g}: its memory of {1 / (1 - beta):.4g} base iterations is not longer than one step of "
-            f"{kappa:g}. What the papers show is for small kappa * (1 - beta); beyond it the value has no theory."
+            f"{kappa:g}. The papers' theory needs a small kappa * (1 - beta)."
             for beta in short
             if change and change.after != change.before
         ]
     if kappa < 1:
         limits.append(
-            f"A smaller batch: training takes {1 / kappa:.4g} times as many steps over the same examples. BatchNorm's "
-            "statistics get noisier with the batch itself, which no value here corrects."
+            f"A smaller batch: the same examples take {1 / kappa:.4g} times as many steps. BatchNorm's statistics are "
+            "noisier in a smaller batch, and no value here corrects that."
         )
     return limits
 
@@ -255,12 +223,12 @@ def _show(made: Plan) -> None:
         console.print(f"{name}: {change.why} ({change.source})", soft_wrap=True, highlight=False)
     console.print()
     for limit in made.limits:
-        console.print(f"Mind: {limit}", style="yellow", soft_wrap=True, highlight=False)
+        console.print(f"Note: {limit}", style="yellow", soft_wrap=True, highlight=False)
     console.print(made.adascale, soft_wrap=True, highlight=False)
 
 
 def _text(value: float | tuple[float, ...]) -> str:
-    return ", ".join(f"{number:.7g}" for number in (value if isinstance(value, tuple) else (value,)))
+    return ", ".join(f"{number:.7g}" for number in _numbers(value))
 
 
 def _pair(text: str) -> tuple[float, ...]:

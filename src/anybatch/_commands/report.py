@@ -24,22 +24,22 @@ def report(
 ) -> None:
     """Write one HTML page about recorded runs.
 
-    The page holds a table, curves, forecasts and what differs, and needs no other file.
+    The page has a table, curves, forecasts and differences, and needs no other file.
     """
     from anybatch._record import strict
     from anybatch._report import in_numbers
     from anybatch._report import report as make_page
 
     if not records:
-        raise failed("Give the records of one run or more, such as runs/*.jsonl.")
+        raise failed("No record was given: give one or more, such as runs/*.jsonl.")
     if not as_json:
         _check(out)
     try:
         if as_json:
-            found = in_numbers(records, tell=lambda sentence: typer.echo(f"Left out: {sentence}", err=True))
+            found = in_numbers(records, warn=lambda sentence: typer.echo(f"Left out: {sentence}", err=True))
             typer.echo(json.dumps(strict(found), allow_nan=False, indent=1))
             return
-        text = make_page(records, tell=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
+        text = make_page(records, warn=lambda sentence: typer.echo(f"Not on the page: {sentence}", err=True))
     except ImportError as error:
         raise failed(f"The report needs {error.name}: pip install 'anybatch[report]'") from None
     except (anybatch.AnybatchError, OSError) as error:
@@ -52,7 +52,7 @@ def report(
 
 
 def _check(out: Path) -> None:
-    """Refuse to replace anything but a page: in `--out runs/*.jsonl` the first record would be the output."""
+    """Fail if `out` exists and is not a page: with `--out runs/*.jsonl` the first record would be the output."""
     try:
         if not out.exists():
             return
@@ -63,11 +63,11 @@ def _check(out: Path) -> None:
                 return
     except (OSError, ValueError) as error:
         raise failed(f"--out: cannot write {str(out)!r}: {getattr(error, 'strerror', None) or error}.") from None
-    raise failed(f"--out: {str(out)!r} exists and is no page, so it is left as it is: give another name.")
+    raise failed(f"--out: {str(out)!r} exists and is not a page, so it was not changed: give another name.")
 
 
 def _replace(out: Path, data: bytes) -> None:
-    """Write all of it or nothing."""
+    """Replace the file at once, so that it is never half written."""
     part = out.with_name(f".anybatch-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line and exit code 2 for whatever a user can get wrong."""
+"""Shared parts of the commands: options, tables, and errors as one line with exit code 2."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,7 @@ def words(text: str) -> list[str]:
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """The message with each argument of a function as the option that a user gave for it.
-
-    Args:
-        message: what the function says.
-        options: the option for each argument. One that is a plain word is replaced at the message's start alone.
-    """
+    """The message with the names of arguments replaced by options; plain words only at the message's start."""
     for name, option in options.items():
         start = "" if "_" in name else "^"
         message = re.sub(rf"{start}(?<![\w/.'\"-]){name}(?![\w/'\"-]|\.\w)", option, message)
@@ -30,13 +25,13 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
 
 
 def failed(message: str) -> typer.Exit:
-    """To be raised: the message on standard error, exit code 2."""
+    """Print the message on standard error; returns the exit to be raised, with code 2."""
     typer.echo(message, err=True)
     return typer.Exit(2)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> "Table":
-    """A table with a line a row, narrow enough for 80 columns where that can be; `left` columns hold words."""
+    """A table with small margins; the first `left` columns are aligned to the left."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -49,7 +44,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
 
 
 def fits(made: "Table", console: "Console") -> bool:
-    """Whether the terminal is wide enough for it."""
+    """Whether the terminal is wide enough for the table."""
     from rich.measure import Measurement
 
     return Measurement.get(console, console.options.update(max_width=1000), made).maximum <= console.width

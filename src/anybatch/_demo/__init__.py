@@ -1,4 +1,4 @@
-"""The proof: the digits at many batch sizes."""
+"""The demo: the digits trained at many batch sizes."""
 
 from anybatch._demo.digits import BASE_BATCH, LAST_RATE, LEARNING_RATE, MOMENTUM, RULES, digits, gradients, network
 from anybatch._demo.report import COLUMNS, cells, distances, write

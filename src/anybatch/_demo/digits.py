@@ -1,12 +1,12 @@
-"""The proof on real data: scikit-learn's handwritten digits, trained at many scales with one set of hyperparameters.
+"""scikit-learn's handwritten digits, trained at many scales with one set of hyperparameters.
 
-A small network is trained with ordinary SGD and momentum through `attach`. The learning rate and its schedule are those
-tuned at the base batch of 8 images; every other scale uses them as they are.
+`attach` trains a small network by SGD with momentum. The learning rate and its schedule were tuned at the base batch of
+8 images, and all other scales use them unchanged.
 
-How a step of S base batches is computed: on one rank in one vectorised pass. `torch.func.vmap` of the gradient gives
-the S gradients as one tensor a parameter, and `controller.observe` takes them as S micro-batches; a plain loop of S
-backwards gives the same moments and the same weights (tests/test_demo.py), only slower. With `ranks=2` each step really
-is that loop, in two processes under DistributedDataParallel.
+One rank computes a step of S base batches in one vectorised pass. `torch.func.vmap` of the gradient returns the S
+gradients as one tensor per parameter, and `controller.observe` takes them as S micro-batches. A plain loop of S
+backwards gives the same moments and weights (tests/test_demo.py), but is slower. Several ranks run that loop under
+DistributedDataParallel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,53 +36,35 @@ RULES = ("adascale", "lsw", "lsw+")
 
 @dataclass(frozen=True)
 class Task:
-    """One training run.
+    """One training run."""
 
-    Args:
-        rule: `"adascale"`, `"lsw"` or `"lsw+"`.
-        scales: the scale, or three: until a quarter of the run, until half of it, and to its end.
-        seed: of the weights and the data order.
-        total: base iterations of the run.
-        steps: for `"lsw+"`, the number of steps it is stretched to.
-        record: where the run is recorded.
-    """
-
-    rule: str
-    scales: tuple[int, ...]
-    seed: int
-    total: int
-    steps: int | None = None
-    record: str | None = None
+    rule: str  # `"adascale"`, `"lsw"` or `"lsw+"`
+    scales: tuple[int, ...]  # the scale, or three: for the first quarter of the run, the second, and the rest
+    seed: int  # seed of the weights and the data order
+    total: int  # base iterations of the run
+    steps: int | None = None  # for `"lsw+"`, the number of steps of the run
+    record: str | None = None  # path of the record
 
     @property
     def name(self) -> str:
-        """The scale as the table shows it."""
+        """The scale as text."""
         return "→".join(str(scale) for scale in self.scales)
 
     def scale_at(self, tau: float) -> int:
-        """The scale in force at `tau`: elastic runs change at a quarter and at half of the run."""
+        """The scale at `tau`; elastic runs change at a quarter and at half of the run."""
         changes = sum(tau >= share * self.total for share in (0.25, 0.5))
         return self.scales[min(changes, len(self.scales) - 1)]
 
 
 @dataclass
 class Result:
-    """What a run came to; the lists are taken at equal steps of tau.
-
-    Args:
-        task: the run.
-        iterations: optimizer steps.
-        accuracy: test accuracy at the end, in percent.
-        loss: training loss at the end.
-        mean_gain: `total / iterations` in AdaScale's runs, else nan.
-        tau, test_accuracy, test_loss: the curves.
-    """
+    """The results of a run; the lists are curves at equal steps of tau."""
 
     task: Task
-    iterations: int = 0
-    accuracy: float = float("nan")
-    loss: float = float("nan")
-    mean_gain: float = float("nan")
+    iterations: int = 0  # optimizer steps
+    accuracy: float = float("nan")  # test accuracy at the end, in percent
+    loss: float = float("nan")  # training loss at the end
+    mean_gain: float = float("nan")  # tau per iteration in AdaScale's runs, else nan
     tau: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
@@ -90,7 +72,7 @@ class Result:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 1797 images, 75 % for training: `(x [n, 64], y [n], x_test, y_test)`; pixels standardised."""
+    """The 1797 images with standardised pixels, 75 % for training: `(x [n, 64], y [n], x_test, y_test)`."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -108,7 +90,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def train(task: Task, *, vectorised: bool = True) -> Result:
-    """Train once, on this process's ranks, and evaluate at equal steps of tau."""
+    """Train once, on all ranks of the process group, and evaluate at equal steps of tau."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     x, y, _, _ = digits()
@@ -117,10 +99,11 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
     model: nn.Module = ddp or net
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / task.total))
+    warmup = anybatch.Linear(warmup=0.055, steps=task.steps if task.rule == "lsw+" else None)
     controller = anybatch.attach(
         optimizer,
         model=model,
-        rule=_rule(task),
+        rule=anybatch.AdaScale() if task.rule == "adascale" else warmup,
         scheduler=scheduler,
         total=task.total,
         base_batch=BASE_BATCH,
@@ -136,7 +119,8 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
         if ranks == 1 and vectorised and scale > 1:
             controller.observe(gradients(net, x[rows], y[rows]))
         else:
-            parts = list(_share(rows, rank=rank, ranks=ranks))
+            # This rank's share of the base batches, or of the one base batch.
+            parts = rows.flatten().chunk(ranks)[rank].chunk(max(1, scale // ranks))
             controller.micro_batch = parts[0].numel()
             for i, part in enumerate(parts):
                 with ddp.no_sync() if ddp and i < len(parts) - 1 else nullcontext():
@@ -156,14 +140,13 @@ def train(task: Task, *, vectorised: bool = True) -> Result:
 
 
 def train_group(scales: tuple[int, ...], seed: int, *, rules: Sequence[str], total: int, out: Path) -> Iterator[Result]:
-    """All rules at one scale (or one elastic sequence) from one seed; LSW+ takes as many steps as AdaScale did."""
+    """Train all rules at one scale or elastic sequence from one seed; LSW+ takes AdaScale's number of steps."""
     steps = None
     for rule in sorted(rules, key=RULES.index):
         if rule != "adascale" and (len(scales) > 1 or scales == (1,)):
-            continue  # at scale 1 all rules are one; elastic runs are AdaScale's
-        name = f"{rule}-S{'-'.join(map(str, scales))}-seed{seed}.jsonl"
-        record = out / "records" / name
-        record.unlink(missing_ok=True)  # of an earlier demo: a record would be continued
+            continue  # at scale 1 all rules are equal; elastic runs are AdaScale's
+        record = out / "records" / f"{rule}-S{'-'.join(map(str, scales))}-seed{seed}.jsonl"
+        record.unlink(missing_ok=True)  # else the run would append to an earlier demo's record
         result = train(Task(rule, scales, seed, total, steps=steps, record=str(record)))
         steps = result.iterations if rule == "adascale" else steps
         yield result
@@ -179,18 +162,6 @@ def evaluate(net: nn.Module, controller: anybatch.Controller, result: Result) ->
         result.test_loss.append(cross_entropy(logits, y).item())
     if result.task.record is not None:
         controller.log(accuracy=result.test_accuracy[-1], loss=result.test_loss[-1])
-
-
-def _rule(task: Task) -> anybatch.Rule:
-    if task.rule == "adascale":
-        return anybatch.AdaScale()
-    return anybatch.Linear(warmup=0.055, steps=task.steps if task.rule == "lsw+" else None)
-
-
-def _share(rows: Tensor, *, rank: int, ranks: int) -> Iterator[Tensor]:
-    """This rank's micro-batches of a step: its share of the base batches, or of the one base batch."""
-    mine = rows.flatten().chunk(ranks)[rank]
-    return iter(mine.chunk(max(1, len(rows) // ranks)))
 
 
 def gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:

@@ -6,17 +6,17 @@ from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 
-import matplotlib  # noqa: F401  # where it is missing, that shows before the training and not after it
+import matplotlib  # noqa: F401  # if it is missing, this raises before the training and not after it
 import torch
 
 import anybatch
-from anybatch._demo.digits import BASE_BATCH, Result
-from anybatch._demo.run import Curve, Plan, Row, curve, largest_distance, show
+from anybatch._demo.digits import BASE_BATCH, EVALUATIONS, Result
+from anybatch._demo.run import Curve, Plan, Row, curve, show
 from anybatch._record import read_columns, strict
 from anybatch._report import (
     BAND,
     INK,
-    SAYS,
+    METHOD,
     Block,
     Chart,
     Grid,
@@ -38,12 +38,11 @@ NAMES = {"adascale": "AdaScale", "lsw": "LSW", "lsw+": "LSW+"}
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table, as text; an accuracy significantly below scale 1 carries a mark."""
-    plural = not isnan(row.spread)  # of one seed there is no spread
+    """A row of the table as text; an asterisk marks an accuracy significantly below scale 1."""
     return (
         row.scale,
         NAMES[row.rule] if row.scale != "1" else "(any)",
-        show(row.accuracy, 1) + (f" ± {show(row.spread, 1)}" if plural else "") + (" *" if row.worse else ""),
+        show(row.accuracy, 1) + ("" if isnan(row.spread) else f" ± {row.spread:.1f}") + (" *" if row.worse else ""),
         show(row.loss, 4),
         f"{row.iterations:.0f}",
         show(row.gain, 1),
@@ -60,10 +59,18 @@ def curves(results: Sequence[Result], rule: str) -> dict[str, Curve]:
 
 
 def distances(results: Sequence[Result]) -> dict[str, tuple[float, float]]:
-    """For each scale, the largest distance of AdaScale's curve from that of scale 1, in accuracy and in test loss."""
+    """For each scale, the largest distance of AdaScale's curve from that of scale 1, in accuracy and in test loss.
+
+    The first quarter of the run is left out: there the curves are so steep that a shift of one step looks like a
+    difference.
+    """
     found = curves(results, "adascale")
-    base = found.pop("1")
-    return {name: largest_distance([c], base) for name, c in found.items()}
+    base, first = found.pop("1"), EVALUATIONS // 4
+
+    def largest(values: Sequence[float], base: Sequence[float]) -> float:
+        return max(abs(a - b) for a, b in zip(values[first:], base[first:], strict=True))
+
+    return {name: (largest(c.accuracy, base.accuracy), largest(c.loss, base.loss)) for name, c in found.items()}
 
 
 def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds: float) -> Path:
@@ -77,29 +84,29 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
     blocks: list[Block] = [
         Text(
             "A small network learns scikit-learn's handwritten digits with momentum SGD. Its learning rate and "
-            f"schedule were tuned at a batch of {BASE_BATCH}; a scale S trains with {BASE_BATCH} · S images a step and "
-            "nothing else changed. AdaScale measures how much of the larger batch is useful and goes that far; linear "
-            "scaling with warm-up (LSW) multiplies the learning rate by S; LSW+ gets as many steps as AdaScale took."
+            f"schedule were tuned at a batch of {BASE_BATCH}. At scale S a step takes {BASE_BATCH} · S images, and all "
+            "else is unchanged. AdaScale multiplies the learning rate by the measured gain. Linear scaling with "
+            "warm-up (LSW) multiplies it by S; LSW+ does so with AdaScale's number of steps."
         ),
         Table(COLUMNS, [cells(row) for row in rows], frozenset(i for i, row in enumerate(rows) if row.worse)),
         Text(
-            f"Means over {plan.seeds} seeds, {plan.total} base iterations. * significantly below scale 1 "
-            "(one-sided Welch test at 0.95), ± the standard deviation over seeds. Scales with arrows change at a "
+            f"Means over {plan.seeds} seeds, {plan.total} base iterations. An asterisk: significantly below scale 1 "
+            "(one-sided Welch test at 0.95). ±: the standard deviation over seeds. Scales with arrows change at a "
             "quarter and at half of the run.",
             note=True,
         ),
-        Heading("Against tau, the curves come together"),
+        Heading("Against tau, the curves coincide"),
         *_figure(_against_tau(plan, results), plan, plan.out / "against_tau.svg"),
         Text("Solid: AdaScale; dashed: LSW; mean over the seeds.", note=True),
-        *_apart(plan, results),
+        *_differences(plan, results),
     ]
     if "adascale" in plan.rules:
         words = (
-            "One seed. Nobody wrote a warm-up: while the loss falls fastest all samples agree, and the gain falls to a "
-            "few; then it grows with the noise, and the learning rate with it."
+            "One seed. No warm-up is configured: while the loss falls fastest, the noise is small and the gain falls "
+            "to a few. Then the gain and the learning rate grow with the noise."
         )
         figure = _figure(_against_steps(plan), plan, plan.out / "against_steps.svg")
-        blocks += [Heading("The warm-up appears by itself"), *figure, Text(words, note=True)]
+        blocks += [Heading("The gain acts as a warm-up"), *figure, Text(words, note=True)]
     blocks.append(
         Text(
             f"anybatch {anybatch.__version__}, torch {torch.__version__}, {plan.ranks} rank(s), {seconds:.0f} s. "
@@ -112,8 +119,8 @@ def write(plan: Plan, results: Sequence[Result], rows: Sequence[Row], *, seconds
     return target
 
 
-def _apart(plan: Plan, results: Sequence[Result]) -> list[Block]:
-    """How far from scale 1, where the curves above cannot be told from one another."""
+def _differences(plan: Plan, results: Sequence[Result]) -> list[Block]:
+    """The section on differences from scale 1, which the curves against tau do not show."""
     largest = distances(results)
     if not largest:
         return []
@@ -126,11 +133,11 @@ def _apart(plan: Plan, results: Sequence[Result]) -> list[Block]:
         charts.append(difference(f"test {name}: difference from scale 1", groups, "S = 1"))
     accuracy, loss = max(a for a, _ in largest.values()), max(b for _, b in largest.values())
     words = (
-        f"{SAYS} {BAND if plan.seeds > 1 else ''} Accuracy in points. Largest distance of an AdaScale curve's mean, "
-        f"those of changing scales too: {accuracy:.2f} points of accuracy, {loss:.4f} of test loss."
+        f"{METHOD} {BAND if plan.seeds > 1 else ''} Accuracy in points. Largest distance of the mean of AdaScale's "
+        f"curves, including changing scales: {accuracy:.2f} points of accuracy, {loss:.4f} of test loss."
     )
     return [
-        Heading("How far AdaScale is from scale 1"),
+        Heading("AdaScale's difference from scale 1"),
         *_figure(charts, plan, plan.out / "from_scale_1.svg"),
         Text(words, note=True),
     ]
@@ -161,7 +168,7 @@ def _against_steps(plan: Plan) -> list[Chart]:
 
 
 def _figure(charts: Sequence[Chart], plan: Plan, path: Path) -> list[Block]:
-    """The charts for the page; as a picture they are written into the file `path`."""
+    """The charts for the page; also writes them as a picture into the file `path`."""
     entries = [(f"S = {scale}", found, ()) for scale, found in _colours(plan).items()]
     dashed = any(line.dash for chart in charts for line in chart.lines)
     rules = [("AdaScale", INK, ()), ("LSW", INK, _DASHED)] if dashed else []

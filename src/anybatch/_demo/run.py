@@ -1,4 +1,4 @@
-"""Runs the demo's trainings on all cores, or on two ranks, and summarises them as a table."""
+"""Run the demo's trainings on all cores, or on several ranks, and summarise them as a table."""
 
 import queue
 import tempfile
@@ -24,27 +24,18 @@ Group = tuple[tuple[int, ...], int]  # scales, seed
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train.
+    """The trainings of a demo."""
 
-    Args:
-        scales: the scales, 1 among them.
-        rules: of `"adascale"`, `"lsw"`, `"lsw+"`.
-        seeds: runs of each.
-        total: base iterations of a run.
-        ranks: processes that share each step.
-        out: folder for the records.
-    """
-
-    scales: tuple[int, ...]
-    rules: tuple[str, ...]
-    seeds: int
-    total: int
-    ranks: int
-    out: Path
+    scales: tuple[int, ...]  # including 1
+    rules: tuple[str, ...]  # some of `"adascale"`, `"lsw"`, `"lsw+"`
+    seeds: int  # number of seeds
+    total: int  # base iterations of a run
+    ranks: int  # processes that share each step
+    out: Path  # folder for the records
 
     @property
     def groups(self) -> list[Group]:
-        """The groups of runs, the long ones first."""
+        """The groups of runs, longest runs first."""
         elastic = [each for each in ELASTIC if {each[0], each[-1]} <= {*self.scales} and "adascale" in self.rules]
         return [((s,), seed) for s in self.scales for seed in range(self.seeds)] + [
             (scales, seed) for scales in elastic for seed in range(self.seeds)
@@ -52,12 +43,12 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """How many trainings that makes."""
+        """The number of trainings."""
         return sum(len(self.rules) if len(scales) == 1 and scales != (1,) else 1 for scales, _ in self.groups)
 
 
 def run(plan: Plan) -> Iterator[Result]:
-    """Train everything; results come as they are done, in no particular order."""
+    """Train all groups; yields each result when its group is finished, in no particular order."""
     (plan.out / "records").mkdir(parents=True, exist_ok=True)
     yield from _on_ranks(plan) if plan.ranks > 1 else _on_cores(plan)
 
@@ -77,7 +68,7 @@ def _group(plan: Plan, scales: tuple[int, ...], seed: int) -> list[Result]:
 
 
 def _on_ranks(plan: Plan) -> Iterator[Result]:
-    """Every run on `plan.ranks` gloo processes; rank 0 sends the results."""
+    """Train all runs on `plan.ranks` gloo processes; rank 0 sends the results."""
     results: Any = get_context("spawn").Queue()
     with tempfile.TemporaryDirectory() as folder:
         context = start_processes(
@@ -89,7 +80,7 @@ def _on_ranks(plan: Plan) -> Iterator[Result]:
                     yield results.get(timeout=1.0)
                     break
                 except queue.Empty:
-                    context.join(timeout=0)  # raises what a process raised
+                    context.join(timeout=0)  # raises a process's error
         context.join()
 
 
@@ -112,27 +103,16 @@ def _one_thread() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a rule at a scale, means over the seeds.
+    """A row of the table: a rule at a scale, means over the seeds."""
 
-    Args:
-        scale: as a number, or `32→64→128`.
-        rule: the rule.
-        accuracy: mean test accuracy, percent.
-        spread: its standard deviation, nan for one seed.
-        loss: mean training loss.
-        iterations: mean number of optimizer steps.
-        gain: mean gain, nan for fixed rules.
-        worse: whether the accuracy is significantly below that of scale 1 (one-sided Welch test, 0.95).
-    """
-
-    scale: str
+    scale: str  # a number, or `32→64→128`
     rule: str
-    accuracy: float
-    spread: float
-    loss: float
-    iterations: float
-    gain: float
-    worse: bool
+    accuracy: float  # mean test accuracy, percent
+    spread: float  # standard deviation of the accuracy; nan for one seed
+    loss: float  # mean training loss
+    iterations: float  # mean number of optimizer steps
+    gain: float  # mean gain; nan for fixed rules
+    worse: bool  # whether the accuracy is significantly below that of scale 1 (one-sided Welch test, 0.95)
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:
@@ -165,17 +145,17 @@ def welch(values: Sequence[float], base: Sequence[float]) -> float:
     """The p-value of Welch's one-sided test that `values`, two or more, have a lower mean than `base`."""
     if any(map(isnan, (*values, *base))):
         return nan
-    mine, other = ((fmean(x), stdev(x), len(x)) for x in (values, base))
-    if mine[1] == other[1] == 0:  # no spread at all: the test has no denominator
-        return float(mine[0] >= other[0])
+    first, second = ((fmean(x), stdev(x), len(x)) for x in (values, base))
+    if first[1] == second[1] == 0:  # without a spread the test's denominator is 0
+        return float(first[0] >= second[0])
     from scipy.stats import ttest_ind_from_stats
 
-    return float(ttest_ind_from_stats(*mine, *other, equal_var=False, alternative="less").pvalue)
+    return float(ttest_ind_from_stats(*first, *second, equal_var=False, alternative="less").pvalue)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Means over the seeds at equal steps of tau, interpolated between a run's own points."""
+    """Means over the seeds at equal steps of tau, interpolated between each run's points."""
 
     tau: list[float]
     accuracy: list[float]
@@ -193,20 +173,6 @@ def curve(runs: Sequence[Result]) -> Curve:
     )
 
 
-def largest_distance(curves: Sequence[Curve], base: Curve, *, share: float = 0.25) -> tuple[float, float]:
-    """The largest distance from `base` in accuracy (points) and in test loss, from `share` of the run on.
-
-    Before that the curves are so steep that a distance along tau, of one step, looks like one in height.
-    """
-    first = int(share * (len(base.tau) - 1))
-    pairs = [
-        (abs(c.accuracy[i] - base.accuracy[i]), abs(c.loss[i] - base.loss[i]))
-        for c in curves
-        for i in range(first, len(base.tau))
-    ]
-    return (max(a for a, _ in pairs), max(b for _, b in pairs)) if pairs else (nan, nan)
-
-
 def show(value: float, digits: int) -> str:
-    """A number for the table; a dash where there is none."""
+    """A number for the table; a dash for nan."""
     return "–" if isnan(value) else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""What happened: one line of strict JSON for each step, written so that a kill loses nothing."""
+"""The record of a run: one line of strict JSON for each step. A kill tears at most the last line."""
 
 from anybatch._record.json import strict
 from anybatch._record.progress import progress_bar

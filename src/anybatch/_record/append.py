@@ -1,4 +1,4 @@
-"""AppendFile: lines appended by one writer, and what a kill, a full disk or a second writer may do to them."""
+"""AppendFile: lines appended by one writer, under kills, full disks and second writers."""
 
 import contextlib
 import errno
@@ -11,23 +11,15 @@ from typing import NoReturn
 
 from anybatch._errors import AnybatchWarning, InvalidValueError, UsageError
 
-_LOCK_BYTE = 0x7FFF0000  # Windows locks bytes, and a locked byte cannot be read: one beyond the end of any record
+_LOCK_BYTE = 0x7FFF0000  # Windows makes locked bytes unreadable: this one is beyond the end of any record
 _open_files: "weakref.WeakSet[AppendFile]" = weakref.WeakSet()
 
 
 class AppendFile:
-    """A file that only grows, by whole lines, and that this object alone writes to.
+    """A file that grows by whole lines, with this object as the only writer.
 
-    A line goes out in one write in append mode: a process killed before it leaves nothing, after it the line. A kill
-    in the middle of the write, or a disk that fills up there, tears this one line; the next starts on a line of its
-    own. The lock is the operating system's and ends with the process, however that ends.
-
-    Args:
-        path: the file; made with its folders, appended to where it exists.
-
-    Raises:
-        InvalidValueError: the file cannot be opened for writing.
-        UsageError: somebody else writes to it.
+    Each line is one write in append mode. A kill or a full disk during the write tears this line alone: the next one
+    starts on a new line. The operating system's lock ends with the process. A second writer gets a `UsageError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,18 +45,14 @@ class AppendFile:
         _open_files.add(self)
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be copied: in another process, or once this file is closed, the number names a file of others.
-
-        Raises:
-            UsageError: always.
-        """
+        """Raise: in another process, or after `close`, the descriptor's number belongs to another file."""
         raise UsageError(
-            f"A RunRecord is not copied or sent to another process: give it the path {str(self.path)!r}, of which each "
-            "process opens its own."
+            f"A RunRecord cannot be copied or sent to another process: pass the path {str(self.path)!r}, of which each "
+            "process opens its own RunRecord."
         )
 
     def first_line(self) -> bytes | None:
-        """The first line, at most 64 KiB of it; `None` where there is none."""
+        """At most 64 KiB of the first line; `None` for an empty file."""
         if os.fstat(self._file).st_size == 0:
             return None
         os.lseek(self._file, 0, os.SEEK_SET)
@@ -72,21 +60,15 @@ class AppendFile:
 
     @property
     def open(self) -> bool:
-        """Whether lines can be appended: not closed, and not of a process that was forked since."""
+        """Whether lines can be appended: false after `close` and in a forked process."""
         return self._file >= 0
 
     def append(self, line: bytes, *, needed: bool = False) -> None:
-        """Append a line, its newline included. What the disk does not take is lost, with one warning.
-
-        Args:
-            line: the bytes.
-            needed: do not lose it: what could not be written now goes before the next line.
-
-        Raises:
-            UsageError: the file is closed.
-        """
+        """Append a line, newline included. On a full disk it is lost with one warning, or if `needed` written later."""
         if not self.open:
-            raise UsageError(f"{str(self.path)!r} is closed, or was opened before this process was forked.")
+            raise UsageError(
+                f"{str(self.path)!r} is closed, or was opened before this process was forked: make a new RunRecord."
+            )
         try:
             self._write((b"\n" if self._torn else b"") + self._owed + line)
             self._owed = b""
@@ -95,14 +77,14 @@ class AppendFile:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{str(self.path)!r} could not be written: {error.strerror}. Training goes on; the file lacks what "
-                    "comes until it can be written again.",
+                    f"{str(self.path)!r} could not be written: {error.strerror}. Training continues; the file lacks "
+                    "all lines until it can be written again.",
                     AnybatchWarning,
                     stacklevel=2,
                 )
 
     def close(self) -> None:
-        """Close the file and let others write to it; closing twice does nothing."""
+        """Close and unlock the file; closing twice does nothing."""
         self._file = -1
         self._close()
 
@@ -116,15 +98,14 @@ class AppendFile:
                 self._torn = data[done - 1 : done] != b"\n"
 
     def _ends_torn(self) -> bool:
-        size = os.fstat(self._file).st_size
-        if size == 0:
+        if os.fstat(self._file).st_size == 0:
             return False
-        os.lseek(self._file, size - 1, os.SEEK_SET)
+        os.lseek(self._file, -1, os.SEEK_END)
         return os.read(self._file, 1) != b"\n"
 
 
 def _close(file: int) -> None:
-    with contextlib.suppress(OSError):  # a network disk may tell only now that it is full: there is nothing left to do
+    with contextlib.suppress(OSError):  # a full network disk may raise here, and nothing can be done
         os.close(file)
 
 
@@ -144,15 +125,15 @@ def _lock(file: int, path: Path) -> None:
             return  # a file system without locks
         raise UsageError(
             f"{str(path)!r} is being written by another run, or by an earlier one that is still open. End that "
-            "process, or detach() its controller, or close() its RunRecord, or give this run a file of its own. If it "
-            "is another rank that writes: give attach the path, or make the RunRecord on rank 0 alone."
+            "process, detach() its controller, close() its RunRecord, or give this run a file of its own. If another "
+            "rank is the writer, pass the path to attach, or make the RunRecord on rank 0 alone."
         ) from None
 
 
-def _forget_all() -> None:
+def _close_all() -> None:
     for file in list(_open_files):
         file.close()
 
 
-if hasattr(os, "register_at_fork"):  # a DataLoader's workers would hold the lock beyond their parent's death
-    os.register_at_fork(after_in_child=_forget_all)
+if hasattr(os, "register_at_fork"):  # else a DataLoader's workers would hold the lock after their parent's end
+    os.register_at_fork(after_in_child=_close_all)

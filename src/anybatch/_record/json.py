@@ -1,4 +1,4 @@
-"""Values as strict JSON has them."""
+"""Values as strict JSON."""
 
 import json
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def strict(value: Any) -> Any:
-    """The value with non-finite floats as None, for JSON has no nan, and what JSON does not know as its text.
+    """The value as strict JSON: non-finite floats become None, and other types become their text.
 
-    A lone surrogate, which no UTF-8 file may hold and which many readers refuse even when escaped, becomes its escape
-    as text: six plain characters.
+    A lone surrogate becomes its escape as six plain characters. UTF-8 has no surrogates, and many readers refuse even
+    escaped ones.
     """
     if isinstance(value, float):
         return value if isfinite(value) else None
@@ -24,7 +24,7 @@ def strict(value: Any) -> Any:
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:
-    """One line of a file of JSON lines: ASCII, so that no value can end the line or leave UTF-8."""
+    """One line of a file of JSON lines, in ASCII, so that no value contains a newline or invalid UTF-8."""
     return (json.dumps(strict(value), allow_nan=False) + "\n").encode("ascii")
 
 

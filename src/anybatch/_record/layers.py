@@ -1,4 +1,4 @@
-"""The moments of a step by layer: as a line of a record holds them, as a tracker gets them, and averaged over steps."""
+"""The moments of a step by layer: in a line of a record, in the numbers for a tracker, and averaged over steps."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,35 +14,24 @@ def as_json(layers: ByLayer) -> dict[str, list[float]]:
 
 
 def from_json(value: Any, *, number: Callable[[Any], float]) -> dict[str, Moments]:
-    """What `as_json` made, each number read by `number`.
-
-    Raises:
-        AttributeError: it is no object.
-        ValueError: it is one, of something else.
-    """
-    return {name: Moments(*(number(each) for each in _pair(found))) for name, found in value.items()}
+    """Invert `as_json`; raises AttributeError, TypeError or ValueError for any other value."""
+    return {name: Moments(number(variance), number(sqnorm)) for name, (variance, sqnorm) in value.items()}
 
 
 def as_numbers(layers: ByLayer) -> dict[str, float]:
-    """A name for each number."""
+    """Each variance and sqnorm under a name of its own."""
     pairs = {name: (("variance", found.variance), ("sqnorm", found.sqnorm)) for name, found in layers.items()}
     return {f"per_layer/{name}/{what}": value for name, pair in pairs.items() for what, value in pair}
 
 
-def averaged(looks: Iterable[ByLayer]) -> dict[str, Moments]:
-    """The mean of each layer's moments over the looks that have it and in which both are finite."""
+def averaged(steps: Iterable[ByLayer]) -> dict[str, Moments]:
+    """The mean of each layer's moments over the steps in which both moments are finite."""
     found: dict[str, list[Moments]] = {}
-    for look in looks:
-        for name, moments in look.items():
+    for step in steps:
+        for name, moments in step.items():
             if moments.finite:
                 found.setdefault(name, []).append(moments)
     return {
         name: Moments(sum(m.variance for m in each) / len(each), sum(m.sqnorm for m in each) / len(each))
         for name, each in found.items()
     }
-
-
-def _pair(value: Any) -> list[Any]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError
-    return value

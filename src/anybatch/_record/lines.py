@@ -1,14 +1,15 @@
-"""A line of a record, from its bytes: a step, a metric or a header.
+"""Parsing a line of a record: a step, a metric or a header.
 
-[Note: plain lines] The lines of steps that `RunRecord` writes differ in nothing but their numbers. One regular
-expression reads such a line in half the time that a JSON parser takes. It matches no text that JSON refuses, and none
-that JSON reads as another value. All other lines go through the JSON parser.
+[Note: plain lines] The lines of steps that `RunRecord` writes differ only in their numbers. One regular expression
+reads such a line in half the time of a JSON parser. It matches no text that JSON refuses, and none that JSON reads as
+another value. The JSON parser reads all other lines.
 """
 
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from math import isfinite, nan
 from operator import index
 from typing import Any
@@ -22,17 +23,17 @@ HEADER_START = b'{"kind": "header"'
 STEP_START = b'{"kind": "step"'
 METRIC_START = b'{"kind": "metric"'
 
-Groups = tuple[bytes | None, ...]  # the texts of some fields of a plain line; None for one that is not in it
+Groups = tuple[bytes | None, ...]  # the texts of some fields of a plain line; None for an absent field
 
 
 def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
-    """A step, a metric or a header; `None` for what is none of them."""
+    """The line as a step, a metric or a header; `None` for anything else."""
     try:
         plain = _PLAIN(text)
         if plain is not None:
             return _step(plain.groups())
     except (ValueError, TypeError, AttributeError, RecursionError):
-        pass  # layers that are none
+        pass  # the layers are invalid
     try:
         line = json.loads(text)
         kind = line["kind"]
@@ -48,18 +49,19 @@ def parsed(text: bytes) -> StepRecord | MetricRecord | dict[str, Any] | None:
     return None
 
 
-def matcher(names: Collection[str]) -> Callable[[bytes], "re.Match[bytes] | None"]:
-    """A function that matches a plain line of a step without layers; the groups are `names` in the fields' order."""
-    return _pattern(names, without=_LAYERS).fullmatch
-
-
-def in_order(names: Collection[str]) -> list[str]:
-    """The fields `names` of a step in their order."""
-    return [name for name in _CONVERT if name in names]
+def matcher(names: Collection[str], *, layers: bool = False) -> Callable[[bytes], "re.Match[bytes] | None"]:
+    """A function that matches a plain line of a step; its groups are `names` in the fields' order."""
+    pattern = re.escape(STEP_START)
+    for each in fields(StepRecord):
+        if layers or each.type in (float, int, bool):
+            value = b"(" if each.name in names else b"(?:"
+            found = b', "%s": %s%s)' % (each.name.encode(), value, _KINDS[each.type][1])
+            pattern += b"(?:%s)?" % found if each.name in _DEFAULTS else found
+    return re.compile(pattern + rb"\}\n?").fullmatch
 
 
 def numbers(name: str, column: Sequence[bytes | None]) -> list[float]:
-    """The values of one field as floats, from the texts of many plain lines; true is 1, false 0."""
+    """The values of one field as floats, from the texts of many plain lines; true becomes 1, false 0."""
     try:
         return list(map(float, column))  # type: ignore[arg-type]
     except (ValueError, TypeError):
@@ -81,19 +83,8 @@ def _step(texts: Groups) -> StepRecord:
     return StepRecord(*values)
 
 
-def _pattern(names: Collection[str], *, without: Collection[str] = ()) -> "re.Pattern[bytes]":
-    """Of a plain line: a group for each field of `names`, and no field of `without`."""
-    pattern = re.escape(STEP_START)
-    for each in fields(StepRecord):
-        if each.name not in without:
-            value = b"(" if each.name in names else b"(?:"
-            found = b', "%s": %s%s)' % (each.name.encode(), value, _KINDS[each.type][1])
-            pattern += b"(?:%s)?" % found if each.name in _DEFAULTS else found
-    return re.compile(pattern + rb"\}\n?")
-
-
 def _number(value: Any) -> float:
-    """A number; nan where the file has null, or what another program writes for numbers that are not finite."""
+    """A number; nan for null, and for the non-finite numbers of other programs."""
     unknown = value is None or (isinstance(value, float) and not isfinite(value))
     number = nan if unknown else real(value)
     if number is None:
@@ -107,18 +98,15 @@ def _count(value: Any) -> int:
     return index(value)
 
 
-def _layers(value: Any) -> dict[str, Moments]:
-    return from_json(value, number=_number)
-
-
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
-# For each type of a field: what makes a value of JSON one of it, and its text in a plain line. In JSON -0 is 0, for a
-# float it is -0.0, so it is not plain; nor is a number whose exponent may be beyond a float's. Nothing is tried twice.
+_layers = partial(from_json, number=_number)
+# For each type of a field: the conversion from JSON, and the pattern of its text in a plain line. The pattern excludes
+# -0, which is 0 in JSON and -0.0 as a float, and exponents that a float may not have. It does not backtrack.
 _KINDS: dict[Any, tuple[Callable[[Any], Any], bytes]] = {
     float: (_number, rb"(?:-(?!0[,}]))?+(?:0|[1-9]\d{0,17}+)(?:\.\d++)?+(?:e(?:-\d{1,3}|\+\d\d))?+|null"),
     int: (_count, rb"0|[1-9]\d{0,14}+"),
@@ -132,14 +120,13 @@ _READ: dict[Any, Callable[[bytes], Any]] = {
     Mapping[str, Moments]: lambda text: _layers(json.loads(text)),
 }
 _CONVERT = {each.name: _KINDS[each.type][0] for each in fields(StepRecord)}
-# What a line may lack, because it is older than the field.
+# The fields that a line of an older version may lack.
 _DEFAULTS: dict[str, Callable[[], Any]] = {
     each.name: each.default_factory if each.default is MISSING else lambda value=each.default: value  # type: ignore[misc]
     for each in fields(StepRecord)
     if each.default is not MISSING or each.default_factory is not MISSING
 }
-_LAYERS = [each.name for each in fields(StepRecord) if each.type == Mapping[str, Moments]]
 _FLOATS = [i for i, each in enumerate(fields(StepRecord)) if each.type is float]
 _OTHERS = [(i, _READ[each.type]) for i, each in enumerate(fields(StepRecord)) if each.type is not float]
 _OPTIONAL = [(i, _DEFAULTS[each.name]) for i, each in enumerate(fields(StepRecord)) if each.name in _DEFAULTS]
-_PLAIN = _pattern(_CONVERT).fullmatch
+_PLAIN = matcher(_CONVERT, layers=True)

@@ -9,23 +9,15 @@ from typing import Any
 from anybatch._errors import UsageError
 from anybatch._scaling import Clock
 
-_SECONDS = 0.1  # between two pictures; the eye needs no more, and a step may take microseconds
+_SECONDS = 0.1  # between two updates; a step may take microseconds
 
 
 @contextmanager
 def progress_bar(clock: Clock, *, shown: bool, values: Callable[[], str], console: Any) -> Iterator[None]:
-    """A bar that follows the clock while the context lasts.
+    """A bar that follows the clock inside of the context.
 
-    It is drawn from within the steps and not by a thread, which a fork of the process might copy in a bad moment.
-
-    Args:
-        clock: what it shows; without a total, a bar without an end.
-        shown: whether this rank may write at all.
-        values: the text beside the bar.
-        console: a `rich.console.Console`; `None` for the terminal behind standard error.
-
-    Raises:
-        UsageError: rich is not installed.
+    The steps draw it, not a thread: a fork of the process could copy a thread's locks. Without a total the bar has no
+    end. `values` returns the text beside the bar; `console` is of rich, or `None` for standard error.
     """
     try:
         from rich.console import Console
@@ -44,7 +36,7 @@ def progress_bar(clock: Clock, *, shown: bool, values: Callable[[], str], consol
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()) as bar:
-        # rich's own type says int here, and float everywhere else.
+        # rich annotates int here, and float everywhere else.
         task = bar.add_task(values(), total=clock.total, completed=clock.tau)  # type: ignore[arg-type]
         drawn = time.monotonic()
 

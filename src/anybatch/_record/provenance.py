@@ -1,4 +1,4 @@
-"""Where a run comes from: what a record's header says of the software, the machine and the configuration."""
+"""Provenance of a run for a record's header: software, machine and configuration."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from anybatch._version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Time, versions, machine, seed, and the commit of the working directory, `None` where it is in no repository."""
+    """Time, versions, machine, seed, and the working directory's commit; `None` outside of a repository."""
     return {
         "time": time.time(),
         "anybatch": __version__,
@@ -39,7 +39,9 @@ def run_config(
     ranks: int,
     trained: Sequence[Tensor],
 ) -> dict[str, Any]:
-    """What a controller knows of its run."""
+    """The configuration of a controller's run."""
+    device = trained[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
         "rule": repr(rule),
         **{name: getattr(rule, name, None) for name in ("estimator", "smoothing", "decays")},
@@ -49,7 +51,7 @@ def run_config(
         "total": total,
         **vars(batch),
         "ranks": ranks,
-        "device": _device_name(trained[0].device),
+        "device": name,
         "parameters": sum(p.numel() for p in trained),
     }
 
@@ -59,15 +61,10 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-
-
 def _commit() -> str | None:
     try:
-        git = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, timeout=5, check=False, text=True
-        )
+        command = ["git", "rev-parse", "--verify", "HEAD"]
+        git = subprocess.run(command, capture_output=True, timeout=5, check=False, text=True)
     except (OSError, subprocess.SubprocessError, UnicodeError):
         return None
     return git.stdout.strip() if git.returncode == 0 else None

@@ -1,9 +1,9 @@
-"""What a record holds: one strict JSON object a line, a header before the steps of each start.
+"""The content of a record: one strict JSON object a line, with a header before the steps of each start.
 
-[Note: one run] A run that was killed and resumed from a checkpoint has taken the steps after it twice, and both are in
-the file, which only grows. The steps that count are those that the weights went through: where the first step after a
-header has number n, all earlier lines of steps n and above are superseded, and readers pass over them. So a record
-reads as one run, whatever happened; a run that starts from nothing in an old file supersedes all of it.
+[Note: one run] A run that resumes from a checkpoint repeats the steps after the checkpoint, and the file holds them
+twice. If the first step after a header has number n, all earlier lines of steps n and above are superseded. Readers
+skip superseded lines, so a record reads as one run: the steps that led to the final weights. A run that starts from
+nothing in an old file supersedes all of it.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ RECORD_VERSION = 2  # 2: metrics, and a header with provenance
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. Numbers that are not known or not finite are null in the file and nan here.
+    """One optimizer step. Unknown and non-finite numbers are null in the file and nan here.
 
     Args:
-        step: steps counted so far, this one included.
+        step: steps counted so far, including this one.
         tau: the clock after the step, base iterations.
-        iterations: how far this step moved the clock.
+        iterations: how far this step advanced the clock.
         scale: S.
-        count: N, micro-batches on all ranks; 0 where nothing was counted.
+        count: N, micro-batches on all ranks; 0 if nothing was counted.
         raw_variance: this step's own estimate of sigma^2, grad^2.
         raw_sqnorm: this step's own estimate of mu^2, grad^2.
         variance: the averaged sigma^2.
@@ -34,13 +34,13 @@ class StepRecord:
         gain: r.
         lr: the learning rate applied to the first parameter group.
         lr_factor: its factor on the base learning rate.
-        noise_scale: B_simple in examples, or in base batches where no base batch was given.
+        noise_scale: B_simple in examples, or in base batches if no base batch was given.
         seconds: wall time since the previous step.
-        skipped: whether the step was not counted, because of a non-finite gradient.
-        metric_variance: the averaged sigma^2 in Adam's metric; nan where it was not measured, as in older records.
+        skipped: whether the step was skipped, because of a non-finite gradient.
+        metric_variance: the averaged sigma^2 in Adam's metric; nan if not measured, as in older records.
         metric_sqnorm: the averaged mu^2, likewise.
-        per_layer: `raw_variance` and `raw_sqnorm` by layer, which add up to them, at a step that
-            `RunRecord(per_layer=...)` measured so; else empty, and then not in the file.
+        per_layer: `raw_variance` and `raw_sqnorm` split by layer, at a step that `RunRecord(per_layer=...)`
+            measured; else empty, and absent from the file.
     """
 
     step: int
@@ -65,12 +65,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """Results of an evaluation, given to `controller.log`.
+    """Results of an evaluation, passed to `controller.log`.
 
     Args:
-        step: steps counted until then.
-        tau: the clock then, base iterations.
-        values: the results by their names; nan where they were not finite.
+        step: steps counted at the evaluation.
+        tau: the clock at the evaluation, base iterations.
+        values: the results by name; nan if not finite.
     """
 
     step: int
@@ -80,16 +80,15 @@ class MetricRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """A record that was read.
+    """The content of a record.
 
     Args:
         config: the header's configuration.
-        steps: the steps that led to the run's end, in their order; without those that a resume took again.
-        torn: lines that could not be read: at most the last one, and one for each time the run was killed.
+        steps: the steps that led to the run's end, in order, without steps that a resume repeated.
+        torn: unreadable lines: at most the last one, and one for each kill of the run.
         metrics: the results of evaluations, likewise.
-        header: versions, machine, commit, seed and configuration, as the run ended: the header under which the last
-            of these steps was taken.
-        ranks: how many processes shared the steps, in ascending order; two or more where a resume changed it.
+        header: versions, machine, commit, seed and configuration, from the header before the last of these steps.
+        ranks: the numbers of processes that shared the steps, in ascending order; several if a resume changed it.
     """
 
     config: dict[str, Any]
@@ -100,21 +99,22 @@ class Run:
     ranks: tuple[int, ...] = ()
 
     def per_layer(self, begin: float = 0.0, end: float = inf) -> dict[str, Moments]:
-        """Variance and sqnorm of each layer, averaged over the steps that were looked at with `begin < tau <= end`.
+        """Variance and sqnorm of each layer, averaged over the steps measured by layer with `begin < tau <= end`.
 
             variance_l = mean over steps of tr Cov(g_l)         sqnorm_l = mean over steps of ||E g_l||^2
 
-        in the unit of one base batch. Of single steps both are noisy, sqnorm more than variance, and may be negative:
-        take a window of ten looks or more. Its noise scale is in base batches; times `config["base_batch"]`, in
-        examples. That of the whole is not their mean, but their mean with sqnorm as weights.
+        The unit is one base batch. The moments of single steps are noisy, sqnorm more than variance, and may be
+        negative: use a window of ten measurements or more. `Moments.noise_scale` is in base batches; multiply it by
+        `config["base_batch"]` for examples. The noise scale of the whole model is the mean of the layers' weighted by
+        sqnorm.
 
         Args:
-            begin: where the window begins, base iterations.
-            end: where it ends.
+            begin: the window's begin, base iterations.
+            end: the window's end, base iterations.
 
         Returns:
-            The moments by layer, in the model's order: a module under its name in the model, weight and bias together,
-            a parameter of the model itself under its own. Empty where no step was looked at.
+            The moments by layer, in the model's order. A module's weight and bias are one layer, under the module's
+            name; a parameter of the model itself has its own name. Empty if no step was measured by layer.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -132,6 +132,6 @@ class Run:
             (['0', '2'], True)
 
         Source:
-            McCandlish et al. 2018, Appendix A.1, for each layer by itself.
+            McCandlish et al. 2018, Appendix A.1, applied to each layer.
         """
         return averaged(step.per_layer for step in self.steps if begin < step.tau <= end)

@@ -19,22 +19,22 @@ from anybatch._scaling import check_steps
 class RunRecord:
     """Appends a run's steps to a file of JSON lines, under a header with versions, machine, commit, seed and config.
 
-    A run killed at any moment loses at most the line being written. A full disk stops the record, not the training,
-    with one warning. A resumed run appends to the same file, which then reads as one run. Nothing is forced to the
-    disk: a power cut may take the last seconds.
+    A kill costs at most the line being written. A full disk stops the record with one warning, and the training
+    continues. A resumed run appends to the same file, which then reads as one run. The file is not synced to the disk:
+    a power cut may cost the last seconds.
 
     Args:
-        path: the file; made with its folders, appended to where it exists.
-        config: any JSON values that say what the run was; stored in the header. Values with the name of
-            something that a controller tells of itself lie under "given" there.
-        per_layer: every how many steps the noise is measured by layer; a whole number, 1 or more. The first step is
-            measured, and then each step after so many more have counted; `Run.per_layer` averages what was found.
-            Such a step takes a norm of its own of each gradient, and changes nothing of the training. `None`: no step.
+        path: the file; created with its folders, or appended to.
+        config: any JSON values that describe the run; stored in the header. Values with the name of one of the
+            controller's own are under "given" there.
+        per_layer: number of steps between measurements of the noise by layer; a whole number, 1 or more. The first
+            step is measured, and then each step after `per_layer` counted ones; `Run.per_layer` averages the results.
+            A measured step takes one more norm of each gradient, and the training is unchanged. `None`: no step.
 
     Raises:
-        InvalidValueError: the file cannot be written, or is not a record; `per_layer` is no number of steps.
-        StateError: it was written by a newer anybatch.
-        UsageError: another run writes to it.
+        InvalidValueError: the file cannot be written, or is not a record; `per_layer` is not a number of steps.
+        StateError: a newer anybatch wrote the file.
+        UsageError: another run writes to the file.
 
     Example:
         >>> record = anybatch.RunRecord(tmp_path / "run.jsonl", config={"task": "digits"})
@@ -62,51 +62,49 @@ class RunRecord:
         except (InvalidValueError, StateError):
             self._file.close()
             raise
-        self._begun = False  # the header waits for the controller, which knows more of the run, or for the first line
+        self._begun = False  # the controller, or else the first line, writes the header
 
     @property
     def per_layer(self) -> int | None:
-        """Every how many steps the noise is measured by layer; `None`: at no step."""
+        """Number of steps between measurements by layer; `None`: no step is measured by layer."""
         return self._per_layer
 
     def begin(self, config: Mapping[str, Any], *, holder: object | None = None) -> None:
-        """Append a header: what follows starts anew, with what `config` tells of it, or goes on from a checkpoint.
+        """Append a header: the following lines are of a new run, or of a run that resumes.
 
         Args:
-            config: what the run is; if empty, what it was.
-            holder: who writes from now on, until it calls `release`.
+            config: the controller's configuration; if empty, as in the last header.
+            holder: the only writer until it calls `release`.
 
         Raises:
-            UsageError: somebody else does, or the record is closed.
+            UsageError: the record has another holder, or is closed.
         """
         if holder is not None:
             if self._held_by() not in (None, holder):
                 raise UsageError(
-                    f"Another controller writes to the record {str(self.path)!r}: detach() it first, or give this one "
-                    "a RunRecord of its own."
+                    f"Another controller writes to the record {str(self.path)!r}: detach() that controller, or give "
+                    "this one a RunRecord of its own."
                 )
             self._holder = weakref.ref(holder)
         self._known = dict(config) or self._known
         self._begun = True
-        header = {"kind": "header", "version": RECORD_VERSION, **environment(), "config": self._config()}
+        # The user's values that the controller's would hide are under "given".
+        taken = {*self._known, "given"} if self._user.keys() & self._known.keys() else set()
+        given = {name: value for name, value in self._user.items() if name in taken}
+        config = {**self._user, **self._known, **({"given": given} if given else {})}
+        header = {"kind": "header", "version": RECORD_VERSION, **environment(), "config": config}
         self._file.append(json_line(header), needed=True)
 
     def release(self, holder: object) -> None:
-        """End what `begin` gave to `holder`."""
+        """Let others write, if `holder` is the record's holder."""
         if self._held_by() is holder:
             self._holder = None
 
     def _held_by(self) -> object | None:
         return self._holder and self._holder()
 
-    def _config(self) -> dict[str, Any]:
-        """The user's values and the controller's; those that the latter would hide lie under "given"."""
-        taken = {*self._known, "given"} if self._user.keys() & self._known.keys() else set()
-        given = {name: value for name, value in self._user.items() if name in taken}
-        return {**self._user, **self._known, **({"given": given} if given else {})}
-
     def write(self, line: StepRecord | MetricRecord) -> None:
-        """Append one step, or one evaluation."""
+        """Append one step or one evaluation."""
         self._begin_once()
         kind, values = "metric", dict(vars(line))
         if isinstance(line, StepRecord):
@@ -126,17 +124,17 @@ class RunRecord:
 
 
 def _check(file: AppendFile) -> None:
-    """Refuse to append to what is not a record. A first header that a kill has torn is one."""
+    """Raise if the file is not a record. A file with a torn first header is one."""
     first = file.first_line()
     if first is None:
         return
     header = parsed(first)
     if isinstance(header, dict) and header["version"] > RECORD_VERSION:
         raise StateError(
-            f"{str(file.path)!r} has record version {header['version']}, this anybatch writes {RECORD_VERSION}: "
-            "upgrade anybatch, or give this run a file of its own."
+            f"{str(file.path)!r} has record version {header['version']}. This anybatch writes version "
+            f"{RECORD_VERSION}: upgrade anybatch, or give this run a file of its own."
         )
     if not first or not first.startswith(HEADER_START[: len(first)]):
         raise InvalidValueError(
-            f"{str(file.path)!r} is not an anybatch record, and is left as it is: give this run a file of its own."
+            f"{str(file.path)!r} is not an anybatch record and was not changed: give this run a file of its own."
         )

@@ -1,7 +1,7 @@
 """Pages and figures about recorded runs and forecasts."""
 
 from anybatch._report.chart import Chart, Legend, Line
-from anybatch._report.difference import BAND, SAYS, difference
+from anybatch._report.difference import BAND, METHOD, difference
 from anybatch._report.figure import INK, colour
 from anybatch._report.forecast import plot
 from anybatch._report.layers import LayerChart, LayerMap, layer_legend, layer_map, levels
@@ -14,7 +14,7 @@ from anybatch._report.words import duration
 __all__ = [
     "BAND",
     "INK",
-    "SAYS",
+    "METHOD",
     "Block",
     "Chart",
     "Grid",

@@ -1,12 +1,12 @@
-"""Charts of a page: lines over two axes, what they mean, and what they come to under the pointer."""
+"""Charts of a page: lines over two axes, with a legend and with values under the pointer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import nan
 from typing import TYPE_CHECKING
 
-from anybatch._report.figure import INK, blank, css, house, inline, numbers, widest
+from anybatch._report.figure import INK, blank, css, inline, numbers, project_style, widest
 from anybatch._report.page import inert, visible
 from anybatch._report.points import Point, seen
 from anybatch._report.words import short_number
@@ -15,58 +15,41 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 380, 236
-_LEAST_LEFT = 0.12  # of the width, for the numbers upwards; more where they are long
-_GAP = 6  # pixels between them and the edge
-_ALONE = 4.5  # pixels of a point that no line leads to: one evaluation must be seen
-_AUTO_LOG = 30  # the ratio of the largest value to the smallest from which an axis is logarithmic
-_STRIPS = 32  # of the chart from left to right, each of which shows its values under the pointer
+_LEAST_LEFT = 0.12  # share of the width for the vertical axis's numbers; more for long ones
+_GAP = 6  # pixels between these numbers and the edge
+_ALONE = 4.5  # pixels of a point without a line, such as a single evaluation
+_AUTO_LOG = 30  # an axis is logarithmic above this ratio of the largest to the smallest value
+_STRIPS = 32  # vertical strips of the chart, each with the values under the pointer
 _NAMED = 12  # lines whose values a strip shows
 
-Dash = tuple[float, ...]  # lengths of dashes and gaps by turns; none: a whole line
+Dash = tuple[float, ...]  # alternating lengths of dashes and gaps; empty for a solid line
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line or dots.
+    """A line or dots."""
 
-    Args:
-        points: pairs of x and y; where one is not finite, the line has a gap.
-        name: shown where the pointer rests on it.
-        colour: as `#rrggbb`.
-        dash: how it is broken.
-        dots: whether the points are drawn as dots in place of a line.
-        band: for each x the low and the high end of a band behind the line.
-    """
-
-    points: Sequence[Point]
-    name: str
-    colour: str = INK
-    dash: Dash = ()
-    dots: bool = False
-    band: Sequence[tuple[float, float, float]] = ()
+    points: Sequence[Point]  # pairs of x and y; a non-finite y is a gap
+    name: str  # shown under the pointer
+    colour: str = INK  # as `#rrggbb`
+    dash: Dash = ()  # lengths of dashes and gaps
+    dots: bool = False  # whether to draw dots instead of a line
+    band: Sequence[tuple[float, float, float]] = ()  # for each x the low and the high end of a band behind the line
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over two axes; the vertical one is logarithmic where its values are positive and far apart.
+    """Lines over two axes; the vertical axis is logarithmic if its values are positive and far apart."""
 
-    Args:
-        title: what is drawn upwards.
-        across: what is drawn to the right.
-        lines: the lines; one without a point that can be drawn is left out.
-        log_x: whether the horizontal axis is logarithmic.
-        log_y: whether the vertical one is, whatever its values.
-    """
-
-    title: str
-    across: str
-    lines: Sequence[Line]
-    log_x: bool = False
-    log_y: bool = False
+    title: str  # the quantity on the vertical axis
+    across: str  # the quantity on the horizontal axis
+    lines: Sequence[Line]  # lines without a point that can be drawn are dropped
+    log_x: bool = False  # whether the horizontal axis is logarithmic
+    log_y: bool = False  # whether the vertical axis is logarithmic for all values
 
     @property
     def height(self) -> int:
-        """Of the picture, in pixels."""
+        """The picture's height in pixels."""
         return HEIGHT
 
     @property
@@ -75,16 +58,16 @@ class Chart:
         return not self._settled().lines
 
     def html(self) -> str:
-        """The figure; nothing where it is empty."""
+        """The figure with its title; empty if there is nothing to draw."""
         drawn = self.svg()
         return f"<figure><figcaption>{inert(self.title)}</figcaption>{drawn}</figure>" if drawn else ""
 
     def svg(self) -> str:
-        """The picture alone, `WIDTH` by `HEIGHT`; nothing where it is empty."""
+        """The picture without its title, `WIDTH` by `HEIGHT`; empty if there is nothing to draw."""
         chart = self._settled()
         if not chart.lines:
             return ""
-        with house():
+        with project_style():
             figure, [axes] = blank(width=WIDTH, height=HEIGHT)
             figure.subplots_adjust(left=_LEAST_LEFT, right=0.985, top=0.97, bottom=0.18)
             chart.draw(axes)
@@ -94,7 +77,7 @@ class Chart:
             return inline(figure, f"{self.title} against {self.across}", titles)
 
     def draw(self, axes: "Axes") -> None:
-        """Draw on axes of matplotlib, within `house()`."""
+        """Draw on axes of matplotlib, within `project_style()`."""
         chart = self._settled()
         axes.set(xscale="log" if chart.log_x else "linear", yscale="log" if chart.log_y else "linear")
         axes.set_xlabel(visible(self.across))
@@ -107,7 +90,7 @@ class Chart:
         numbers(axes.yaxis, log=chart.log_y)
 
     def values(self, low: float, high: float) -> str:
-        """The lines' last values between two places, the highest first, as in the picture; nothing without any."""
+        """The lines' last values with `low <= x < high`, the highest first; empty if there are none."""
         found = []
         for line in self.lines:
             inside = [(x, y) for x, y in line.points if low <= x < high and seen(y)]
@@ -120,8 +103,10 @@ class Chart:
         return "\n".join([f"{self.across} {' to '.join(ends)}", *named, *more])
 
     def _settled(self) -> "Chart":
-        """The same chart with its scales decided, the points that cannot be drawn as nan, and no empty line."""
-        ys = [y for line in self.lines for x, y in _extent(line) if seen(x, log=self.log_x) and seen(y)]
+        """The same chart with `log_y` decided, nan for the points that cannot be drawn, and no empty line."""
+        points = [point for line in self.lines for point in line.points]
+        points += [(x, y) for line in self.lines for x, *ends in line.band for y in ends]
+        ys = [y for x, y in points if seen(x, log=self.log_x) and seen(y)]
         log_y = self.log_y or (bool(ys) and min(ys) > 0 and max(ys) / min(ys) > _AUTO_LOG)
         lines = []
         for line in self.lines:
@@ -138,7 +123,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Legend:
-    """What the lines of charts mean: their name, colour and dash each, and a word on what is left out."""
+    """The legend of charts: a name, colour and dash for each line, and a note."""
 
     entries: Sequence[tuple[str, str, Dash]]
     more: str = ""
@@ -159,12 +144,9 @@ def _draw(axes: "Axes", line: Line, gid: str) -> None:
     xs, ys = zip(*line.points, strict=True)
     drawn = [False, *map(seen, ys), False]
     alone = [i for i in range(len(ys)) if drawn[i + 1] and not drawn[i] and not drawn[i + 2]]
-    style = {"ls": "", "ms": 8} if line.dots else {"ls": _style(line.dash), "ms": _ALONE, "markevery": alone}
+    dash = (0, line.dash) if line.dash else "-"
+    style = {"ls": "", "ms": 8} if line.dots else {"ls": dash, "ms": _ALONE, "markevery": alone}
     axes.plot(xs, ys, color=line.colour, marker="o", mew=0, clip_on=False, gid=gid, **style)
-
-
-def _style(dash: Dash) -> str | tuple[int, Dash]:
-    return (0, dash) if dash else "-"
 
 
 def _last(line: Line, across: str) -> str:
@@ -173,7 +155,7 @@ def _last(line: Line, across: str) -> str:
 
 
 def _strips(axes: "Axes", chart: Chart) -> list[str]:
-    """Cut the axes into strips, each to the middle between its own points and the next; returns their values."""
+    """Divide the axes into strips around the points; returns the strips' tooltips."""
     from matplotlib.patches import Rectangle
 
     to_data = axes.transAxes + axes.transData.inverted()
@@ -185,10 +167,3 @@ def _strips(axes: "Axes", chart: Chart) -> list[str]:
         strip.set_gid(f"strip{i}")
         axes.add_artist(strip)
     return list(found.values())
-
-
-def _extent(line: Line) -> Iterator[Point]:
-    yield from line.points
-    for x, low, high in line.band:
-        yield x, low
-        yield x, high

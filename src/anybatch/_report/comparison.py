@@ -1,4 +1,4 @@
-"""Forecasts from some of the runs against what the others came to."""
+"""Forecasts from some of the runs against the steps that other runs took."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,35 +9,29 @@ from typing import Any
 
 import anybatch
 from anybatch._forecast import Estimate
+from anybatch._report.points import spread
 from anybatch._report.summary import Summary
 
-# What may differ between two runs of one configuration: the batch and its parts, chance and the machine.
+# The values that may differ between two runs of one configuration.
 _FREE = ("scale", "micro_batch", "ranks", "device", "seed", "batch", "batch_size")
-_SOURCES = 12  # half a second each
+_SOURCES = 12  # forecasts; each takes half a second
 _SCALES = 8
 _GROUPS = 4
-_LEAST, _MOST = 1e-3, 1e6  # scales that are forecast
+_LEAST, _MOST = 1e-3, 1e6  # the range of forecast scales
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One configuration at several scales.
+    """One configuration at several scales."""
 
-    Args:
-        happened: the mean iterations of the finished runs at each scale, in ascending order.
-        counts: how many runs that is, by scale.
-        forecasts: for each run that shows a variance, the iterations at each of these scales.
-        notes: why a run is not in it.
-    """
-
-    happened: dict[float, float]
-    counts: dict[float, int]
-    forecasts: list[tuple[Summary, dict[float, Estimate]]]
-    notes: list[str]
+    happened: dict[float, float]  # the mean iterations of the finished runs at each scale, in ascending order
+    counts: dict[float, int]  # the number of finished runs at each scale
+    forecasts: list[tuple[Summary, dict[float, Estimate]]]  # forecast iterations by scale, for each measured run
+    notes: list[str]  # for each run without a forecast, the reason
 
 
 def compare(runs: Sequence[Summary]) -> list[Comparison]:
-    """A comparison for each configuration of AdaScale that was run to its end at two scales or more."""
+    """A comparison for each configuration of AdaScale with finished runs at two scales or more."""
     groups: dict[str, list[Summary]] = {}
     for run in runs:
         if run.rule == "AdaScale" and run.iterations and isfinite(run.total):
@@ -48,7 +42,7 @@ def compare(runs: Sequence[Summary]) -> list[Comparison]:
 
 def _comparison(runs: Sequence[Summary]) -> Comparison | None:
     ended = [run for run in runs if run.finished and run.constant and _LEAST <= run.scale <= _MOST]
-    scales = _spread(sorted({run.scale for run in ended}))
+    scales = spread(sorted({run.scale for run in ended}), _SCALES)
     sources = [run for run in _in_turn(runs) if run.measured][:_SOURCES]
     if not any(run.scale != scale for run in sources for scale in scales):
         return None
@@ -69,29 +63,22 @@ def _comparison(runs: Sequence[Summary]) -> Comparison | None:
 def _key(run: Summary) -> str:
     try:
         return json.dumps(_bound(run.config), sort_keys=True)
-    except RecursionError:  # so deep that it is compared with none
+    except RecursionError:  # too deep to be compared
         return str(run.path)
 
 
 def _bound(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same, also of the user's values under "given"."""
+    """The values that must be the same, including the user's values under "given"."""
     given = config.get("given")
     parts = [config, {"given": {k: v for k, v in given.items() if k not in _FREE}} if isinstance(given, dict) else {}]
     return {k: v for part in parts for k, v in part.items() if k not in _FREE}
 
 
 def _in_turn(runs: Sequence[Summary]) -> list[Summary]:
-    """The first run of each scale, the small ones first, then the second ones: what is cut off is the repetitions."""
+    """The first run of each scale in ascending order, then the second runs: a cut drops repetitions first."""
     seen: dict[str, int] = {}
     turns = []
     for run in runs:
         turns.append((seen.setdefault(run.scales, 0), run.scale))
         seen[run.scales] += 1
     return [run for _, run in sorted(zip(turns, runs, strict=True), key=lambda pair: pair[0])]
-
-
-def _spread(scales: Sequence[float]) -> list[float]:
-    """At most `_SCALES` of them, the ends included."""
-    if len(scales) <= _SCALES:
-        return list(scales)
-    return [scales[round(i * (len(scales) - 1) / (_SCALES - 1))] for i in range(_SCALES)]

@@ -1,9 +1,9 @@
-"""The one room where pictures are drawn: matplotlib in the project's style, as a file or as SVG inside of a page.
+"""Drawing: matplotlib in the project's style, as a file or as SVG inside of a page.
 
-Matplotlib draws all of them, for it is there already, keeps a page small and free of scripts, and makes the PNG files
-for the docs by the same code. Plotly, Bokeh and Vega-Lite have livelier tooltips, but bring 0.9 to 4.8 MB of script to
-each page, which then shows nothing where scripts are off, as in a mail; pygal's page is larger still and has no bands.
-What matplotlib does not know, a page's colours in light and dark and words under the pointer, is put into its SVG here.
+Matplotlib keeps a page small and free of scripts, and draws the PNG files of the docs by the same code. Plotly, Bokeh
+and Vega-Lite have better tooltips, but add 0.9 to 4.8 MB of script to each page. Without scripts, as in a mail, such a
+page is empty. pygal's pages are larger still, and it has no bands. This module adds to matplotlib's SVG what it lacks:
+a page's colours in light and dark mode, and tooltips.
 """
 
 import io
@@ -16,16 +16,16 @@ from xml.etree import ElementTree
 from anybatch._report.page import LIGHT, visible
 from anybatch._report.words import short_number
 
-if TYPE_CHECKING:  # only those who draw need matplotlib: the words of this wing are for everyone
+if TYPE_CHECKING:  # only drawing needs matplotlib
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, SOFT, LINE, PAPER = (LIGHT[name] for name in ("ink", "soft", "line", "paper"))
-# From the smallest scale to the largest. Each reads on white and on near-black (contrast of 3 or more on both), and
-# blue to amber holds for the colour-blind.
+# From the smallest scale to the largest. Each has a contrast of 3 or more on white and on near-black, and the
+# colour-blind can distinguish blue to amber.
 RAMP = ("#2f7fdb", "#7a6ae0", "#b356c4", "#d9508a", "#dd5f4a", "#c27a12")
-_HOUSE = {
+_STYLE = {
     "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.grid": True, "axes.labelcolor": SOFT,
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.titlecolor": INK,
     "axes.titlesize": "medium", "axes.titleweight": "bold", "figure.constrained_layout.h_pad": 0.08,
@@ -34,20 +34,20 @@ _HOUSE = {
     "text.color": SOFT, "text.parse_math": False,  # a run may be called $x$
     "xtick.bottom": False, "xtick.color": SOFT, "ytick.color": SOFT, "ytick.left": False,
 }  # fmt: skip
-_PIXELS = 72  # of an SVG, an inch
+_PIXELS = 72  # pixels of an SVG per inch
 
 
 @contextmanager
-def house() -> Iterator[None]:
-    """The project's style for all that is drawn within, whatever the user's own is."""
+def project_style() -> Iterator[None]:
+    """Draw in the project's style instead of the user's."""
     from matplotlib import style
 
-    with style.context(["default", _HOUSE]):
+    with style.context(["default", _STYLE]):
         yield
 
 
 def blank(columns: int = 1, *, width: float, height: float, layout: str = "none") -> "tuple[Figure, list[Axes]]":
-    """A figure of this size in pixels of an SVG, and its axes side by side."""
+    """A figure of this size in pixels, and its axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / _PIXELS, height / _PIXELS), layout=layout)  # type: ignore[arg-type]
@@ -55,21 +55,21 @@ def blank(columns: int = 1, *, width: float, height: float, layout: str = "none"
 
 
 def numbers(axis: "Axis", *, log: bool) -> None:
-    """Few round numbers at an axis; at 1, 2 and 5 of each decade where it is logarithmic and short."""
+    """Label an axis with few round numbers; a short logarithmic axis has 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if log and high < 1000 * low else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=6) if log else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ticks = [tick for tick in axis.get_major_locator()() if low <= tick <= high]
-    # Where four digits would give two ticks one number, as on a curve from 97.561 to 97.564.
+    # More than four where two ticks would have the same number, as between 97.561 and 97.564.
     digits = next((d for d in range(4, 12) if len({short_number(t, d) for t in ticks}) == len(ticks)), 12)
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, digits)))
     axis.set_minor_locator(NullLocator())
 
 
 def widest(axis: "Axis") -> float:
-    """Pixels from an upright axis to the end of its longest number, in matplotlib's own font, which is a wide one."""
+    """Pixels from a vertical axis to the end of its longest number, in matplotlib's font, which is a wide one."""
     figure = axis.axes.get_figure(root=True)
     if figure is None:  # pragma: no cover
         return 0.0
@@ -80,26 +80,24 @@ def widest(axis: "Axis") -> float:
 
 
 def colour(place: int, many: int) -> str:
-    """The colour of one of `many` places, along the ramp."""
+    """The colour at index `place` of `many` along the ramp."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     return to_hex(LinearSegmentedColormap.from_list("ramp", RAMP)(place / max(1, many - 1)))
 
 
 def css(value: str) -> str:
-    """Colours by the page's names for them, so that they change with light and dark."""
+    """Replace colours by the page's CSS variables, which follow light and dark mode."""
     for name, light in LIGHT.items():
         value = value.replace(light, f"var(--{name})")
     return value
 
 
 def inline(figure: "Figure", label: str, titles: Mapping[str, str]) -> str:
-    """The figure as SVG inside of a page: in its fonts and colours, without ids, which would meet other figures' ids.
+    """The figure as SVG inside of a page, in the page's fonts and colours, without ids, which might repeat on the page.
 
-    Args:
-        figure: drawn within `house()`, without clips.
-        label: what it shows, for those who do not see it.
-        titles: for the gid of an artist the words that appear under the pointer; a gid's letters become its class.
+    The figure is drawn within `project_style()`, without clips. `label` is a description for screen readers. `titles`
+    has the tooltips of artists by gid; a gid's letters become the class.
     """
     from matplotlib import rc_context
 
@@ -109,7 +107,7 @@ def inline(figure: "Figure", label: str, titles: Mapping[str, str]) -> str:
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
-    for each in root.iter():  # HTML knows what is SVG without namespaces
+    for each in root.iter():  # HTML needs no SVG namespaces
         each.tag = each.tag.rpartition("}")[2]
         each.attrib = {key.rpartition("}")[2]: value for key, value in each.attrib.items()}
     box = root.attrib["viewBox"]
@@ -119,7 +117,7 @@ def inline(figure: "Figure", label: str, titles: Mapping[str, str]) -> str:
             parent.remove(each)
     for each in list(root.iter()):
         name = each.get("id", "")
-        _settle(each, marks)
+        _simplify(each, marks)
         if name in titles:
             each.set("class", name.rstrip("0123456789"))
             each.insert(0, ElementTree.Element("title"))
@@ -128,8 +126,8 @@ def inline(figure: "Figure", label: str, titles: Mapping[str, str]) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _settle(each: ElementTree.Element, marks: Mapping[str, str]) -> None:
-    """Short numbers, no ids, the page's fonts and colours, and each mark as a path of its own."""
+def _simplify(each: ElementTree.Element, marks: Mapping[str, str]) -> None:
+    """Shorten numbers, drop ids, use the page's fonts and colours, and turn each mark into a path."""
     given, each.attrib, each.tail = each.attrib, {}, None
     if each.tag == "use":
         each.tag = "path"

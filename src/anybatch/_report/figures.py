@@ -10,6 +10,7 @@ from anybatch._report.comparison import Comparison
 from anybatch._report.difference import difference
 from anybatch._report.figure import INK, colour
 from anybatch._report.page import Block
+from anybatch._report.points import spread
 from anybatch._report.summary import QUANTITIES, Curve, Summary
 from anybatch._report.words import short_number
 
@@ -19,7 +20,7 @@ _ENTRIES = 8
 
 
 def charts(runs: Sequence[Summary]) -> list[Block]:
-    """Two charts for each quantity, against tau and against iterations."""
+    """Two charts for each metric and quantity, against tau and against iterations."""
     counts = Counter(name for run in runs for name in run.metrics)
     found: list[Block] = []
     for name, _ in counts.most_common(_METRICS):
@@ -30,7 +31,7 @@ def charts(runs: Sequence[Summary]) -> list[Block]:
 
 
 def differences(runs: Sequence[Summary]) -> list[Block]:
-    """For each metric and rule a chart of how far the scales are from scale 1; nothing without a run at scale 1."""
+    """For each metric and rule a chart of the difference from scale 1; none without a run at scale 1."""
     styles = _styles(runs)
     base = [run for run in runs if run.scale == 1 and run.constant]
     rules = list(dict.fromkeys(run.rule for run in runs if run.scale != 1))
@@ -52,22 +53,22 @@ def differences(runs: Sequence[Summary]) -> list[Block]:
 
 
 def legend(runs: Sequence[Summary], *, rules: bool = True) -> Legend:
-    """Scales by colour and, unless they have charts of their own, rules by dash; of one scale, the runs by colour."""
+    """Scales by colour, or runs if there is one scale; with `rules`, the rules by dash."""
     styles = _styles(runs)
     drawn = [run for run in runs if run.iterations or run.metrics]
     scales = {run.scale: run for run in sorted(drawn, key=lambda run: run.scale) if isfinite(run.scale)}
     if len(scales) > 1:
-        shown = _spread(list(scales.values()))
+        shown = spread(list(scales.values()), _ENTRIES)
         entries: list[tuple[str, str, Dash]] = [
             (f"S = {short_number(run.scale)}", styles[run.path][0], ()) for run in shown
         ]
         more = f"{len(scales) - len(shown)} more scales between" if len(scales) > len(shown) else ""
     else:
-        shown = _spread(drawn)
+        shown = spread(drawn, _ENTRIES)
         entries = [(run.name[:40], styles[run.path][0], ()) for run in shown]
         more = f"{len(drawn) - len(shown)} more runs" if len(drawn) > len(shown) else ""
     if not all(run.constant for run in drawn if run.iterations):
-        more = "; ".join(filter(None, [more, "a scale that changed: by its median"]))
+        more = "; ".join(filter(None, [more, "a changing scale has the colour of its median"]))
     names = {styles[run.path][1]: run.rule[:24] for run in reversed(drawn)}
     if rules and len(names) > 1:
         entries += [(names[dash], INK, dash) for dash in _DASHES if dash in names]
@@ -75,9 +76,9 @@ def legend(runs: Sequence[Summary], *, rules: bool = True) -> Legend:
 
 
 def forecast_chart(comparison: Comparison) -> Chart:
-    """Forecasts as lines in their bands, and what happened as dots, over the scale."""
+    """Forecasts as lines with bands, and the steps taken as dots, over the scale."""
     lines: list[Line] = []
-    # One line for each scale that a run kept: the table has the others.
+    # One line for each constant scale; the table has the others.
     sources = {run.scale: (run, found) for run, found in reversed(comparison.forecasts) if run.constant}
     scales = sorted(sources)
     for run, forecasts in (sources[scale] for scale in scales):
@@ -124,9 +125,3 @@ def _styles(runs: Sequence[Summary]) -> dict[Path, tuple[str, Dash]]:
             place, many = i, len(runs)
         styles[run.path] = colour(place, many), _DASHES[min(rules.index(run.rule), len(_DASHES) - 1)]
     return styles
-
-
-def _spread(runs: Sequence[Summary]) -> list[Summary]:
-    if len(runs) <= _ENTRIES:
-        return list(runs)
-    return [runs[round(i * (len(runs) - 1) / (_ENTRIES - 1))] for i in range(_ENTRIES)]

@@ -1,4 +1,4 @@
-"""The picture of a forecast: steps against the scale, and what time costs."""
+"""The picture of a forecast: steps against the scale, and cost against time."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anybatch._forecast import Forecast
-from anybatch._report.figure import INK, PAPER, RAMP, SOFT, blank, house, numbers
+from anybatch._report.figure import INK, PAPER, RAMP, SOFT, blank, numbers, project_style
 from anybatch._report.words import short_number
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ _BLUE, _RED = RAMP[0], RAMP[4]
 
 
 def plot(found: Forecast, path: str | Path, *, real: Mapping[float, float] | None = None, title: str = "") -> Path:
-    """Draw `found` into the file `path`, with dots for the steps of runs really made, by scale."""
-    with house():
+    """Draw `found` into the file `path`; `real` adds dots for the steps of real runs, by scale."""
+    with project_style():
         figure, (left, right) = blank(2, width=800, height=330, layout="constrained")
         _steps(left, found, real or {})
         _tradeoff(right, found)
@@ -40,7 +40,9 @@ def _steps(axes: "Axes", found: Forecast, real: Mapping[float, float]) -> None:
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="scale S (batch / base batch)", ylabel="optimizer steps of a run")
     _critical(axes, found, scales)
-    _ticks(axes, scales)
+    shown = _apart(scales)
+    axes.set_xticks(shown, [short_number(s) for s in shown])
+    axes.set_xticks([], minor=True)
     numbers(axes.yaxis, log=True)
     axes.legend(frameon=True, edgecolor="none", fontsize="small", loc="lower left")
 
@@ -51,7 +53,7 @@ def _critical(axes: "Axes", found: Forecast, scales: list[float]) -> None:
         return
     axes.axvspan(max(critical.low, scales[0]), min(critical.high, scales[-1]), color=_RED, alpha=0.12, lw=0)
     axes.axvline(critical.value, color=_RED, lw=1.4)
-    right = critical.value**2 < scales[0] * scales[-1]  # beside the line, where there is more room
+    right = critical.value**2 < scales[0] * scales[-1]  # the side of the line with more space
     axes.annotate(
         f"doubling pays\nup to S ≈ {critical.value:.3g}",
         ((critical.high if right else critical.low), 0.98), xycoords=("data", "axes fraction"),
@@ -60,14 +62,8 @@ def _critical(axes: "Axes", found: Forecast, scales: list[float]) -> None:
     )  # fmt: skip
 
 
-def _ticks(axes: "Axes", scales: list[float]) -> None:
-    shown = _apart(scales)
-    axes.set_xticks(shown, [short_number(s) for s in shown])
-    axes.set_xticks([], minor=True)
-
-
 def _apart(scales: list[float]) -> list[float]:
-    """Those of the scales that leave room for each other's numbers."""
+    """The scales whose numbers do not overlap."""
     shown = scales[:1]
     for scale in scales:
         if scale >= shown[-1] * (scales[-1] / scales[0]) ** (1 / 12) and scale > shown[-1]:
@@ -76,10 +72,11 @@ def _apart(scales: list[float]) -> list[float]:
 
 
 def _tradeoff(axes: "Axes", found: Forecast) -> None:
-    """Time against what it costs, a point for each scale; steps against examples where no time is known."""
+    """Draw cost against time, with a point for each scale; examples against steps if no time is known."""
     first = found.scales[0]
     if isfinite(first.seconds.value):
-        unit, name = _time_unit(first.seconds.value)
+        units = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+        unit, name = next((u for u in units if first.seconds.value > 2 * u[0]), (1.0, "seconds"))
         x = [s.seconds.times(1 / unit) for s in found.scales]
         priced = isfinite(first.cost.value)
         y = [s.cost if priced else s.device_hours for s in found.scales]
@@ -93,7 +90,7 @@ def _tradeoff(axes: "Axes", found: Forecast) -> None:
     shown = _apart([s.scale for s in found.scales])
     for i, s in enumerate(found.scales):
         if s.scale in shown:
-            rising = x[max(0, i - 1)].value < x[min(i + 1, len(x) - 1)].value  # on this side the line leaves room
+            rising = x[max(0, i - 1)].value < x[min(i + 1, len(x) - 1)].value  # the label is on the free side
             axes.annotate(
                 f"{s.scale:g}", (x[i].value, y[i].value), xytext=(-5 if rising else 5, 4), textcoords="offset points",
                 color=INK, fontsize="small", ha="right" if rising else "left",
@@ -105,12 +102,3 @@ def _tradeoff(axes: "Axes", found: Forecast) -> None:
     axes.set_title("numbers: scale S", loc="right", fontsize="small", fontweight="normal")
     if any(s.step_seconds.low < s.step_seconds.high for s in found.scales):
         axes.set_title("wide: steps of a size not timed", loc="left", fontsize="small", fontweight="normal", color=SOFT)
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    """The unit in which the longest time is easily read."""
-    if seconds > 2 * 86_400:
-        return 86_400.0, "days"
-    if seconds > 2 * 3600:
-        return 3600.0, "hours"
-    return (60.0, "minutes") if seconds > 120 else (1.0, "seconds")

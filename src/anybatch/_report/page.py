@@ -1,4 +1,4 @@
-"""A report: one self-contained HTML page; nothing from outside, no script, every word escaped."""
+"""A report: one self-contained HTML page without scripts, with all text escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,6 @@ class Block(Protocol):
 
     def html(self) -> str:
         """The part as HTML."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,33 +98,27 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the rows whose index is in `marked` stand out.
-
-    Args:
-        left: how many columns, from the first, are aligned to the left; the others hold numbers.
-        words: whether the cells hold words, which may take several lines.
-    """
+    """Rows of cells; the rows whose index is in `marked` are coloured."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: frozenset[int] = frozenset()
-    left: int = 2
-    words: bool = False
+    left: int = 2  # number of first columns that are aligned to the left; the others hold numbers
+    words: bool = False  # whether the cells hold text, which may wrap
 
     def html(self) -> str:
         left = len(self.columns) if self.words else self.left
         head = _cells("th", self.columns, left=left)
-        rows = "\n".join(
-            f'<tr class="marked">{cells}</tr>' if i in self.marked else f"<tr>{cells}</tr>"
-            for i, cells in enumerate(_cells("td", row, left=left) for row in self.rows)
-        )
+        kinds = (' class="marked"' if i in self.marked else "" for i in range(len(self.rows)))
+        cells = (_cells("td", row, left=left) for row in self.rows)
+        rows = "\n".join(f"<tr{kind}>{row}</tr>" for kind, row in zip(kinds, cells, strict=True))
         opening = '<table class="words">' if self.words else "<table>"
         return f'<div class="scroll">{opening}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks under a line that opens them."""
+    """Blocks under a summary line that unfolds them."""
 
     summary: str
     blocks: Sequence[Block]
@@ -136,7 +129,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures side by side where there is room, else below one another."""
+    """Figures side by side if the page is wide enough, else in one column."""
 
     blocks: Sequence[Block]
 
@@ -157,15 +150,14 @@ def colours() -> tuple[str, str]:
 
 
 def inert(text: str) -> str:
-    """The text as HTML that shows it and does nothing: markup escaped, and what cannot be seen written as its code."""
+    """The text as HTML, with markup escaped and invisible characters written as their codes."""
     return escape(visible(text))
 
 
 def visible(text: str) -> str:
-    """The text with what cannot be seen written as its code.
+    """The text with each control character, lone surrogate and direction mark as its Python escape.
 
-    A control character, a lone surrogate or a mark that turns the direction of writing becomes its Python escape: names
-    from files may hold all of these.
+    Names from files may contain all of these.
     """
     return "".join(c if category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 

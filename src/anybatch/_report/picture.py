@@ -1,4 +1,4 @@
-"""Charts below one another in one SVG file, which follows dark mode and is as wide as a phone."""
+"""Charts in one column of an SVG file, which follows dark mode and is as wide as a phone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,33 +9,33 @@ from anybatch._report.chart import WIDTH, Legend
 from anybatch._report.figure import css
 from anybatch._report.page import colours, inert
 
-_EDGE = 12  # pixels around all
+_EDGE = 12  # pixels of the margin
 _TITLE = 26  # pixels for a chart's title
 _ROW = 22  # pixels for a row of the legend
 _KEY, _LETTER = 46, 7.2  # pixels of an entry's line and gaps, and of a letter
-_SENTENCE = 54  # letters of the legend's last word in a row
+_SENTENCE = 54  # letters in a row of the legend's note
 
 
 class Drawing(Protocol):
-    """A chart, or what is drawn as wide as one."""
+    """A chart, or another picture of a chart's width."""
 
     @property
     def title(self) -> str:
-        """What is above it."""
+        """The line above the picture."""
 
     @property
     def height(self) -> int:
-        """In pixels."""
+        """The picture's height in pixels."""
 
     def svg(self) -> str:
-        """The picture alone; nothing where there is none."""
+        """The picture without its title; empty if there is nothing to draw."""
 
 
 def picture(charts: Sequence[Drawing], legend: Legend, path: Path) -> Path:
-    """Write the charts below one another, after their legend, into an SVG file.
+    """Write the legend and the charts in one column into an SVG file.
 
-    One column of 380 pixels is read on a phone as it is; beside text on a wide page it is a figure of usual size. The
-    file holds the colours of both modes, so that it changes with the page that shows it, also as an image.
+    A column of 380 pixels needs no scaling on a phone, and is a figure of usual size on a wide page. The file contains
+    the colours of light and dark mode, and follows the page's mode even as an image.
     """
     body, y = _legend(legend)
     for chart in charts:
@@ -60,7 +60,7 @@ def picture(charts: Sequence[Drawing], legend: Legend, path: Path) -> Path:
 
 
 def _legend(legend: Legend) -> tuple[str, float]:
-    """The entries in rows, and how far down they come."""
+    """The entries in rows, and the height of the rows."""
     body, x, y = "", float(_EDGE), float(_EDGE + 14)
     for name, colour, dash in legend.entries:
         long = _KEY + _LETTER * len(name)

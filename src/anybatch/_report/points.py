@@ -1,27 +1,29 @@
-"""Points of a curve: which can be drawn, and few of them however long the run was."""
+"""Points of a curve: which of them can be drawn, and a selection of bounded size."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from math import inf, log10
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from anybatch._numbers import chosen
 
-_HUGE, _TINY = 1e100, 1e-100  # beyond these nothing is drawn: a span of such values would overflow
-_PART = 65536  # numbers that are worked on together: a copy of all of them would be the most of the memory
+_HUGE, _TINY = 1e100, 1e-100  # outside of these nothing is drawn: a difference of such values would overflow
+_PART = 65536  # numbers that are processed together; copies of whole columns would dominate the memory
 
+T = TypeVar("T")
 Point = tuple[float, float]
 
 
 def seen(value: float, *, log: bool = False) -> bool:
-    """Whether a value has a place on an axis."""
+    """Whether a value can be drawn."""
     return _TINY < value < _HUGE if log else -_HUGE < value < _HUGE
 
 
 def value_at(points: Sequence[Point], x: float) -> float:
-    """Linear interpolation of the points, in ascending x, at `x`; the ends are held."""
+    """Linear interpolation of the points, in ascending x, at `x`; constant beyond the ends."""
     i = bisect_left(points, x, key=lambda point: point[0])
     if i in (0, len(points)):
         return points[min(i, len(points) - 1)][1]
@@ -30,32 +32,33 @@ def value_at(points: Sequence[Point], x: float) -> float:
 
 
 def drawable(values: Tensor, *, log: bool = False) -> Tensor:
-    """Which of the values have a place on an axis, as `seen` has it."""
+    """`seen` of each value."""
     return (values > (_TINY if log else -_HUGE)) & (values < _HUGE)
 
 
+def spread(values: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the values, evenly spread, with both ends."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
 def each(values: Tensor) -> Iterator[float]:
-    """The numbers of a vector in turn."""
+    """Iterate over the numbers of a vector."""
     for part in values.split(_PART):
         yield from part.tolist()
 
 
 def thin(x: Tensor, y: Tensor, *, columns: int = 160, log: bool = False) -> list[Point]:
-    """At most two points for each column of pixels, the lowest and the highest; a gap stays one.
-
-    Args:
-        x, y: coordinates of the points, two vectors of float64.
-        columns: of pixels.
-        log: whether the axis of x is logarithmic.
-    """
+    """The lowest and the highest point of each column of pixels, and the first point of each gap."""
     placed = drawable(x, log=log)
     if int(placed.sum()) <= 2 * columns:
         return list(zip(x[placed].tolist(), y[placed].tolist(), strict=True))
     scale = _log10 if log else torch.clone
     low, high = scale(torch.stack(chosen(x, placed).aminmax())).tolist()
     parts = []
-    for mine, *part in zip(placed.split(_PART), x.split(_PART), y.split(_PART), strict=True):
-        xs, ys = (values[mine] for values in part)
+    for shown, *part in zip(placed.split(_PART), x.split(_PART), y.split(_PART), strict=True):
+        xs, ys = (values[shown] for values in part)
         column = ((scale(xs) - low) / ((high - low) or 1.0) * columns).long()
         kept = _ends(column, ys, columns)
         parts.append((column[kept], xs[kept], ys[kept]))
@@ -65,14 +68,14 @@ def thin(x: Tensor, y: Tensor, *, columns: int = 160, log: bool = False) -> list
 
 
 def _ends(column: Tensor, y: Tensor, columns: int) -> Tensor:
-    """The places of each column's lowest and highest point, in their order; of a gap that of its first one.
+    """The indices of each column's lowest and highest point, in order, and of the first point of a gap.
 
-    Those of the parts of a curve, and then those of what is left, are those of the whole.
+    Applied to the parts of a curve and then to the remaining points, it gives the indices for the whole curve.
     """
     places, drawn = torch.arange(len(y)), drawable(y)
 
     def first(chosen: Tensor) -> Tensor:
-        """The first chosen place of each column; `len(y)` where it has none."""
+        """The first chosen index of each column; `len(y)` if there is none."""
         found = torch.full((columns + 1,), len(y))
         return found.scatter_reduce_(0, column[chosen], places[chosen], "amin")
 
@@ -88,5 +91,5 @@ def _ends(column: Tensor, y: Tensor, columns: int) -> Tensor:
 
 
 def _log10(x: Tensor) -> Tensor:
-    """As `math.log10` has it: a last digit decides on which side of an edge a point is."""
+    """`math.log10` of each number, since the last digit decides which column a point at an edge is in."""
     return torch.tensor([log10(each) for each in x.tolist()], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A record → what a report says of the run: a few numbers, and curves that are short however long it was."""
+"""From a record to the summary of a run: a few numbers, and curves of bounded length."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +14,15 @@ from torch import Tensor
 
 import anybatch
 from anybatch._numbers import chosen, median, positive
-from anybatch._record import read_columns
+from anybatch._record import MetricRecord, read_columns
 from anybatch._report.layers import LayerMap, layer_map
 from anybatch._report.points import Point, drawable, each, thin
 from anybatch._report.words import short_number, written
 
 QUANTITIES = {"gain": "gain", "learning rate": "lr", "noise scale": "noise_scale"}  # by the name on the page
-_DEEP = 4  # levels of a configuration that get a line of their own
+_DEEP = 4  # levels of a configuration with a line for each value
 _FIELDS = ("step", "tau", "scale", "raw_variance", "raw_sqnorm", "seconds", "skipped", *QUANTITIES.values())
-_MANY_STEPS = 10**15  # a number of steps that is a float exactly
+_MANY_STEPS = 10**15  # exact as a float
 
 
 @dataclass(frozen=True)
@@ -35,80 +35,47 @@ class Curve:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says of one run.
-
-    Args:
-        path: its record.
-        name: what tells it from the others.
-        rule: the rule's name.
-        scales: its scales in words.
-        scale: the median of its scales; nan without a step.
-        constant: whether the scale never changed.
-        measured: whether some step shows a variance.
-        iterations: optimizer steps that counted.
-        gain: the mean gain.
-        base_batches: base batches seen, in skipped steps too.
-        seconds: wall time of the steps; nan where none is known.
-        tau: the clock at the end, base iterations.
-        total: base iterations of the whole run; nan where the record does not say.
-        skipped: steps that did not count.
-        torn: lines that could not be read.
-        results: the last result of each metric.
-        curves: `QUANTITIES` by name.
-        metrics: the evaluations by name.
-        config: the header's configuration.
-        facts: what the header says, as text, and the scale.
-        layers: the noise by layer, in examples, or in base batches where the record does not say how large one is;
-            `None` where no step was looked at.
-    """
+    """The summary of one run."""
 
     path: Path
-    name: str
+    name: str  # a name that no other run has
     rule: str
-    scales: str
-    scale: float
-    constant: bool
-    measured: bool
-    iterations: int
+    scales: str  # its scales as text
+    scale: float  # the median of its scales; nan without a step
+    constant: bool  # whether the scale never changed
+    measured: bool  # whether some step has a variance
+    iterations: int  # counted optimizer steps
     gain: float
-    base_batches: float
-    seconds: float
-    tau: float
-    total: float
+    base_batches: float  # base batches of all steps, including skipped ones
+    seconds: float  # wall time of the steps; nan if unknown
+    tau: float  # the clock at the end, base iterations
+    total: float  # base iterations of the whole run; nan if unknown
     skipped: int
-    torn: int
-    results: dict[str, float]
-    curves: dict[str, Curve]
-    metrics: dict[str, Curve]
-    config: dict[str, Any]
-    facts: dict[str, str]
-    layers: LayerMap | None
+    torn: int  # unreadable lines
+    results: dict[str, float]  # the last result of each metric
+    curves: dict[str, Curve]  # `QUANTITIES` by name
+    metrics: dict[str, Curve]  # the evaluations by name
+    config: dict[str, Any]  # the header's configuration
+    facts: dict[str, str]  # the header's values as text, and the scale
+    layers: LayerMap | None  # in examples, or in base batches if the record has no base batch
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its total."""
+        """Whether the run reached its total."""
         return self.tau >= 0.999 * self.total
 
     @property
     def base_batch(self) -> float:
-        """Examples of a base batch; nan where the record does not say."""
+        """Examples of a base batch; nan if unknown."""
         return positive(self.config.get("base_batch")) or nan
 
 
 def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = None) -> list[Summary]:
-    """Read the records one after another, and forget each but for its summary. The same file counts once.
+    """Read the records one by one into summaries, each file once, sorted by batch and then by name.
 
-    The summaries come in the order of the batch, and of one batch by name, with numbers in names as numbers.
-
-    Args:
-        paths: the records.
-        unread: called with a sentence for each record that cannot be read; `None` to raise at the first.
-
-    Raises:
-        InvalidValueError: a file cannot be read, or is not a record.
-        StateError: it was written by a newer anybatch.
+    `unread` is called with a sentence for each unreadable record; with `None` the first one raises.
     """
-    unique = list({_place(path): path for path in reversed(paths)}.values())[::-1]
+    unique = list({_resolved(path): path for path in reversed(paths)}.values())[::-1]
     found = []
     for path, name in zip(unique, _names(unique), strict=True):
         try:
@@ -121,17 +88,16 @@ def summarise(paths: Sequence[Path], *, unread: Callable[[str], None] | None = N
 
 
 def _by_batch(run: Summary) -> tuple[float, list[tuple[int, str]]]:
-    """A key: bs16 before bs128, whatever the shell's order; runs without a step last."""
+    """A key that sorts bs16 before bs128, and runs without a step last."""
     batch = run.scale * run.base_batch if isfinite(run.base_batch) else run.scale
     parts = re.split(r"(\d+)", run.name)
     return batch if isfinite(batch) else inf, [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
-def _place(path: Path) -> Path:
-    """Where a path leads, as far as that can be told."""
+def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # a circle of links, which reading then says
+    except (OSError, RuntimeError):  # a loop of links; reading raises the error
         return path.absolute()
 
 
@@ -171,7 +137,7 @@ def _summary(path: Path, name: str) -> Summary:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """As many of each path's last parts as tell the files from one another."""
+    """The shortest ends of the paths that are all different."""
     paths = [path.absolute() for path in paths]
     for parts in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
         names = [fspath(Path(*path.parts[-parts:])).removesuffix(".jsonl") for path in paths]
@@ -181,14 +147,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _scales(scales: Tensor) -> str:
-    """`8`; `32 → 64` where the scale changed once or twice; `1 to 128` where it did more often."""
+    """`8` for a constant scale, `32 → 64` for one or two changes, `1 to 128` for more."""
     walk = scales.unique_consecutive()
     if len(walk) > 3:
         return f"{short_number(walk.min().item())} to {short_number(walk.max().item())}"
     return " → ".join(map(short_number, walk.tolist())) or "–"
 
 
-def _of_metric(lines: Sequence[anybatch.MetricRecord], name: str) -> Curve:
+def _of_metric(lines: Sequence[MetricRecord], name: str) -> Curve:
     found = [(line.tau, float(min(line.step, _MANY_STEPS)), line.values[name]) for line in lines if name in line.values]
     return _curve(*torch.tensor(found, dtype=torch.float64).T)
 

@@ -1,12 +1,12 @@
-"""Numbers, durations and long names as an axis or a table has them."""
+"""Numbers, durations and long names as text for an axis or a table."""
 
 from math import isfinite
 
-LONG = 64  # characters of a value that are shown
+LONG = 64  # characters of a shown value
 
 
 def short_number(value: float, digits: int = 4) -> str:
-    """A number as an axis or a table has it, with at most so many digits: 12500 is 12.5k."""
+    """A number as text with at most `digits` digits: 12500 is 12.5k."""
     size = abs(value)
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if max(unit, 1e4) <= size < 1e15:
@@ -17,7 +17,7 @@ def short_number(value: float, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits in the largest unit of which there are two; a dash where no time is known."""
+    """Three digits, in the largest unit that is at most half of the time; a dash if the time is not finite."""
     if not isfinite(seconds):
         return "–"
     unit, name = next((u for u in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))

@@ -1,1 +1,1 @@
-"""Adapters to the frameworks that train for their users; each is a module of its own, imported by name."""
+"""Adapters to training frameworks, one module for each; import the module by name."""

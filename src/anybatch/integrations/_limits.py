@@ -1,4 +1,4 @@
-"""Limits of Lightning's loops: those of the base batch, in base iterations."""
+"""Limits of Lightning's loops, in base iterations."""
 
 import warnings
 from contextlib import ExitStack
@@ -10,32 +10,23 @@ import anybatch
 
 
 class Limits:
-    """Takes the place of a Trainer's own limits, from `take` to `release`.
-
-    Args:
-        base_batch: as for `AnyBatch`.
-        examples: see there.
-    """
+    """Replaces a Trainer's limits, from `take` to `release`."""
 
     def __init__(self, base_batch: float, examples: float | None) -> None:
         self._base_batch, self._examples = base_batch, examples
         self._own = ExitStack()
 
     def take(self, trainer: Trainer) -> float:
-        """The run's length in base iterations, of which Lightning's own count of steps is told.
-
-        Raises:
-            UsageError: there is none, or an epoch of unknown length.
-        """
+        """Set Lightning's limits to the run's length in base iterations, and return this length."""
         fit, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        short = trainer.fast_dev_run  # type: ignore[attr-defined]  # a step or few; its one epoch means nothing
+        short = trainer.fast_dev_run  # type: ignore[attr-defined]  # a few steps; its one epoch is no limit
         total = self._total(fit.max_steps, -1 if short else fit.max_epochs)
         for loop, name in ((fit, "max_epochs"), (fit, "min_epochs"), (steps, "max_steps"), (steps, "min_steps")):
             self._own.callback(setattr, loop, name, getattr(loop, name))
         if fit.min_epochs or steps.min_steps:
             warnings.warn(
-                f"The run ends at tau = {total:g}; min_epochs and min_steps of the Trainer are left out, for they "
-                "would train beyond the end of the schedule.",
+                f"The run ends at tau = {total:g}. The Trainer's min_epochs and min_steps are ignored, since they "
+                "would train beyond the end of the schedule: remove them.",
                 anybatch.AnybatchWarning,
                 stacklevel=3,
             )
@@ -43,15 +34,11 @@ class Limits:
         return total
 
     def release(self) -> None:
-        """The Trainer's limits are its own again."""
+        """Restore the Trainer's limits."""
         self._own.close()
 
     def epoch(self, wanted: str) -> float:
-        """Base iterations of a pass over the data.
-
-        Raises:
-            UsageError: nobody said how long that is, and `wanted` needs it.
-        """
+        """Base iterations of a pass over the data; `wanted` names the setting that needs them."""
         if self._examples is None:
             raise anybatch.UsageError(
                 f"{wanted} counts epochs, of unknown length: give AnyBatch(examples=len(data)). Or count in base "

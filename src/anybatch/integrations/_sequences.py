@@ -1,4 +1,4 @@
-"""What a micro-batch of the Trainer's holds: examples, and tokens that its loss is a mean over."""
+"""Sizes of the Trainer's micro-batches: examples, and the tokens that the loss is a mean over."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,9 @@ import anybatch
 
 
 def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
-    """How many labels that count each micro-batch of a step has; it waits for the device once for all of them.
+    """The number of labels in the loss of each micro-batch of a step, with one synchronisation for all of them.
 
-    Args:
-        batches: the micro-batches, with labels.
-        shifted: whether the loss leaves out the first label of each sequence.
+    `shifted`: the loss omits the first label of each sequence.
     """
     found = []
     for each in batches:
@@ -27,19 +25,15 @@ def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
 
 
 def examples(inputs: Any) -> int:
-    """How many examples a micro-batch has.
-
-    Raises:
-        UsageError: that cannot be told.
-    """
-    if "cu_seq_lens_q" in inputs:  # sequences without padding, one after the other
+    """The number of examples of a micro-batch."""
+    if "cu_seq_lens_q" in inputs:  # concatenated sequences without padding
         return len(inputs["cu_seq_lens_q"]) - 1
     rows: int | None = find_batch_size(inputs)
     if rows == 1 and "position_ids" in inputs:
         return int((inputs["position_ids"] == 0).sum())
     if rows is None:
         raise anybatch.UsageError(
-            f"A micro-batch of type {type(inputs).__name__} holds no tensor, so the number of its examples is not "
-            "known: this trainer makes its batches inside of training_step, and needs anybatch.attach by hand."
+            f"A micro-batch of type {type(inputs).__name__} holds no tensor, so the number of its examples is "
+            "unknown. This trainer makes its batches inside of training_step: call anybatch.attach yourself."
         )
     return rows

@@ -1,4 +1,4 @@
-"""The callback of a Trainer: limits, schedule, micro-batches, numbers and checkpoints of a run with a controller."""
+"""The Trainer's callback: limits, schedule, micro-batches, numbers and checkpoints of a run with a controller."""
 
 import json
 import math
@@ -25,19 +25,19 @@ _ON_METRICS = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)  # schedule
 
 
 class AnyBatchCallback(TrainerCallback):
-    """What `attach` adds to a trainer: the controller of its run.
+    """The callback that `attach` adds to a trainer, with the controller of its run.
 
-    Five methods of the trainer are wrapped, for what no callback is told: `set_initial_training_values` (the length of
-    the run), `get_batch_samples` (the tokens of a step's micro-batches), `training_step` (the size of one),
-    `evaluation_loop` (the average), and `train` (where it resumes, and that it has ended).
+    It wraps five methods of the trainer, where no callback has the information: `set_initial_training_values` (the
+    length of the run), `get_batch_samples` (the tokens of a step's micro-batches), `training_step` (the size of one),
+    `evaluation_loop` (the average), and `train` (the checkpoint to resume from, and the end).
 
     Args:
-        trainer: as for `attach`, and so the others.
-        base_batch: see there.
-        rule: see there.
-        ema_decay: see there.
-        record: see there.
-        per_layer: see there.
+        trainer: as for `attach`.
+        base_batch: as for `attach`.
+        rule: an `anybatch.Rule`.
+        ema_decay: as for `attach`.
+        record: as for `attach`.
+        per_layer: as for `attach`.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class AnyBatchCallback(TrainerCallback):
     ) -> None:
         self.controller: anybatch.Controller | None = None
         self.ema: anybatch.ModelEMA | None = None
-        self._trainer: Any = trainer  # its annotations are of what it has before train()
+        self._trainer: Any = trainer  # its annotations hold only before train()
         self._base_batch, self._rule = base_batch, rule
         self._ema_decay, self._record, self._per_layer = ema_decay, record, per_layer
         self._opened: str | anybatch.RunRecord | None = None
         self._total = 0
         self._examples: float | None = None
         self._checkpoint: str | None = None
-        self._seen, self._before = False, 0  # whether a step of this run was; steps that were before it
-        self._weights: list[int] = []  # of the micro-batches to come in this step
+        self._seen, self._before = False, 0  # whether this run has taken a step; steps before the run
+        self._weights: list[int] = []  # of the next micro-batches of this step
         wrapped = ("train", "set_initial_training_values", "get_batch_samples", "training_step", "evaluation_loop")
         for name in wrapped:
             setattr(trainer, name, partial(getattr(self, f"_{name}"), getattr(trainer, name)))
@@ -76,13 +76,13 @@ class AnyBatchCallback(TrainerCallback):
             self._release()
 
     def _set_initial_training_values(self, values: Callable[..., Any], args: Any, loader: Any) -> Any:
-        self._release()  # the run before, if a batch did not fit into memory
+        self._release()  # the previous run, if a batch exceeded the memory
         _, updates, examples, _, batch, in_epoch, _ = values(args, loader)
-        epochs = args.num_train_epochs * examples / self._base_batch
-        self._total = args.max_steps if args.max_steps > 0 else math.ceil(epochs)
+        length = args.num_train_epochs * examples / self._base_batch
+        self._total = args.max_steps if args.max_steps > 0 else math.ceil(length)
         self._examples = examples if has_length(loader) and examples > self._base_batch else None
-        epochs_to_come = 0 if self._is_over() else sys.maxsize  # as many as tau asks for
-        return epochs_to_come, updates, examples, self._total * batch, batch, in_epoch, self._total
+        epochs = 0 if self._is_over() else sys.maxsize  # tau ends the run
+        return epochs, updates, examples, self._total * batch, batch, in_epoch, self._total
 
     def _get_batch_samples(self, samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, items = samples(*args, **kwargs)
@@ -101,15 +101,15 @@ class AnyBatchCallback(TrainerCallback):
         with nullcontext() if self.ema is None else self.ema.applied():
             return loop(*args, **kwargs)
 
-    # ---- what the trainer calls ----
+    # ---- methods that the trainer calls ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Attach a controller to what the trainer has made; go on from the checkpoint's, if there is one."""
+        """Attach a controller to the trainer's optimizer and scheduler, and load a checkpoint's state."""
         trainer, scheduler = self._trainer, self._trainer.lr_scheduler
         if args.n_gpu > 1:
             raise anybatch.UnsupportedError(
-                f"nn.DataParallel over {args.n_gpu} devices averages their gradients unseen: start a process for each, "
-                "by torchrun or accelerate launch."
+                f"nn.DataParallel over {args.n_gpu} devices hides each device's gradient: start one process for each "
+                "device by torchrun or accelerate launch."
             )
         if self._ema_decay is not None:
             check_whole(trainer.model)
@@ -117,7 +117,7 @@ class AnyBatchCallback(TrainerCallback):
         self._opened = record_of(self._record, self._per_layer, first=args.process_index == 0)
         self.controller = anybatch.attach(
             trainer.optimizer,
-            model=trainer.model_wrapped,  # what a callback is given is the module inside of DDP
+            model=trainer.model_wrapped,  # callbacks receive the module inside of DDP
             rule=self._rule,
             scheduler=scheduler if driven else None,
             total=self._total,
@@ -136,56 +136,55 @@ class AnyBatchCallback(TrainerCallback):
         self._seen, self._before = False, self.controller.steps + self.controller.skipped
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """At the first step, look whether there is a gradient."""
+        """Raise if the first step has no gradient."""
         groups = self._trainer.optimizer.param_groups
         if not self._seen and all(p.grad is None for group in groups for p in group["params"]):
             raise anybatch.UsageError(
-                "At the first step no trained parameter has a gradient, so there is nothing to measure and nothing to "
-                "train: does the loss depend on them? Under gradient checkpointing a model with frozen embeddings "
-                "needs model.enable_input_require_grads()."
+                "At the first step no trained parameter has a gradient: check that the loss depends on them. Under "
+                "gradient checkpointing a model with frozen embeddings needs model.enable_input_require_grads()."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the state for the next checkpoint, and tell the trainer whether this step is the last."""
+        """Save the state for the next checkpoint, and end the run when the clock has reached its total."""
         controller = self._running
         if not self._seen and controller.steps + controller.skipped == self._before:
             if self._trainer.accelerator.optimizer_step_was_skipped:  # a GradScaler's first steps
                 return
             raise anybatch.UsageError(
-                "The trainer has stepped, and no hook on its optimizer saw it: trainer.optimizer is not what steps the "
-                "model. Train under DDP or FSDP2, with an optimizer that is a torch.optim.Optimizer."
+                "The trainer has taken a step, but no hook on trainer.optimizer was called: another optimizer steps "
+                "the model. Train under DDP or FSDP2, with a torch.optim.Optimizer."
             )
         self._seen = True
-        # The optimizer's own state has it as well, but sharded checkpoints drop there what it had not when they load.
+        # The optimizer's state has it too, but a sharded checkpoint loads only keys that the new optimizer has.
         state.stateful_callbacks[_STATE] = controller.state_dict()
-        # The flow, which comes after this callback, ends the run at max_steps; tau tells when that is.
+        # The flow callback runs after this one and ends the run at max_steps.
         state.max_steps = state.global_step if controller.done else max(self._total, state.global_step + 1)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Clear what no step took, and leave the length of the run as samples per second are counted by it."""
-        # Of data without a length the trainer leaves the last, incomplete window for the next epoch to add to.
+        """Clear the gradients, and restore the run's length, which the trainer's samples per second depend on."""
+        # On data without a length the trainer would add an incomplete last window to the next epoch's first step.
         self._trainer.model_wrapped.zero_grad()
         state.max_steps = self._total
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the last step's numbers, those that are finite, to what the reporters get."""
+        """Add the last step's finite numbers to the reporters' logs."""
         if self.controller is None:
             return
         for log in (kwargs["logs"], *state.log_history[-1:]):
             log.update(numbers(self.controller))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the average beside the model."""
+        """Save the average beside the model."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.ema is not None and state.is_world_process_zero:
             torch.save(self.ema.state_dict(), folder / _AVERAGE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say so, if the run is not over."""
+        """Warn if the run ended early."""
         if not self._running.done:
             warnings.warn(
-                f"The training stopped at tau = {self._running.tau:g} of {self._total}: another callback stopped it, "
-                "or the data ended.",
+                f"The training stopped at tau = {self._running.tau:g} of {self._total}, because another callback "
+                "stopped it or the data ended: resume from the checkpoint to continue.",
                 anybatch.AnybatchWarning,
                 stacklevel=2,
             )
@@ -195,11 +194,11 @@ class AnyBatchCallback(TrainerCallback):
     @property
     def _running(self) -> anybatch.Controller:
         if self.controller is None:
-            raise anybatch.UsageError("There is no run: the trainer has not called on_train_begin.")
+            raise anybatch.UsageError("There is no run: call trainer.train(), which calls on_train_begin.")
         return self.controller
 
     def _is_over(self) -> bool:
-        """Whether the checkpoint is that of a run's end."""
+        """Whether the checkpoint is from the end of a run."""
         if self._checkpoint is None:
             return False
         file = Path(self._checkpoint) / "trainer_state.json"
@@ -208,24 +207,20 @@ class AnyBatchCallback(TrainerCallback):
         return clock.reached(self._total)
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            StateError: it is of a run without this callback, or without its average.
-        """
+        """Load the states of the controller and the average from a checkpoint."""
         average = Path(self._checkpoint or "") / _AVERAGE
         if _STATE not in saved or (self.ema is not None and not average.is_file()):
             lacking = "no average" if _STATE in saved else "no state"
             raise anybatch.StateError(
-                f"The checkpoint has {lacking} of anybatch: it is of a run without it, whose schedule counted steps. "
-                "Load its weights into the model, and train() without resume_from_checkpoint."
+                f"The checkpoint has {lacking} of anybatch: it is from a run without it, whose schedule counted steps. "
+                "Load its weights into the model, and call train() without resume_from_checkpoint."
             )
         self._running.load_state_dict(saved[_STATE])
         if self.ema is not None:
             self.ema.load_state_dict(torch.load(average, map_location="cpu", weights_only=True))
 
     def _release(self) -> None:
-        """Leave the optimizer and the scheduler as they were; what the run came to can still be read."""
+        """Restore the optimizer and the scheduler; the controller's numbers stay readable."""
         if self.controller is not None:
             self.controller.detach()
         close_record(self._opened)

@@ -19,31 +19,31 @@ from anybatch.integrations._limits import Limits
 
 
 class AnyBatch(Callback):
-    """Trains a LightningModule at any batch size by the hyperparameters of one.
+    """Trains a LightningModule at any batch size with the hyperparameters of the base batch.
 
-    Limits and schedules are those of the base batch: `Trainer(max_steps=T)` are T base iterations, or `max_epochs` with
-    `examples` are so many passes over the data at the base batch; `trainer.estimated_stepping_batches` in
-    `configure_optimizers` is T. The run ends when tau has come to T, `min_steps` and `min_epochs` notwithstanding.
-    Lightning's own steps of the schedulers do nothing, and their `frequency` and `interval` count base iterations, or
-    epochs of them. A scheduler that another callback puts in the place of one, as `StochasticWeightAveraging` does, is
-    driven from then on, and the old one no more. The numbers of each step are logged as `anybatch/gain` and so on where
-    they are finite, and all that a resumed run needs is in Lightning's checkpoints. All optimizers of the module share
-    one gain and one clock, also in manual optimization; two that train against each other need a controller each:
-    `attach` them yourself.
+    Limits and schedules are those of the base batch. `Trainer(max_steps=T)` means T base iterations, and `max_epochs`
+    with `examples` means passes over the data at the base batch. `trainer.estimated_stepping_batches` in
+    `configure_optimizers` is T. The run ends when tau reaches T; `min_steps` and `min_epochs` are ignored.
+
+    Lightning's calls of the schedulers do nothing; `frequency` and `interval` count base iterations, or epochs of them.
+    If another callback replaces a scheduler, as `StochasticWeightAveraging` does, the clock drives the new one. Each
+    step's finite numbers are logged as `anybatch/gain` and so on. Lightning's checkpoints contain all state. All
+    optimizers of the module share one gain and one clock, also in manual optimization. Two optimizers that train
+    against each other need a controller each: call `attach` for both.
 
     Args:
-        base_batch: the batch that the hyperparameters were tuned for, in examples or tokens, on all devices together.
+        base_batch: batch size that the hyperparameters were tuned for, over all devices, in examples or tokens.
         rule: `AdaScale()` by default.
-        examples: size of the training data, as for `attach`; needed for `max_epochs` and schedulers that move by epoch.
-        batch_size: a function from what the loader yields to the size of the micro-batch, in the unit of `base_batch`;
-            by default the first dimension of its tensors.
-        ema_decay: of a `ModelEMA`, per base iteration, in [0, 1); validation during `fit` sees it in the model's place,
-            and `callback.ema` is it. By default there is none.
+        examples: size of the training data, as for `attach`; required by `max_epochs` and schedulers by epoch.
+        batch_size: a function from the loader's batch to its size, in the unit of `base_batch`; by default the first
+            dimension of the batch's tensors.
+        ema_decay: decay of a `ModelEMA` per base iteration, in [0, 1). Validation during `fit` uses the average, which
+            is `callback.ema`. By default there is no average.
         record: as for `attach`, a path.
         per_layer: as for `RunRecord`.
 
     Raises:
-        UsageError: at `fit`: no limit, or an epoch of unknown length; a batch of unknown size; a step that nothing saw.
+        UsageError: at `fit`: no limit, an epoch of unknown length, a batch of unknown size, or a step without a hook.
         StateError: at `fit(ckpt_path=...)`: a checkpoint without this callback's state.
 
     Example:
@@ -76,11 +76,11 @@ class AnyBatch(Callback):
         self._opened: str | anybatch.RunRecord | None = None
         self._loaded: dict[str, Any] = {}
         self._seen = self._first = 0
-        self._configs: list[tuple[Any, Any]] = []  # those that are driven, and the schedulers in them
-        self._drivers: list[ScheduleDriver] = []  # of schedulers that came later
+        self._configs: list[tuple[Any, Any]] = []  # the driven configurations, and their schedulers
+        self._drivers: list[ScheduleDriver] = []  # of schedulers that replaced others
         self._applied, self._limits = ExitStack(), Limits(base_batch, examples)
 
-    # ---- the run's limits, before the optimizers are made and after them ----
+    # ---- the run's limits, and the controller ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Count the run's length in base iterations."""
@@ -90,18 +90,20 @@ class AnyBatch(Callback):
         self._total = self._limits.take(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the end to tau: a skipped step, or two optimizers, count otherwise in Lightning."""
+        """Disable Lightning's limit of steps, which counts skipped steps and each optimizer; tau ends the run."""
         trainer.fit_loop.epoch_loop.max_steps = sys.maxsize
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach; everything that Lightning wraps and loads is there."""
+        """Attach, after Lightning has wrapped and loaded all parts."""
         if self.ema_decay is not None:
             check_whole(pl_module)
         _warn_of_averages(trainer, pl_module)
         moving = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
         units = {(config.interval, config.frequency) for config in moving} or {("step", 1)}
         if len(units) > 1:
-            raise anybatch.UsageError(f"Schedulers of one run need one interval and frequency, got {sorted(units)}.")
+            raise anybatch.UsageError(
+                f"Schedulers of one run must have one interval and frequency, got {sorted(units)}."
+            )
         every = self._every(*units.pop())
         self._opened = record_of(self.record, self.per_layer, first=trainer.is_global_zero)
         self.controller = anybatch.attach(
@@ -128,14 +130,14 @@ class AnyBatch(Callback):
         self._seen, self._first = self._taken, trainer.global_step
         trainer.should_stop = self.controller.done
 
-    # ---- schedulers that come later ----
+    # ---- replaced schedulers ----
 
     def _every(self, interval: str, frequency: float) -> float:
         """Base iterations of one scheduler step."""
         return frequency * (self._limits.epoch("A scheduler's interval") if interval == "epoch" else 1.0)
 
     def _follow(self, trainer: Trainer, controller: anybatch.Controller) -> None:
-        """Drive the schedulers that the Trainer has now, and those that it had before no more."""
+        """Drive the schedulers that the Trainer has now, and stop driving the others."""
         configs = [(config, config.scheduler) for config in trainer.lr_scheduler_configs]
         same = [a is c and b is d for (a, b), (c, d) in zip(configs, self._configs, strict=False)]
         if len(configs) == len(self._configs) and all(same):
@@ -160,8 +162,8 @@ class AnyBatch(Callback):
             if config.interval == "epoch" and abs(controller.tau / every - trainer.current_epoch) > _OFF:
                 warnings.warn(
                     f"{type(scheduler).__name__} begins after {trainer.current_epoch} passes over the data, which are "
-                    f"{controller.tau / every:.3g} epochs of the base batch: the callback that made it counts passes. "
-                    "docs/swa.md has averages and schedules on the clock.",
+                    f"{controller.tau / every:.3g} epochs of the base batch, because its callback counts passes. "
+                    "For averages and schedules on the clock see docs/swa.md.",
                     anybatch.AnybatchWarning,
                     stacklevel=2,
                 )
@@ -174,7 +176,7 @@ class AnyBatch(Callback):
         return 0 if self.controller is None else self.controller.steps + self.controller.skipped
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tell the micro-batch's size."""
+        """Set the micro-batch's size."""
         if self.controller is not None:
             self._follow(trainer, self.controller)
             for driver in self._drivers:
@@ -184,14 +186,14 @@ class AnyBatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the step, if this batch ended one, and end the run where tau says so."""
+        """Log the step, if this batch ended one, and end the run when tau reaches its total."""
         controller = self.controller
         if controller is None or self._taken == self._seen:
             if trainer.global_step > self._first and self._taken == 0:
                 raise anybatch.UsageError(
-                    "Lightning has stepped, and no hook on its optimizer saw it: this strategy "
-                    f"({type(trainer.strategy).__name__}) steps another one than trainer.optimizers. Use DDP, or "
-                    "ModelParallelStrategy with fully_shard."
+                    "Lightning has taken a step, but no hook on trainer.optimizers was called: the strategy "
+                    f"{type(trainer.strategy).__name__} steps another optimizer. Use DDP, or ModelParallelStrategy "
+                    "with fully_shard."
                 )
             return
         self._seen = self._taken
@@ -201,43 +203,43 @@ class AnyBatch(Callback):
     # ---- the average in validation ----
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average into the model."""
+        """Swap the average into the model."""
         if self.ema is not None and trainer.state.fn == TrainerFn.FITTING:
             self._applied.enter_context(self.ema.applied())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the weights back; Lightning's checkpoints come after this."""
+        """Restore the weights, before Lightning saves a checkpoint."""
         self._applied.close()
 
     # ---- state, and the end ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state, and the average's."""
+        """The states of the controller and the average."""
         if self.controller is None:
             return self._loaded
         state: dict[str, Any] = {"controller": self.controller.state_dict()}
         return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until there is a controller."""
+        """Keep the state until `on_train_start` makes the controller."""
         self._loaded = state_dict
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise where a resumed run would begin at tau = 0 with a schedule in its middle."""
+        """Raise if a resumed run would begin at tau = 0 with an advanced schedule."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
         lacking = {"controller", *(() if self.ema_decay is None else ("ema",))} - saved.keys()
         if trainer.state.fn == TrainerFn.FITTING and checkpoint["global_step"] and lacking:
             raise anybatch.StateError(
-                f"The checkpoint has no {' and no '.join(sorted(lacking))} of AnyBatch: it is of a run without it. "
-                "Load its weights into the module, and fit without ckpt_path."
+                f"The checkpoint has no {' and no '.join(sorted(lacking))} of AnyBatch: it is from a run without it. "
+                "Load its weights into the module, and call fit without ckpt_path."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model its own weights, whatever went wrong."""
+        """Restore the model's weights after an error."""
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave Trainer and optimizer as they were."""
+        """Restore the Trainer and the optimizers."""
         self._close()
 
     def _close(self) -> None:
@@ -253,32 +255,32 @@ class AnyBatch(Callback):
             self.ema.stop()
 
 
-_OFF = 0.5  # epochs between passes over the data and epochs of the base batch
+_OFF = 0.5  # tolerated difference between passes over the data and epochs of the base batch
 
 
 def _warn_of_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Warn of callbacks that average the weights by a count of steps or passes."""
+    """Warn about callbacks that average the weights by a count of steps or passes."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     for callback in callbacks:
         name = type(callback).__name__
-        said = ""
+        problem = ""
         if isinstance(callback, WeightAveraging) and {"avg_fn", "multi_avg_fn"} & callback._kwargs.keys():
-            said = (
-                f"{name} decays its average once a step, and a step of a larger batch is several base iterations, so "
-                "the average reaches further back than at the base batch. Use AnyBatch(ema_decay=...), or "
+            problem = (
+                f"{name} decays its average once per step, but a step of a larger batch is several base iterations, so "
+                "the average's memory is longer than at the base batch. Use AnyBatch(ema_decay=...), or "
                 "ModelEMA(model, decay, clock=controller.clock)"
             )
         elif isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
-            said = (
-                f"{name} updates batch norm's statistics after max_epochs passes, and here tau ends the run: call "
+            problem = (
+                f"{name} updates batch norm's statistics after max_epochs passes, but here tau ends the run. Call "
                 "torch.optim.swa_utils.update_bn(loader, model) after fit"
             )
-        if said:
-            warnings.warn(f"{said}: docs/swa.md.", anybatch.AnybatchWarning, stacklevel=2)
+        if problem:
+            warnings.warn(f"{problem}: see docs/swa.md.", anybatch.AnybatchWarning, stacklevel=2)
 
 
 def _divisor(trainer: Trainer) -> int | Literal["mean"]:
-    """What Lightning divides each loss by, also of the fewer ones at the end of an epoch."""
+    """The number that Lightning divides each loss by, even in a shorter last window of an epoch."""
     by_hand = not trainer.lightning_module.automatic_optimization
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     changing = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
@@ -289,7 +291,7 @@ def _size_of(batch: Any) -> float:
     sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if len(sizes) != 1:
         raise anybatch.UsageError(
-            f"The batch has tensors of the first dimensions {sorted(sizes)}, so its size is not known: give "
-            "AnyBatch(batch_size=lambda batch: ...), its size in the unit of base_batch."
+            f"The batch has tensors with the first dimensions {sorted(sizes)}, so its size is unknown: give "
+            "AnyBatch(batch_size=lambda batch: ...), which returns the size in the unit of base_batch."
         )
     return float(sizes.pop())

@@ -1,4 +1,4 @@
-"""anybatch in the Trainer of Hugging Face's transformers, and in those of TRL that are made of it."""
+"""anybatch in the Trainer of Hugging Face's transformers, and in TRL's trainers that derive from it."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -15,14 +15,14 @@ RuleName = Literal["AdaScale", "Linear", "SquareRoot", "Identity"]
 
 @dataclass
 class AnyBatchArguments:
-    """What `attach` takes beside the trainer, for `transformers.HfArgumentParser`.
+    """The arguments of `attach` for `transformers.HfArgumentParser`.
 
     Args:
         base_batch: batch size that the hyperparameters were tuned for, over all processes, in examples; positive.
-        rule: how steps scale.
-        ema_decay: of a model average, per base iteration, in [0, 1); evaluations are then of the average.
-        record: file that gets a line for each step.
-        per_layer: every so many steps it has each layer's noise too, for `anybatch report`; positive.
+        rule: name of the scaling rule.
+        ema_decay: decay of a model average per base iteration, in [0, 1); evaluations then use the average.
+        record: path of the record, with a line for each step.
+        per_layer: number of steps between measurements of each layer's noise, for `anybatch report`; positive.
     """
 
     base_batch: int = field(metadata={"help": "Batch size that the hyperparameters were tuned for, in examples."})
@@ -41,29 +41,29 @@ def attach(
     record: str | None = None,
     per_layer: int | None = None,
 ) -> AnyBatchCallback:
-    """Train as at `base_batch`, whatever batch, accumulation and number of processes the trainer has.
+    """Train as at `base_batch`, with the trainer's batch, accumulation and number of processes.
 
-    `max_steps`, epochs, warm-up and schedule are those of the base batch. So a run is `max_steps` base iterations long,
-    or `num_train_epochs * examples / base_batch`, and takes fewer steps; steps of logging, evaluation and saving are
-    real ones. The trainer's own log, and with it every reporter, gets `gain`, `scale`, `tau` and `noise_scale`.
+    `max_steps`, epochs, warm-up and schedule are those of the base batch. A run is `max_steps` base iterations long, or
+    `num_train_epochs * examples / base_batch`, and takes fewer steps. The intervals of logging, evaluation and saving
+    count optimizer steps. The trainer's log and all reporters get `gain`, `scale`, `tau` and `noise_scale`.
 
     Args:
         trainer: a `transformers.Trainer`, or one of TRL's, before `train()`.
-        base_batch: see `AnyBatchArguments`, and so the next four.
+        base_batch: as in `AnyBatchArguments`, like the next four.
         rule: its name, or an `anybatch.Rule`.
-        ema_decay: see there.
-        record: see there.
-        per_layer: see there.
+        ema_decay: decay of the average.
+        record: path of the record.
+        per_layer: steps between measurements by layer.
 
     Returns:
-        The callback that it adds; its `controller` and `ema` are those of the run at hand or the last.
+        The added callback; its `controller` and `ema` belong to the current or the last run.
 
     Raises:
         InvalidValueError: a value out of range.
         UnsupportedError: at `train()`, DeepSpeed, FSDP1, or several devices in one process.
-        UsageError: the trainer is attached already, is in `train()`, or loads the best weights where the average was
-            evaluated; later, no gradient or no step came through.
-        StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is not of such a run.
+        UsageError: the trainer is already attached or in `train()`, or has both `ema_decay` and
+            `load_best_model_at_end`; at `train()`, the first step has no gradient or calls no hook.
+        StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is from a run without anybatch.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -85,20 +85,20 @@ def attach(
         (4.0, True, True)
     """
     if any(isinstance(each, AnyBatchCallback) for each in trainer.callback_handler.callbacks):
-        raise anybatch.UsageError("This trainer has anybatch attached already.")
+        raise anybatch.UsageError("This trainer has anybatch attached already: call attach once.")
     if trainer.is_in_train:
         raise anybatch.UsageError(
-            "The trainer is in train(), or was when it failed: attach before it, or make another."
+            "The trainer is in train(), or failed in it: attach before it, or make a new trainer."
         )
     if isinstance(rule, str) and rule not in get_args(RuleName):
-        raise anybatch.InvalidValueError(f"rule is one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
+        raise anybatch.InvalidValueError(f"rule must be one of {get_args(RuleName)} or an anybatch.Rule, got {rule!r}.")
     made: anybatch.Rule = getattr(anybatch, rule)() if isinstance(rule, str) else rule
     if ema_decay is not None and trainer.args.load_best_model_at_end:
         raise anybatch.UsageError(
-            "With ema_decay the evaluations are of the average, and load_best_model_at_end would load the weights "
-            "beside it: leave one of them out."
+            "With ema_decay evaluations use the average, but load_best_model_at_end would load the weights without the "
+            "average: omit one of them."
         )
     callback = AnyBatchCallback(trainer, base_batch, rule=made, ema_decay=ema_decay, record=record, per_layer=per_layer)
-    # Before the reporters, which are to get its numbers, and before the flow, which is told where the run ends.
+    # Before the reporters, which log its numbers, and before the flow callback, which ends the run.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback
