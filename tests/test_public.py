@@ -76,6 +76,16 @@ def test_there_are_few_public_names():
     assert len(anybatch.__all__) <= 38
 
 
+@pytest.mark.parametrize(
+    "name", ["Change", "Check", "Estimate", "Finding", "Forecast", "MetricRecord", "Moments", "Run", "ScaleForecast"]
+)
+def test_a_name_that_was_removed_is_an_error_that_states_what_returns_it(name):
+    with pytest.raises(AttributeError, match="no public name any more") as caught:
+        getattr(anybatch, name)
+    function = re.search(r"anybatch\.(\w+) returns", str(caught.value))[1]
+    assert function in anybatch.__all__
+
+
 @pytest.mark.parametrize("name", RETURNED)
 def test_what_is_returned_is_told_where_it_is_returned(name):
     text = re.search(r"Returns:\n(.*?)\n\n", inspect.getdoc(getattr(anybatch, name)), re.DOTALL)[1]

@@ -36,7 +36,16 @@ if TYPE_CHECKING:
     )
 else:
     __getattr__, __dir__ = later(
-        __name__, ("_check", "_controller", "_ema", "_errors", "_forecast", "_maps", "_record", "_scaling")
+        __name__,
+        ("_check", "_controller", "_ema", "_errors", "_forecast", "_maps", "_record", "_scaling"),
+        removed={
+            **dict.fromkeys(("Check", "Finding"), "anybatch.check"),
+            **dict.fromkeys(("Estimate", "Forecast", "ScaleForecast"), "anybatch.forecast"),
+            "Change": "anybatch.scale_hyperparameters",
+            "MetricRecord": "anybatch.iter_record",
+            "Moments": "anybatch.moments",
+            "Run": "anybatch.read_record",
+        },
     )
 
 __all__ = [
