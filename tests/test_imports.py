@@ -1,4 +1,4 @@
-"""Imports point strictly down between the wings of docs/architecture.md, and in no circle inside of one."""
+"""Imports point strictly down between the packages of docs/architecture.md, and in no circle inside of one."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ CORE = {"_check", "_gradients", "_scaling", "_record", "_ema", "_maps", "_contro
 
 
 def levels():
-    """The table in docs/architecture.md: the name of a wing, or of a file beside them, to its level."""
+    """The table in docs/architecture.md: the name of a package, or of a module beside them, to its level."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     found = {}
     for level, names in re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE):
@@ -26,7 +26,7 @@ def levels():
 
 
 def files():
-    """Every file of the package by its dotted path: `cli`, `_record.writer`; a wing's `__init__` by the wing's name."""
+    """Every file of the package by its dotted path: `cli`, `_record.writer`; a package's `__init__` by the package's name."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -51,28 +51,28 @@ def ours(path):
             yield module.removeprefix("anybatch").lstrip("."), names
 
 
-def wing_of(name):
+def package_of(name):
     return name.split(".")[0]
 
 
-def test_every_wing_stands_in_the_table():
-    assert set(levels()) == {wing_of(name) for name in files()}
+def test_every_package_is_in_the_table():
+    assert set(levels()) == {package_of(name) for name in files()}
 
 
-def test_imports_point_strictly_down_between_wings_and_enter_by_the_door():
+def test_imports_point_strictly_down_between_packages():
     table = levels()
     for name, path in files().items():
-        own = wing_of(name)
+        own = package_of(name)
         for target, _ in ours(path):
-            other = wing_of(target) if target else "__init__"
+            other = package_of(target) if target else "__init__"
             if other != own:
                 assert table[other] < table[own], f"{name} (level {table[own]}) imports {other} ({table[other]})"
-                assert target in ("", other), f"{name} imports {target}: other wings import from the wing itself"
+                assert target in ("", other), f"{name} imports {target}: other packages import from the package itself"
 
 
-def test_no_wing_has_a_circle_inside():
+def test_no_package_has_a_circle_inside():
     graph = {
-        name: {target for target, _ in ours(path) if wing_of(target) == wing_of(name)} for name, path in files().items()
+        name: {target for target, _ in ours(path) if package_of(target) == package_of(name)} for name, path in files().items()
     }
     try:
         order = list(TopologicalSorter(graph).static_order())
@@ -81,11 +81,11 @@ def test_no_wing_has_a_circle_inside():
     assert set(files()) <= set(order)
 
 
-def test_a_wing_exports_what_other_wings_use_and_nothing_else():
+def test_a_package_exports_what_other_packages_use_and_nothing_else():
     used = {}
     for folder in (SOURCE, ROOT / "recipes", ROOT / "benchmarks", ROOT / "examples"):
         for path in folder.rglob("*.py"):
-            inside = wing_of(".".join(path.relative_to(SOURCE).parts)) if folder == SOURCE else ""
+            inside = package_of(".".join(path.relative_to(SOURCE).parts)) if folder == SOURCE else ""
             for target, names in ours(path):
                 if target and target != inside:
                     used.setdefault(target, set()).update(names)
@@ -98,7 +98,7 @@ def test_a_wing_exports_what_other_wings_use_and_nothing_else():
 
 def test_the_core_depends_on_torch_and_the_standard_library_alone():
     for name, path in files().items():
-        if wing_of(name) in CORE | {"__init__", "_errors", "_version", "sinks"} and name != "_record.progress":
+        if package_of(name) in CORE | {"__init__", "_errors", "_version", "sinks"} and name != "_record.progress":
             roots = {module.split(".")[0] for module, _ in imports(path)} - {"anybatch", "torch"}
             assert roots <= set(sys.stdlib_module_names), f"{name} imports {roots}"
 
@@ -110,8 +110,8 @@ def test_the_first_public_name_loads_the_core_alone():
         "print(*sorted({name for name in set(sys.modules) - before}))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    wings = {name.split(".")[1] for name in loaded if name.startswith("anybatch.")}
-    assert CORE <= wings <= CORE | {"_errors", "_lazy", "_numbers", "_version"}
+    packages = {name.split(".")[1] for name in loaded if name.startswith("anybatch.")}
+    assert CORE <= packages <= CORE | {"_errors", "_lazy", "_numbers", "_version"}
     third = {name.split(".")[0] for name in loaded} - {"anybatch", "torch"} - set(sys.stdlib_module_names)
     assert not third, f"import anybatch loads {third}"
 

@@ -31,7 +31,7 @@ class Run:
         self.rank = rank
         self.model = DDP(oracle.make_model(seed))
         self.optimizer, self.controller = attach_task(self.model, sample=SAMPLE)
-        self.scheduler = self.controller._drivers[0]._scheduler
+        self.scheduler = self.controller._drivers[0].scheduler
 
     def step(self, t, accumulation=1):
         for a in range(accumulation):

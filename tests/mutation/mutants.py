@@ -99,7 +99,7 @@ def places(node, skipped):
 def mutants():
     """Every mutant of the core: its name, its kind, its file, and a function that gives the file's new text."""
     package = ROOT / "src" / "anybatch"
-    for path in sorted(path for wing in near.PACKAGE for path in (package / wing).glob("*.py")):
+    for path in sorted(path for each in near.PACKAGE for path in (package / each).glob("*.py")):
         tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
         skipped = {i for i, line in enumerate(lines, 1) if "pragma: no cover" in line}
         for parent, field, index, node in places(tree, skipped):
