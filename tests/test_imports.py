@@ -26,7 +26,7 @@ def levels():
 
 
 def files():
-    """Every file of the package by its dotted path: `cli`, `_record.writer`; a package's `__init__` by the package's name."""
+    """Every module by its dotted path: `cli`, `_record.writer`; a package's `__init__` by the package's name."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -72,7 +72,8 @@ def test_imports_point_strictly_down_between_packages():
 
 def test_no_package_has_a_circle_inside():
     graph = {
-        name: {target for target, _ in ours(path) if package_of(target) == package_of(name)} for name, path in files().items()
+        name: {target for target, _ in ours(path) if package_of(target) == package_of(name)}
+        for name, path in files().items()
     }
     try:
         order = list(TopologicalSorter(graph).static_order())

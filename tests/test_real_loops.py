@@ -197,6 +197,47 @@ def test_a_step_that_is_never_called_is_warned_of():
     window()
 
 
+class Raises(torch.autograd.Function):
+    """Raises in its backward, once."""
+
+    broken = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if Raises.broken:
+            raise ZeroDivisionError
+        return grad
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_backward_that_raised_half_way(cleared):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    controller = anybatch.attach(optimizer, model=model, scale="count", total=100)
+
+    def backward():
+        model[1](Raises.apply(model[0](torch.randn(4, 4)))).square().mean().backward()
+
+    backward()
+    Raises.broken = True
+    with pytest.raises(ZeroDivisionError):
+        backward()
+    Raises.broken = False
+    if not cleared:
+        backward()
+        with pytest.raises(anybatch.UsageError, match=r"raised half way.*zero_grad"):
+            optimizer.step()
+    optimizer.zero_grad()  # the way out that the error names
+    backward()
+    backward()
+    optimizer.step()
+    assert (controller.steps, controller.count) == (1, 2)
+
+
 # ---- sizes ----
 
 

@@ -434,6 +434,7 @@ class GradientHooks:
                     "gradients. Run them one after the other."
                 )
             self._newest = task
+            self._norms.interrupted |= bool(self._tasks)  # the backward before has raised
             self._tasks.clear()
         if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
             if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite

@@ -102,6 +102,7 @@ class WindowNorms:
         """Begin an empty window."""
         self.euclidean.clear()
         self._observed = False
+        self.interrupted = False  # whether a backward of the window raised half way
         self._pair: Pair | None = None
         self._active = []
         self.scale: Tensor | None = None  # the factor on the loss of the last backward
@@ -195,6 +196,11 @@ class WindowNorms:
 
     def _check_fires(self, backwards: int, fires: Sequence[int]) -> None:
         if not self._observed and max(fires) > backwards:
+            if self.interrupted:
+                raise UsageError(
+                    "A backward of this step raised half way, and .grad holds a part of its gradients: call "
+                    "optimizer.zero_grad() after the error, and begin the step again."
+                )
             raise UsageError(
                 "A parameter got two gradients in one backward: its layer is used twice inside of re-entrant "
                 "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
