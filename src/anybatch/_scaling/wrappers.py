@@ -86,7 +86,7 @@ def refuse_deepspeed(thing: object) -> None:
     """Raise `UnsupportedError` for DeepSpeed's engine and optimizers."""
     if any(cls.__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in cls.__name__ for cls in type(thing).__mro__):
         raise UnsupportedError(
-            f"DeepSpeed is not supported ({type(thing).__name__}): its engine removes the gradients from .grad during "
-            "the backward and steps by itself, so that hooks get no gradient of a micro-batch, no mean and no step. "
-            "Train under DDP, or under FSDP2 (fully_shard), which shards the same."
+            f"DeepSpeed is not supported yet ({type(thing).__name__}): its engine divides, reduces and clips the "
+            "gradients by itself, and anybatch does not read them from it. Train under DDP, or under FSDP2 "
+            "(fully_shard), which shards the same."
         )
