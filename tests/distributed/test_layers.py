@@ -38,4 +38,4 @@ def test_every_engine_finds_the_same_by_layer_in_one_all_reduce(engine, accumula
 def test_a_record_on_another_rank_alone_and_join_are_refused():
     for _, told in routes():
         assert "a record on rank 1 and none on rank 0" in told[0]
-        assert "works without a record with per_layer" in told[1]
+        assert "does not support a record with per_layer" in told[1]
