@@ -43,6 +43,7 @@ NEAR = {
     "_scaling/schedules.py": "schedules",
     "_scaling/wrappers.py": "wrappers",
     "_controller/accumulation.py": "batch_controller states wrong_types accumulation",
+    "_controller/assembly.py": "controller layers metric distributed/settings",
     "_controller/attach.py": "controller first_hour wrong_types",
     "_controller/controller.py": "controller peek waiting distributed/trust distributed/routes distributed/checkpoint",
     "_controller/diagnostics.py": "first_hour",

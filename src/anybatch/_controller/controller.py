@@ -10,43 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
-from anybatch._controller.gain_estimator import GainEstimator
+from anybatch._controller.assembly import assemble, members_of, remove_hooks
 from anybatch._controller.loops import Parts, passes
-from anybatch._controller.run_state import RunState, clipped
-from anybatch._controller.settings import Settings, optimizer_settings, schedule_settings
+from anybatch._controller.run_state import clipped
+from anybatch._controller.settings import Settings
 from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.state_in_optimizer import StateInOptimizer
-from anybatch._controller.step_hooks import StepHooks
-from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
-from anybatch._gradients import (
-    AdamNorms,
-    Engine,
-    GradientHooks,
-    JoinSupport,
-    LayerNorms,
-    Probe,
-    Sizes,
-    check_same,
-    divisor_of,
-    engine_of,
-    trained_parameters,
-)
+from anybatch._errors import InvalidValueError, UsageError
+from anybatch._gradients import divisor_of
 from anybatch._numbers import real, shown
-from anybatch._record import RecordSinks, progress_bar, run_config
-from anybatch._scaling import (
-    Clock,
-    Family,
-    Hyperparameters,
-    Rule,
-    ScheduleDriver,
-    attached,
-    bare_optimizer,
-    check_positive,
-    family_of,
-    held_by,
-    second_moment_of,
-    split,
-)
+from anybatch._record import progress_bar
+from anybatch._scaling import Clock, Rule, attached, bare_optimizer, check_positive, split
 
 Batch = TypeVar("Batch")
 
@@ -65,126 +39,30 @@ class Controller(Joinable):
             raise UsageError("This optimizer has a controller already: detach() that one first.")
         self._optimizers = optimizers
         self._settings = settings
-        self._run = run = RunState(clock=Clock(settings.total), batch=settings.batch)
-        measurement = settings.measurement
-        stated = (measurement.exponent, measurement.like) if measurement else (1.0, None)
-        families = []
-        for optimizer in optimizers:  # a comprehension may add a frame between a warning and its cause
-            families.append(family_of(optimizer, exponent=stated[0], like=stated[1]))  # noqa: PERF401
-        # Fixed rules are baselines: their automatic momentum is that of the papers, constant.
-        total = None if measurement is None else settings.total
-        values = [
-            Hyperparameters(optimizer, family, settings.rule.decays, total)
-            for optimizer, family in zip(optimizers, families, strict=True)
-        ]
-        trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
-        engine = engine_of(model, trained, settings.process_group)
-        self._ranks, self._no_sync = engine.ranks, engine.no_sync
         self._parts: Parts | None = None
-        self._drivers = [
-            ScheduleDriver(each, optimizer=optimizer, clock=run.clock, every=settings.schedule_every)
-            for each, optimizer in _paired(schedulers, optimizers)
-        ]
-        try:
-            probes = self._probes(model, families, engine)
-            estimator = GainEstimator(
-                settings.rule,
-                measurement=measurement,
-                batch=settings.batch,
-                clock=run.clock,
-                exponent=values[0].exponent,
-                # One gain for all of them: the more careful one, where their own noise factors differ.
-                noise_factor=min(family.noise_factor for family in families),
-                layers=lambda: next((probe.names for probe in probes if isinstance(probe, LayerNorms)), ()),
-            )
-            self._gradients: GradientHooks | None = None
-            if settings.counts:
-                self._gradients = GradientHooks(
-                    self._members,
-                    measure=measurement is not None,
-                    due=lambda: estimator.due(run.running, steps=run.steps),
-                    place=engine.place,
-                    reduced=engine.reduced,
-                    arrived=engine.arrived,
-                    loss_scale=settings.loss_scale,
-                    consecutive=measurement is not None and measurement.consecutive,
-                    probes=probes,
-                    sizes=Sizes(model, given=settings.batch.micro_batch),
-                )
-            config = run_config(
-                optimizers,
-                rule=settings.rule,
-                noise_factor=estimator.noise_factor,
-                total=settings.total,
-                batch=settings.batch,
-                ranks=engine.ranks.size,
-                trained=trained,
-            )
-            self._sinks = RecordSinks(settings.record, config=config, first=engine.ranks.first)
-        except Exception:
-            self._remove_hooks()
-            raise
-        refused = {"a grad_scaler": settings.grad_scaler, "a record with per_layer": self._per_layer}
-        self._join = JoinSupport(
-            engine,
-            sizes=None if self._gradients is None else self._gradients.sizes_of_norms,
-            refused=" and ".join(name for name, value in refused.items() if value is not None),
-        )
-        self._step_hooks = StepHooks(
-            settings,
+        made = assemble(
+            given,
+            optimizers,
             model=model,
-            given=given,
-            values=values,
-            estimator=estimator,
-            engine=engine,
-            gradients=self._gradients,
-            drivers=self._drivers,
-            run=run,
-            sinks=self._sinks,
-            share=lambda: self._join.share(joined=self._join_config.enable),
+            schedulers=schedulers,
+            settings=settings,
+            joined=lambda: self._join_config.enable,
             check=self._check_parts,
         )
-        for driver in self._drivers:
-            driver.hold()
+        self._run, self._ranks, self._no_sync = made.state, made.ranks, made.no_sync
+        self._drivers, self._gradients, self._sinks = made.drivers, made.gradients, made.sinks
+        self._join, self._step_hooks = made.join, made.step_hooks
         for optimizer in optimizers:
             attached.add(optimizer)
         self._attached = True
         self._stored = StateInOptimizer(
-            optimizers[0], clock=run.clock, written=self.state_dict, read=self.load_state_dict
+            optimizers[0], clock=self.clock, written=self.state_dict, read=self.load_state_dict
         )
         try:
             self._stored.take()
         except Exception:
             self.detach()
             raise
-
-    def _probes(self, model: nn.Module, families: Sequence[Family], engine: Engine) -> list[Probe]:
-        """The probes beside the Euclidean norms, after a comparison of the settings over the ranks."""
-        settings, run = self._settings, self._run
-        self._per_layer = per_layer = check_same(
-            settings.shared() | optimizer_settings(self._optimizers) | schedule_settings(self._drivers),
-            ranks=engine.ranks,
-            first=settings.per_layer,
-            only_first={"record": bool(settings.record)},
-        )
-        measurement, probes = settings.measurement, list[Probe]()
-        if measurement is not None and measurement.metric == "adam":
-            if len(self._optimizers) > 1:
-                raise UnsupportedError("AdaScale(metric='adam') is for one optimizer: use metric='euclidean'.")
-            entry = second_moment_of(self._optimizers[0], families[0])
-            probes.append(
-                AdamNorms(
-                    self._optimizers[0], entry=entry, steps=lambda: run.steps, rows=engine.rows, shards=engine.shards
-                )
-            )
-        if per_layer is not None:
-            if measurement is None:
-                raise UsageError(
-                    f"{settings.rule} measures no noise, so RunRecord(per_layer={per_layer}) has nothing to record: "
-                    "pass attach rule=anybatch.AdaScale()."
-                )
-            probes.append(LayerNorms(model, due=lambda: run.steps % per_layer == 0))
-        return probes
 
     # ---- what a user reads ----
 
@@ -552,7 +430,7 @@ class Controller(Joinable):
         self._step_hooks.restore()
         return {
             "version": STATE_VERSION,
-            "parameters": sum(p.numel() for p in self._members()),
+            "parameters": sum(p.numel() for p in members_of(self._optimizers)),
             "base_batch": self._settings.batch.base_batch or 0.0,
             **self._run.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,
@@ -579,21 +457,11 @@ class Controller(Joinable):
         self._step_hooks.restore()
         self._step_hooks.detach()
         self._stored.remove()
-        self._remove_hooks()
+        remove_hooks(self._gradients, self._drivers)
         self._sinks.close()
         for optimizer in self._optimizers:
             attached.discard(optimizer)
         self._attached = False
-
-    def _members(self) -> list[Tensor]:
-        """All parameters in the optimizers' present groups."""
-        return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
-
-    def _remove_hooks(self) -> None:
-        if (gradients := getattr(self, "_gradients", None)) is not None:
-            gradients.detach()
-        for driver in self._drivers:
-            driver.stop()
 
     # ---- uneven inputs ----
 
@@ -641,10 +509,3 @@ class Controller(Joinable):
             "A controller belongs to its optimizer's hooks, so it cannot be copied or pickled: copy the optimizer, "
             "attach another controller to the copy, and load this controller's state_dict() into that one."
         )
-
-
-def _paired(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> list[tuple[Any, Optimizer]]:
-    """Each scheduler with its optimizer, or with the first one where it has no known optimizer."""
-    known = {id(optimizer): optimizer for optimizer in optimizers}
-    moved = [getattr(held_by(each)[0], "optimizer", optimizers[0]) for each in schedulers]
-    return [(each, known.get(id(bare_optimizer(m)), optimizers[0])) for each, m in zip(schedulers, moved, strict=True)]

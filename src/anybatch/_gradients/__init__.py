@@ -9,7 +9,7 @@ from anybatch._gradients.join import JoinSupport
 from anybatch._gradients.layers import LayerNorms
 from anybatch._gradients.parameters import check_in_use, is_phantom, trainable, trained_parameters, withheld
 from anybatch._gradients.probe import Probe
-from anybatch._gradients.reduce import ReducedWindow, Reduction, Share, check_same, divisor_of, reduce_window
+from anybatch._gradients.reduce import Ranks, ReducedWindow, Reduction, Share, check_same, divisor_of, reduce_window
 from anybatch._gradients.sizes import Sizes
 from anybatch._gradients.window import PAIR, Norms
 
@@ -23,6 +23,7 @@ __all__ = [
     "LayerNorms",
     "Norms",
     "Probe",
+    "Ranks",
     "ReducedWindow",
     "Reduction",
     "Share",

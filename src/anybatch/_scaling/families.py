@@ -191,7 +191,7 @@ def family_of(optimizer: Optimizer, *, exponent: float | None, like: type[Optimi
         return _family_like(optimizer, like)
     if row is not None:
         if row.warning:
-            warnings.warn(row.warning, AnybatchWarning, stacklevel=4)
+            warnings.warn(row.warning, AnybatchWarning, stacklevel=5)
         return row
     if exponent is not None:
         return Family(exponent, "constant", off_clock="which of its entries are decays is not known")
