@@ -85,8 +85,8 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().double().clone()
 
 
-def train(model, *, data=0, ranks=1, accumulation=1, make=torch.optim.SGD, steps=STEPS, start=0, state=None, **attach):
-    """Gains and moments of each step, and the weights at the end: `data` of `ranks` data-parallel ranks."""
+def train(model, *, data=0, accumulation=1, make=torch.optim.SGD, steps=STEPS, start=0, state=None, **attach):
+    """Gains and moments of each step, and the weights at the end. `data` numbers the data-parallel ranks."""
     optimizer = make(model.parameters(), lr=0.05)
     options = {"rule": anybatch.AdaScale(smoothing=0.5), "scale": "count", "total": 100, **attach}
     controller = anybatch.attach(optimizer, model=model, **options)
@@ -118,23 +118,23 @@ def tie(model, name):
 
 
 def layout(name, rank, world):
-    """The model of a layout, this rank's number among the data-parallel ranks, and how many they are."""
+    """The model of a layout, and this rank's number among the data-parallel ranks."""
     model = made(tied="tied" in name)
     kind, _, plan = name.partition("x")
     if kind in PLANS:
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        return tie(parallelize_module(model, mesh, PLANS[kind]), name), 0, 1
+        return tie(parallelize_module(model, mesh, PLANS[kind]), name), 0
     if kind == "HSDP":
         mesh = init_device_mesh("cpu", (2, world // 4, 2), mesh_dim_names=("replica", "shard", "tp"))
-        data, ranks = mesh["replica", "shard"], world // 2
+        data = mesh["replica", "shard"]
         number = mesh["replica"].get_local_rank() * (world // 4) + mesh["shard"].get_local_rank()
     else:
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        data, ranks, number = mesh["dp"], world // 2, mesh["dp"].get_local_rank()
+        data, number = mesh["dp"], mesh["dp"].get_local_rank()
     tie(parallelize_module(model, mesh["tp"], PLANS[plan]), name)
     for part in (model.up, model.down):
         fully_shard(part, mesh=data)
-    return fully_shard(model, mesh=data), number, ranks
+    return fully_shard(model, mesh=data), number
 
 
 def routes(rank, world, names):
@@ -144,16 +144,14 @@ def routes(rank, world, names):
     for name in names:
         for accumulation in (1, 2):
             for make in (torch.optim.SGD, torch.optim.AdamW):
-                model, data, ranks = layout(name, rank, world)
-                found[name, accumulation, make.__name__] = train(
-                    model, data=data, ranks=ranks, accumulation=accumulation, make=make
-                )
+                model, data = layout(name, rank, world)
+                found[name, accumulation, make.__name__] = train(model, data=data, accumulation=accumulation, make=make)
     return found
 
 
 def layers(rank, world):
     """The noise by layer, in the record of the first rank."""
-    model, data, _ = layout("FSDP2xTP", rank, world)
+    model, data = layout("FSDP2xTP", rank, world)
     path = Path(tempfile.mkdtemp()) / "run.jsonl"
     record = [anybatch.RunRecord(path, per_layer=2)] if rank == 0 else None
     train(model, data=data, accumulation=2, record=record)
@@ -163,13 +161,13 @@ def layers(rank, world):
 def resumed(rank, world, first, second, state):
     """Four steps in a layout after a state of another one, or the first four without one."""
     warnings.simplefilter("ignore")
-    model, data, _ = layout(second if state else first, rank, world)
+    model, data = layout(second if state else first, rank, world)
     return train(model, data=data, accumulation=2, make=torch.optim.SGD, state=state)["state"]
 
 
 def refused(rank, world):
     """The errors of what cannot be combined with tensor parallelism."""
-    model, *_ = layout("FSDP2xTP", rank, world)
+    model, _ = layout("FSDP2xTP", rank, world)
     found = {}
     with contextlib.suppress(RuntimeError):
         optimizer = torch.optim.AdamW(model.parameters())
@@ -184,7 +182,7 @@ def collectives(rank, world):
     """The sizes of the all-reduces of whole steps that are ours: of float64 numbers, over the world."""
     from common import counted_all_reduces
 
-    model, data, _ = layout("FSDP2xTP", rank, world)
+    model, data = layout("FSDP2xTP", rank, world)
     with counted_all_reduces() as sizes:
         train(model, data=data, accumulation=2)
     return sizes
