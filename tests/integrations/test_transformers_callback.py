@@ -363,6 +363,60 @@ def test_tokens_are_weights_unless_the_trainer_says_that_each_loss_is_a_mean(sca
     assert len(weighed) == (0 if scaled is False else 4 * adapter.controller.steps)
 
 
+class Ignores(torch.nn.Module):
+    """Accepts `num_items_in_batch`, as all models of transformers do, and returns the mean of its micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(6, 1).double()
+
+    def forward(self, x, labels, **kwargs):
+        return {"loss": (self.net(x) - labels).square().mean()}
+
+
+class Divides(Ignores):
+    """A sum divided by the number, where it is given."""
+
+    def forward(self, x, labels, num_items_in_batch=None, **kwargs):
+        errors = (self.net(x) - labels).square()
+        return {"loss": errors.mean() if num_items_in_batch is None else errors.sum() / num_items_in_batch}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("model", [Ignores, Divides])
+def test_the_gradient_is_the_mean_whatever_the_model_does_with_the_number_of_items(model, micro_batches, made):
+    """One step of SGD at a fixed rate moves the weights by the mean gradient of a plain loop, at any accumulation."""
+    data = [{"x": x, "labels": x.sum(-1, keepdim=True)} for x in task.examples()[: 4 * task.SIZE][0]]
+    net = model()
+    plain = Ignores()
+    x = torch.stack([each["x"] for each in data[: micro_batches * task.SIZE]])
+    plain(x, x.sum(-1, keepdim=True))["loss"].backward()
+    expected = [p.detach() - 0.1 * p.grad for p in plain.parameters()]
+    trainer, _ = made(
+        net,
+        base_batch=micro_batches * task.SIZE,
+        rule="Identity",
+        data=data,
+        max_steps=1,
+        optimizer=False,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        gradient_accumulation_steps=micro_batches,
+        label_names=["labels"],
+    )
+    assert trainer.model_accepts_loss_kwargs
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    ours = [str(each.message) for each in seen if issubclass(each.category, anybatch.AnybatchWarning)]
+    told = [each for each in ours if "trainer.model_accepts_loss_kwargs = False" in each]
+    assert len(told) == (model is Ignores and micro_batches > 1)
+    for p, value in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("rule", "steps"), [("Identity", 8), ("SquareRoot", 2), ("Linear", 2)])
 def test_rules_that_measure_nothing_take_a_loss_over_tokens_too(rule, steps, tmp_path):
     trainer = workers.gpt_trainer(f"{tmp_path}", gpt.model(size=16), gpt.sentences(160, seed=3), max_steps=8)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 import anybatch
@@ -22,6 +23,26 @@ def tokens(batches: Sequence[Any], *, shifted: bool) -> list[int]:
         found.append((labels != -100).sum())
     counts: list[int] = torch.stack(found).tolist()
     return counts
+
+
+def divides_by_items(trainer: Trainer, inputs: Any, items: Any) -> bool:
+    """Whether the loss of the trainer's model is a sum over `items`, divided by their number.
+
+    Many models accept `num_items_in_batch` and return the mean of their micro-batch all the same. The Trainer does not
+    divide such losses by the accumulation. Two forwards without gradients compare the losses of two numbers of items.
+    """
+    model, prepared = trainer.model_wrapped, trainer._prepare_inputs(inputs)
+    losses, training = [], model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            for number in (items, 2 * items):
+                loss = trainer.compute_loss(model, dict(prepared), num_items_in_batch=number)
+                losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss[0].item())
+    finally:
+        model.train(training)
+    # A loss of 0 shows nothing. A part of the loss, such as a router's, may not be divided.
+    return not losses[0] == losses[1] != 0
 
 
 def examples(inputs: Any) -> int:

@@ -61,6 +61,7 @@ class AnyBatchCallback(TrainerCallback):
         self._checkpoint: str | None = None
         self._seen, self._before = False, 0  # whether this run has taken a step; steps before the run
         self._weights: list[int] = []  # of the next micro-batches of this step
+        self._divides: bool | None = None  # whether the model divides its loss by the tokens of the step
         wrapped = ("train", "set_initial_training_values", "get_batch_samples", "training_step", "evaluation_loop")
         for name in wrapped:
             setattr(trainer, name, partial(getattr(self, f"_{name}"), getattr(trainer, name)))
@@ -87,6 +88,13 @@ class AnyBatchCallback(TrainerCallback):
     def _get_batch_samples(self, samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, items = samples(*args, **kwargs)
         over_tokens = items is not None and self._trainer.loss_is_scaled_for_ga is not False
+        several = len(batches) > 1 or self._trainer.args.world_size > 1
+        if over_tokens and several and self._divides is None:
+            self._divides = _sequences.divides_by_items(self._trainer, batches[0], items)
+            if not self._divides:
+                self._divide_losses()
+        if self._divides is False:
+            over_tokens, items = False, None
         self._weights = _sequences.tokens(batches, shifted=self._trainer._loss_shifts_labels) if over_tokens else []
         return batches, items
 
@@ -196,6 +204,18 @@ class AnyBatchCallback(TrainerCallback):
         if self.controller is None:
             raise anybatch.UsageError("There is no run: call trainer.train(), which calls on_train_begin.")
         return self.controller
+
+    def _divide_losses(self) -> None:
+        """Make the trainer divide each loss by the accumulation."""
+        self._trainer.model_accepts_loss_kwargs = False
+        warnings.warn(
+            f"The loss of {type(self._trainer.model).__name__} is the mean of a micro-batch and ignores "
+            "num_items_in_batch, and the Trainer would not divide it by the accumulation. So the gradient would grow "
+            "with gradient_accumulation_steps. anybatch has set trainer.model_accepts_loss_kwargs = False: the "
+            "gradient is the mean. Set it yourself before train() to have the same without anybatch.",
+            anybatch.AnybatchWarning,
+            stacklevel=2,
+        )
 
     def _is_over(self) -> bool:
         """Whether the checkpoint is from the end of a run."""
