@@ -562,7 +562,7 @@ def test_micro_batch_may_vary_only_where_it_is_known():
     controller.micro_batch = 2
     assert controller.micro_batch == 2
     with pytest.raises(anybatch.InvalidValueError, match="micro_batch"):
-        controller.micro_batch = 0
+        controller.micro_batch = -1
     _, _, controller = attached(scale="count")
     assert controller.micro_batch is None
     with pytest.raises(anybatch.UsageError, match="micro_batch"):

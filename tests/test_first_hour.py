@@ -298,14 +298,17 @@ def test_a_copy_of_the_model_tells_nothing(made):
     assert controller.scale == 2
 
 
-def test_the_looks_end():
-    model, optimizer, controller = build(base_batch=4, micro_batch=4)
+@pytest.mark.parametrize("micro_batch", [4, 24])
+def test_forwards_are_read_on_only_where_the_size_is_that_of_their_rows(micro_batch):
+    """Then a smaller last batch can be seen at any step; 24 are the features of 4 rows."""
+    model, optimizer, controller = build(base_batch=4, micro_batch=micro_batch)
     hooks = []
     for _ in range(4):
         hooks.append(len(model._forward_pre_hooks))
         step(model, optimizer, n=2)
-    assert hooks == [1, 1, 1, 0]
+    assert hooks == [1, 1, 1, micro_batch == 4]
     controller.detach()
+    assert not model._forward_pre_hooks
 
 
 # ---- loops ----

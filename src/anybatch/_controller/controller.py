@@ -20,7 +20,7 @@ from anybatch._errors import InvalidValueError, UsageError
 from anybatch._gradients import divisor_of
 from anybatch._numbers import real, shown
 from anybatch._record import progress_bar
-from anybatch._scaling import Clock, Rule, attached, bare_optimizer, check_positive, split
+from anybatch._scaling import Clock, Rule, attached, bare_optimizer, split
 
 Batch = TypeVar("Batch")
 
@@ -40,6 +40,7 @@ class Controller(Joinable):
         self._optimizers = optimizers
         self._settings = settings
         self._parts: Parts | None = None
+        self._batch_dim = 0
         made = assemble(
             given,
             optimizers,
@@ -202,12 +203,12 @@ class Controller(Joinable):
         """The `n` equal micro-batches of `batch`, each with the factor on its loss.
 
         Under DDP all but the last are inside of `no_sync`. With several `batches` a step, multiply the share by one
-        over their number. The size of a part is known by its first dimension: parts of a shorter last batch count as
-        less than `micro_batch`, in proportion to those of the first batch.
+        over their number. The size of a part is known by its dimension `batch_dim`: parts of a shorter last batch count
+        as less than `micro_batch`, in proportion to those of the first batch.
 
         Args:
             batch: As for `anybatch.split`.
-            n: Number of parts, a divisor of every first dimension.
+            n: Number of parts, a divisor of dimension `batch_dim` of every tensor.
 
         Returns:
             An iterator over pairs `(part, share)`. The share is `1 / n`; 1 with `reduction="sum"`; or one over the
@@ -229,8 +230,9 @@ class Controller(Joinable):
         """
         self._check_parts()
         self._parts = Parts(
-            split(batch, n),
+            split(batch, n, batch_dim=self._batch_dim),
             n,
+            batch_dim=self._batch_dim,
             share=1 / divisor_of(self._settings.reduction, n),
             no_sync=self._no_sync,
             size=lambda rows: None if self._gradients is None else self._gradients.sizes.part(rows),
@@ -248,14 +250,30 @@ class Controller(Joinable):
 
     @property
     def micro_batch(self) -> float | None:
-        """The size of each micro-batch; set it before a backward where sizes vary."""
+        """The size of each micro-batch; set it before a backward where sizes vary, to 0 for an empty one."""
         return self._gradients.sizes.now if self._gradients and self._settings.batch.micro_batch else None
 
     @micro_batch.setter
     def micro_batch(self, value: float) -> None:
         if self._gradients is None or self._settings.batch.micro_batch is None:
             raise UsageError("micro_batch cannot be set under a fixed scale: pass attach base_batch and micro_batch.")
-        self._gradients.sizes.set(check_positive("micro_batch", value))
+        size = real(value)
+        if size is None or size < 0:
+            raise InvalidValueError(f"micro_batch must be a finite number, at least 0, got {shown(value)}.")
+        self._gradients.sizes.set(size)
+
+    @property
+    def batch_dim(self) -> int:
+        """The dimension that counts examples, for `parts` and `micro_batch="auto"`; 0 unless set, at least 0."""
+        return self._batch_dim
+
+    @batch_dim.setter
+    def batch_dim(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InvalidValueError(f"batch_dim must be a dimension, at least 0, got {shown(value)}.")
+        self._batch_dim = value
+        if self._gradients is not None:
+            self._gradients.sizes.batch_dim = value
 
     @property
     def weight(self) -> float | None:
@@ -496,6 +514,8 @@ class Controller(Joinable):
         total = "" if self.clock.total is None else f" of {self.clock.total:g}"
         numbers = {"scale": self.scale, "gain": self.gain, "noise scale": self.noise_scale}
         known = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isnan(value))
+        if self._gradients is not None and self._gradients.sizes.text:
+            known += f", {self._gradients.sizes.text}"
         detached = "" if self._attached else ", detached"
         return f"<Controller: tau {self.tau:.6g}{total}, {self.steps} steps{known}{detached}>"
 

@@ -44,9 +44,10 @@ class Parts:
     Args:
         pieces: the parts.
         n: their number.
+        batch_dim: the dimension that counts examples.
         share: the share of each.
         no_sync: a context for all but the last part.
-        size: is passed the first dimension of each part before it is handed out.
+        size: is called with the number of examples of each part before the loop gets it.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Parts:
         pieces: Iterator[Any],
         n: int,
         *,
+        batch_dim: int,
         share: float,
         no_sync: Callable[[], AbstractContextManager[None]],
         size: Callable[[int], None],
     ) -> None:
         self.n = n
         self.taken = 0
-        self._pairs = self._iterate(pieces, share, no_sync, size)
+        self._pairs = self._iterate(pieces, batch_dim, share, no_sync, size)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         return self
@@ -76,13 +78,14 @@ class Parts:
     def _iterate(
         self,
         pieces: Iterator[Any],
+        dim: int,
         share: float,
         no_sync: Callable[[], AbstractContextManager[None]],
         size: Callable[[int], None],
     ) -> Iterator[tuple[Any, float]]:
         for piece in pieces:
             self.taken += 1
-            rows = next((t.shape[0] for t in tree_leaves(piece) if isinstance(t, Tensor) and t.dim() > 0), None)
+            rows = next((t.shape[dim] for t in tree_leaves(piece) if isinstance(t, Tensor) and t.dim() > dim), None)
             if rows is not None:
                 size(rows)
             with nullcontext() if self.taken == self.n else no_sync():

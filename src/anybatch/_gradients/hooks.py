@@ -228,6 +228,7 @@ class GradientHooks:
             yield
             return
         self._together = together = SummedBackwards()
+        self.sizes.together = True
         self._task = self._counted = -1
         try:
             yield
@@ -240,6 +241,8 @@ class GradientHooks:
             raise
         finally:
             self._together = None
+            self.sizes.together = False
+            self.sizes.forget()  # the forwards of further losses
             self.stamp += 1
 
     def observe(self, samples: Sequence[Tensor]) -> None:
@@ -322,7 +325,8 @@ class GradientHooks:
     def average(self, divisor: float) -> None:
         """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
         with torch.no_grad():
-            torch._foreach_div_(self._norms.grads(), self.pending / divisor)
+            count = self.pending if self._reduced is not None else self.sizes.shares.count  # without empty ones
+            torch._foreach_div_(self._norms.grads(), (count or 1) / divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """End the window after its step. `forget` drops the previous gradient too: it was not finite."""

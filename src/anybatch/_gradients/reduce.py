@@ -185,7 +185,8 @@ def _over_ranks(
 ) -> ReducedWindow:
     sums = Counts(*(found["counts"] / ranks.model).tolist())
     count, active, mean_factor = round(sums.backwards), ranks.size, 1.0
-    shares = Shares(count, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
+    samples = count if sums.weighted else round(sums.weights)  # without weights an empty micro-batch has 0 there
+    shares = Shares(samples, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
     if share is not None:  # with equal counts on the active ranks: (sum)^2 / sum of squares
         active = round(sums.backwards**2 / sums.backwards_squared) if sums.backwards_squared else 1
         mean_factor = ranks.size / active * ((ranks.size / active) ** 2 if share == "all" else 1.0)
@@ -220,6 +221,8 @@ def _in_own_unit(
         name: all(bool(t.isfinite().all()) for t in (each.samples, each.mean) if t is not None)
         for name, each in norms.items()
     }
+    if shares.count == 0:
+        return ReducedWindow(shares, {}, window.sampled, all(finite.get(name, True) for name in _STEP))
     effective = shares.effective
     alone = shares.count == 1 or (shares.weighted > 0 and effective < _EQUAL)
     divisor = divisor_of(reduction, effective / active)
@@ -229,7 +232,7 @@ def _in_own_unit(
             continue
         mean = each.mean
         if reduction != "mean":
-            mean = mean / (1 / divisor if name == PAIR else window.backwards / divisor) ** 2
+            mean = mean / (1 / divisor if name == PAIR else effective / active / divisor) ** 2
         own[name] = Norms(each.samples * divisor**2, mean)
     if EuclideanNorms.name in own:
         _check_mean(own[EuclideanNorms.name], shares)

@@ -30,14 +30,14 @@ class Norms:
 
 @dataclass(frozen=True)
 class Shares:
-    """Sums over the sizes and weights of micro-batches, of one rank or of all."""
+    """Sums over the sizes and weights of micro-batches, of one rank or of all; empty ones are not counted."""
 
     count: int = 0  # number of micro-batches
     inverse_sizes: float = 0.0  # sum of 1 / size
     sizes: float = 0.0
-    weights: float = 0.0  # sum over the micro-batches with a weight
+    weights: float = 0.0  # sum of the weights; 1 for each micro-batch that was not given one
     squares: float = 0.0  # sum of the squared weights
-    weighted: int = 0  # number of micro-batches with a weight
+    weighted: int = 0  # number of micro-batches with a given weight
 
     @property
     def inverse(self) -> float:
@@ -47,7 +47,7 @@ class Shares:
     @property
     def effective(self) -> float:
         """The number of equal micro-batches with the same noise of the mean: `(sum w)^2 / sum w^2`."""
-        return self.weights**2 / self.squares if self.weighted else self.count
+        return self.weights**2 / self.squares if self.squares else float(self.count)
 
 
 @dataclass(frozen=True)

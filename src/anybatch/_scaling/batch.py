@@ -98,22 +98,24 @@ def check_steps(name: str, value: object) -> None:
         raise InvalidValueError(f"{name} is a number of steps, at least 1; got {shown(value)}.")
 
 
-def split(batch: Any, n: int) -> Iterator[Any]:
+def split(batch: Any, n: int, *, batch_dim: int = 0) -> Iterator[Any]:
     """Split a batch into `n` equal micro-batches, so that one device can measure the noise of its gradient.
 
-    Every tensor in `batch` is cut along its first dimension into `n` contiguous views. Lists, tuples, named tuples and
+    Every tensor in `batch` is cut along dimension `batch_dim` into `n` views. Lists, tuples, named tuples and
     dictionaries keep their structure; anything else is repeated. Divide the loss of each part by `n` before its
     backward: the sum of the gradients is then that of the whole batch.
 
     Args:
         batch: a tensor `[B, ...]`, or a list, tuple or dictionary of batches.
-        n: number of parts; positive, and a divisor of every first dimension.
+        n: number of parts; positive, and a divisor of dimension `batch_dim` of every tensor.
+        batch_dim: the dimension that counts examples, at least 0; 1 for time-first sequences `[T, B, ...]`. Tensors
+            of one dimension, such as labels, are cut along it.
 
     Returns:
         An iterator over the `n` parts.
 
     Raises:
-        InvalidValueError: `n` is not positive, or does not divide a first dimension. With parts of unequal size, the
+        InvalidValueError: `n` is not positive, or does not divide that dimension. With parts of unequal size, the
             mean of their mean losses would not be the mean loss of the batch.
 
     Example:
@@ -123,22 +125,24 @@ def split(batch: Any, n: int) -> Iterator[Any]:
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InvalidValueError(f"n must be a positive integer, got {n!r}.")
-    return iter([_part(batch, i, n) for i in range(n)])
+    return iter([_part(batch, i, n, batch_dim) for i in range(n)])
 
 
-def _part(batch: Any, i: int, n: int) -> Any:
+def _part(batch: Any, i: int, n: int, dim: int) -> Any:
     if isinstance(batch, Tensor):
-        if batch.dim() == 0 or batch.shape[0] % n:
+        dim = 0 if batch.dim() == 1 else dim
+        if batch.dim() <= dim or batch.shape[dim] % n:
             raise InvalidValueError(
-                f"A tensor of shape {list(batch.shape)} cannot be split into {n} equal parts along its first "
-                "dimension. Choose a divisor of the batch, and drop a last, partial batch (drop_last=True)."
+                f"A tensor of shape {list(batch.shape)} cannot be split into {n} equal parts along dimension {dim}. "
+                "Choose a divisor of the batch, and drop a last, partial batch (drop_last=True). Where another "
+                "dimension counts examples, pass batch_dim."
             )
-        size = batch.shape[0] // n
-        return batch[i * size : (i + 1) * size]
+        size = batch.shape[dim] // n
+        return batch.narrow(dim, i * size, size)
     if isinstance(batch, dict):
-        return {key: _part(value, i, n) for key, value in batch.items()}
+        return {key: _part(value, i, n, dim) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_part(value, i, n) for value in batch))
+        return type(batch)(*(_part(value, i, n, dim) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_part(value, i, n) for value in batch)
+        return type(batch)(_part(value, i, n, dim) for value in batch)
     return batch
