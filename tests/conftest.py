@@ -34,6 +34,12 @@ def _no_search_for_averages(request, monkeypatch):
         monkeypatch.setattr("anybatch._controller.step_hooks.warn_of_foreign_average", lambda _: None)
 
 
+def pytest_sessionfinish():
+    from anybatch._controller import ending
+
+    ending._open.clear()  # many tests end before their run does
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests have left by `record_property`, on all workers: of a worst error the largest, of a count the sum."""
     found = {}

@@ -48,6 +48,7 @@ NEAR = {
     "_controller/attach.py": "controller first_hour wrong_types",
     "_controller/controller.py": "controller peek waiting distributed/trust distributed/routes distributed/checkpoint",
     "_controller/diagnostics.py": "first_hour",
+    "_controller/ending.py": "ending",
     "_controller/gain_estimator.py": "laws",
     "_controller/loops.py": "first_hour",
     "_controller/run_state.py": "record distributed/scenarios distributed/trust distributed/ddp",

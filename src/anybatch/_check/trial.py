@@ -51,6 +51,7 @@ def run(
         torch.manual_seed(0)
         try:
             controller = attach(optimizer, model=model, scheduler=scheduler, **options)
+            controller._run.ending.drop()
             for call in range(calls):
                 hooks = _hooks(trial, model, optimizers, first=call == 0)
                 try:

@@ -74,7 +74,6 @@ def assemble(
         joined: Whether the controller takes part in a `Join` now.
         check: Raises before a step whose loop over the parts of a batch was left.
     """
-    run = RunState(clock=Clock(settings.total), batch=settings.batch)
     measurement = settings.measurement
     stated = (measurement.exponent, measurement.like) if measurement else (1.0, None)
     families = []
@@ -88,6 +87,7 @@ def assemble(
     ]
     trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
     engine = engine_of(model, trained, settings.process_group)
+    run = RunState(clock=Clock(settings.total), batch=settings.batch, shown=engine.ranks.first)
     gradients: GradientHooks | None = None
     drivers: list[ScheduleDriver] = []
     for each, optimizer in _paired(schedulers, optimizers):

@@ -471,12 +471,16 @@ class Controller(Joinable):
             driver.resume(offset=int(values["schedule_offset"]))
 
     def detach(self) -> None:
-        """Remove every hook and close the record that `attach` opened; the optimizer is then as before `attach`."""
+        """Remove every hook and close the record that `attach` opened; the optimizer is then as before `attach`.
+
+        Before the end of the run, rank 0 prints one line about it.
+        """
         self._step_hooks.restore()
         self._step_hooks.detach()
         self._stored.remove()
         remove_hooks(self._gradients, self._drivers)
         self._sinks.close()
+        self._run.ending.report()
         for optimizer in self._optimizers:
             attached.discard(optimizer)
         self._attached = False

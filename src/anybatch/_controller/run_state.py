@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import isnan
 from zlib import crc32
 
+from anybatch._controller.ending import Ending
 from anybatch._controller.gain_estimator import RunningMoments, Step
 from anybatch._record import StepRecord
 from anybatch._scaling import BatchSize, Clock
@@ -14,8 +15,9 @@ from anybatch._scaling import BatchSize, Clock
 class RunState:
     """The clock, the averages, the counts and the last step of a run."""
 
-    def __init__(self, *, clock: Clock, batch: BatchSize) -> None:
+    def __init__(self, *, clock: Clock, batch: BatchSize, shown: bool) -> None:
         self.clock = clock
+        self.ending = Ending(clock.total, shown=shown)
         self.batch = batch
         self.running = RunningMoments()
         self.steps = 0
@@ -34,7 +36,10 @@ class RunState:
         self.in_a_row = 0
         self.last = step
         self.running = step.running.moved(step.scaling.iterations)
-        self.clock.advance(step.scaling.iterations)
+        try:
+            self.clock.advance(step.scaling.iterations)
+        finally:
+            self.ending.at(self.clock)
 
     def in_words(self, lr: float) -> str:
         """The last step as text for a progress bar; `lr` is the present base learning rate."""
