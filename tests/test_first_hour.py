@@ -61,6 +61,18 @@ def test_weights_that_are_not_finite_end_the_run_at_once():
     assert (controller.steps, controller.skipped) == (1, 1)
 
 
+@pytest.mark.parametrize("rule", [None, anybatch.Linear()])
+def test_weights_that_were_never_finite_are_not_blamed_on_the_rate(rule):
+    model, optimizer, controller = build(rule=rule)
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    step(model, optimizer, n=2)
+    with pytest.raises(anybatch.DivergedError, match="before the first step") as error:
+        step(model, optimizer, n=2)
+    assert "check the initialisation" in str(error.value)
+    assert "learning rate" not in str(error.value)
+
+
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
 def test_steps_that_do_not_count_are_warned_of_and_then_end_the_run(factor):
     model, optimizer, controller = build()

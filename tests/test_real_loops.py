@@ -313,11 +313,16 @@ def test_a_clip_of_a_sum_is_warned_of(n, reduction, said):
 # ---- what is not finite ----
 
 
+RULES = {"AdaScale": anybatch.AdaScale, "Linear": anybatch.Linear, "SquareRoot": anybatch.SquareRoot}
+
+
 @pytest.mark.parametrize("scale", [1, 4, "count"])
-def test_a_gradient_that_is_not_finite_moves_nothing_with_one_backward_either(scale):
+@pytest.mark.parametrize("rule", [*RULES, "Identity"])
+def test_a_gradient_that_is_not_finite_moves_nothing_with_one_backward_either(rule, scale):
     model = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = anybatch.attach(optimizer, model=model, scale=scale, total=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rule = RULES.get(rule, anybatch.Identity)()
+    controller = anybatch.attach(optimizer, model=model, rule=rule, scale=scale, total=100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for t in range(3):
@@ -327,5 +332,28 @@ def test_a_gradient_that_is_not_finite_moves_nothing_with_one_backward_either(sc
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+    assert model.weight.isfinite().all()
+    assert (controller.steps, controller.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("value", [1e30, 3e38])
+def test_a_large_finite_gradient_is_a_step_of_a_fixed_rule(value):
+    """Its squared norm overflows in float32."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1e-38)
+    controller = anybatch.attach(optimizer, model=nn.ParameterList([parameter]), rule=anybatch.Linear(), scale=1)
+    parameter.grad = torch.full((2,), value)
+    optimizer.step()
+    assert (controller.steps, controller.skipped) == (1, 0)
+
+
+def test_an_embedding_with_sparse_gradients_is_checked_too():
+    model = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = anybatch.attach(optimizer, model=model, rule=anybatch.Linear(), scale=2, total=10)
+    for factor in (1.0, math.nan, 1.0):
+        (model(torch.tensor([1, 1, 3])).sum() * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert model.weight.isfinite().all()
     assert (controller.steps, controller.skipped) == (2, 1)

@@ -40,10 +40,13 @@ class Diagnostics:
         """
         run = self._run
         if run.in_a_row and not all(bool(p.isfinite().all()) for p in self._parameters()):
-            raise DivergedError(
-                f"The weights are not finite after step {run.steps}, at tau = {run.clock.tau:g}, so no further step "
-                "counts. The learning rate is too high, or a loss is not finite: load a checkpoint."
+            after = f"after step {run.steps}, at tau = {run.clock.tau:g}" if run.steps else "before the first step"
+            why = (
+                "The learning rate is too high, or a loss is not finite: load a checkpoint."
+                if run.steps
+                else "No step has changed them: check the initialisation, or the checkpoint that was loaded."
             )
+            raise DivergedError(f"The weights are not finite {after}, so no further step counts. {why}")
         if run.clock.total is not None and run.clock.done:
             self.once(
                 f"step() was called after tau reached total={run.clock.total:g}; the schedule has ended too. Train "

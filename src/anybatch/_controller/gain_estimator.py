@@ -140,8 +140,12 @@ class GainEstimator:
         )
         step = replace(step, running=updated, layers=self._by_layer(seen))
         if not seen.finite or (raw is not None and not raw.finite):
-            return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
+            return self.not_finite(step)
         return step
+
+    def not_finite(self, step: Step) -> Step:
+        """`step` without its effect, since its gradient is not finite."""
+        return replace(step, gain=nan, scaling=_NO_STEP, skipped=True)
 
     def scaling(self, step: Step, *, exponent: Callable[[float], float]) -> Scaling:
         """The rule's result for `step` and another optimizer, with its own exponent."""

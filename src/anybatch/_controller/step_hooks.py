@@ -33,6 +33,7 @@ from anybatch._gradients import (
     check_no_backward,
     check_not_captured,
     divisor_of,
+    finite,
     is_phantom,
     reduce_window,
     trainable,
@@ -269,7 +270,11 @@ class StepHooks:
                 check_in_use(optimizer, model=self._model)
         stamp = self._stamp
         if stamp is None or self._prepared is None or self._prepared.stamp != stamp:
-            self._prepared = _Prepared(stamp, self._step_of_window(share))
+            step = self._step_of_window(share)
+            fixed = self._settings.measurement is None and not step.skipped
+            if fixed and not finite(self._trainable(), step=self._run.steps):
+                step = self._estimator.not_finite(step)
+            self._prepared = _Prepared(stamp, step)
         # Otherwise it is the same window: after peek(), a step() that raised, or in a step() that calls another one.
         return self._prepared
 

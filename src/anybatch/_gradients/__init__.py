@@ -4,6 +4,7 @@ from anybatch._gradients.adam_metric import AdamNorms
 from anybatch._gradients.autograd import check_no_backward, check_not_captured
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.euclidean import EuclideanNorms
+from anybatch._gradients.finite import finite
 from anybatch._gradients.hooks import GradientHooks
 from anybatch._gradients.join import JoinSupport
 from anybatch._gradients.layers import LayerNorms
@@ -34,6 +35,7 @@ __all__ = [
     "check_same",
     "divisor_of",
     "engine_of",
+    "finite",
     "is_phantom",
     "reduce_window",
     "trainable",
