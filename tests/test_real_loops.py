@@ -310,6 +310,40 @@ def test_a_clip_of_a_sum_is_warned_of(n, reduction, said):
     assert sum("controller.mean_gradients() before the clip" in str(each.message) for each in caught) == said
 
 
+# ---- steps that are not training ----
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": anybatch.Linear(), "scale": 2}], ids=["measured", "fixed"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_a_step_while_paused_is_the_bare_optimizers(make, options):
+    """A penalty at each second step, as a lazy regulariser's; the oracle takes the same steps by hand."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.Linear(8, 1).double()
+    optimizer = make(model.parameters(), lr=0.01)
+    controller = anybatch.attach(optimizer, model=model, total=1000, **({} if "scale" in options else SIZES), **options)
+    for t in range(6):
+        for _ in range(2):
+            x = torch.randn(8, 8, generator=g, dtype=torch.float64)
+            ((model(x) - x.sum(1, keepdim=True)).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = (controller.tau, controller.steps, controller.skipped, controller.variance)
+        weights = [p.detach().clone() for p in model.parameters()]
+        if t % 2:
+            with controller.paused():
+                (model.weight.square().sum() + model.bias.square().sum()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert (controller.tau, controller.steps, controller.skipped) == before[:3]
+            assert controller.variance == before[3] or math.isnan(before[3])
+            for p, weight in zip(model.parameters(), weights, strict=True):
+                if make is torch.optim.SGD:
+                    torch.testing.assert_close(p.detach(), weight - 0.01 * 2 * weight, rtol=1e-12, atol=1e-15)
+                else:
+                    assert not torch.equal(p.detach(), weight)
+    assert (controller.steps, controller.skipped) == (6, 0)
+
+
 # ---- what is not finite ----
 
 

@@ -1,7 +1,7 @@
 """The controller: the user's interface to a run. `step_hooks` has the order of one step."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isnan, nan
 from typing import Any, TypeVar
 
@@ -361,9 +361,30 @@ class Controller(Joinable):
         """
         self._step_hooks.mean_gradients()
 
-    def paused(self) -> AbstractContextManager[None]:
-        """A context whose backwards are not training: neither counted nor measured."""
-        return nullcontext() if self._gradients is None else self._gradients.paused()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose backwards and steps are not training: neither counted, nor measured, nor scaled.
+
+        An optimizer's step in it is that of the bare optimizer, at the present base learning rate, and the clock stays.
+        Clear its gradients inside of the context.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> controller = anybatch.attach(optimizer, model=model, scale=4)
+            >>> with controller.paused():                   # a penalty that comes every 16th step
+            ...     model(torch.randn(8, 4)).square().mean().backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            >>> controller.steps, controller.tau
+            (0, 0.0)
+        """
+        outer, self._step_hooks.paused = self._step_hooks.paused, True
+        try:
+            with nullcontext() if self._gradients is None else self._gradients.paused():
+                yield
+        finally:
+            self._step_hooks.paused = outer
 
     def together(self) -> AbstractContextManager[None]:
         """A context whose backwards are one micro-batch: several losses with a `backward()` each.

@@ -121,6 +121,7 @@ class StepHooks:
         self._averages_checked = settings.batch.scale == 1  # at scale 1 an average by steps is right
         self._taken: dict[int, bool] = {}  # for each that stepped in this window, whether it skipped by itself
         self._lr = nan  # the first optimizer's in this window
+        self.paused = False  # whether a step is the optimizer's own
         self._restore_values: Callable[[], None] | None = None
         self._handles: list[RemovableHandle] = []
         for index, each in enumerate(values):
@@ -174,6 +175,8 @@ class StepHooks:
     def _before(self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.restore()
         self._pending = None
+        if self.paused:
+            return None
         for p in trainable(self._values[index].optimizer)[:1]:  # a group may be empty
             check_not_captured(p)
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
