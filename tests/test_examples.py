@@ -112,6 +112,16 @@ def test_the_batch_grows(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gan_has_one_clock_and_one_end(tmp_path):
+    one, eight = (forked("gan", "--total", 400, "--scale", scale, folder=tmp_path) for scale in (1, 8))
+    assert one["steps"] == 400
+    assert 50 <= eight["steps"] < 250
+    for found in (one, eight):
+        assert found["rates"] == pytest.approx([1e-4, 1e-4], rel=1e-9)  # both schedules are at their end
+        assert found["modes"] >= 3
+
+
+@pytest.mark.slow
 def test_the_noise_scale_is_measured_and_forecast(tmp_path):
     found = forked("noise_scale", "--total", 200, "--record", tmp_path / "run.jsonl", folder=tmp_path)
     assert found["steps"] == 200

@@ -1,5 +1,6 @@
 """What loops of real scripts do beside the plain one: leave, replace, interrupt, clip and shorten."""
 
+import contextlib
 import gc
 import math
 import warnings
@@ -342,6 +343,57 @@ def test_a_step_while_paused_is_the_bare_optimizers(make, options):
                 else:
                     assert not torch.equal(p.detach(), weight)
     assert (controller.steps, controller.skipped) == (6, 0)
+
+
+DCGAN = ["the usual order", "as the error says", "paused and not cleared"]
+
+
+@pytest.mark.parametrize("case", DCGAN)
+def test_a_generators_loss_through_the_discriminator(case):
+    """The usual script is an error that names the way out; the discriminator's noise is that of its own loss alone."""
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(2, 2).double(), nn.Linear(2, 1).double()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.0) for net in (generator, discriminator)]
+    rule = anybatch.AdaScale(smoothing=0.0)
+    first = anybatch.attach(optimizers[0], model=generator, rule=rule, total=50, **SIZES)
+    second = anybatch.attach(optimizers[1], model=discriminator, rule=rule, total=first.clock, **SIZES)
+    real = torch.randn(2, 2, 8, 2, dtype=torch.float64)
+    expected = []
+    for part in real:
+        each = [torch.autograd.grad(discriminator(x).square().mean(), list(discriminator.parameters())) for x in part]
+        each = torch.stack([torch.cat([g.flatten() for g in grads]) for grads in each])
+        expected.append(float(each.var(0).sum()))  # two samples of one base batch
+
+    def iteration(t):
+        for x in real[t]:
+            (discriminator(x).square().mean() / 2).backward()
+        optimizers[1].step()
+        if case != "the usual order":
+            optimizers[1].zero_grad()
+        for _ in range(2):
+            x = torch.randn(8, 2, dtype=torch.float64)
+            with contextlib.nullcontext() if case == "the usual order" else second.paused():
+                (discriminator(generator(x)).square().mean() / 2).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        if case == "as the error says":
+            optimizers[1].zero_grad()
+
+    if case == "the usual order":
+        with pytest.raises(anybatch.UsageError, match=r"generator's through.*controller.paused\(\)"):
+            iteration(0)
+        return
+    iteration(0)
+    before = first.tau
+    if case == "paused and not cleared":
+        with pytest.raises(anybatch.UsageError, match=r"a backward in controller.paused\(\).*zero_grad"):
+            iteration(1)
+        return
+    iteration(1)
+    assert second.variance == pytest.approx(expected[1], rel=1e-9)
+    assert first.tau == second.tau == first.clock.tau
+    assert first.steps == second.steps == 2
+    assert first.tau == before + first.gain  # the discriminator's own gain moves no clock
 
 
 # ---- what is not finite ----

@@ -87,7 +87,8 @@ def assemble(
     ]
     trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
     engine = engine_of(model, trained, settings.process_group)
-    run = RunState(clock=Clock(settings.total), batch=settings.batch, shown=engine.ranks.first)
+    clock = settings.leader or Clock(settings.total)
+    run = RunState(clock=clock, batch=settings.batch, shown=engine.ranks.first, leads=settings.leader is None)
     gradients: GradientHooks | None = None
     drivers: list[ScheduleDriver] = []
     for each, optimizer in _paired(schedulers, optimizers):

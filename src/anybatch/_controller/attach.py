@@ -24,7 +24,7 @@ def attach(
     rule: Rule | None = None,
     scheduler: Any = None,
     schedule_every: float | Literal["epoch"] = 1,
-    total: float | None = None,
+    total: float | Clock | None = None,
     epochs: float | None = None,
     base_batch: float | None = None,
     micro_batch: float | Literal["auto"] | None = None,
@@ -54,7 +54,8 @@ def attach(
         schedule_every: Base iterations of one scheduler step, where the schedule counts others: 390, or `"epoch"`,
             which is `examples / base_batch`.
         total: Base iterations of the whole run, T_SI. At its end `controller.done` becomes true. It sets the horizon
-            of AdaScale's averages.
+            of AdaScale's averages. Or the clock of another controller, `other.clock`: this run follows it, with its
+            own gain for its own steps, and ends with it.
         epochs: Instead of `total`, which is then `epochs * examples / base_batch`.
         base_batch: Batch that the hyperparameters were tuned for, in examples or tokens.
         micro_batch: Size of each backward on each rank, in the same unit. `controller.micro_batch` may be set before
@@ -132,13 +133,15 @@ def attach(
         if total is not None:
             raise InvalidValueError(f"Pass total or epochs, not both: got total={total!r}, epochs={epochs!r}.")
         total = check_positive("epochs", epochs) * _epoch_of(batch, "epochs")
+    clock = total if isinstance(total, Clock) else Clock(total)
     settings = Settings(
         rule=rule,
         batch=batch,
-        total=Clock(total).total,
+        total=clock.total,
         schedule_every=check_positive("schedule_every", schedule_every),
         reduction=reduction,
         grad_scaler=grad_scaler,
+        leader=total if isinstance(total, Clock) else None,
         process_group=process_group,
         record=destinations(record),
     )

@@ -47,7 +47,7 @@ class Diagnostics:
                 else "No step has changed them: check the initialisation, or the checkpoint that was loaded."
             )
             raise DivergedError(f"The weights are not finite {after}, so no further step counts. {why}")
-        if run.clock.total is not None and run.clock.done:
+        if run.leads and run.clock.total is not None and run.clock.done:
             self.once(
                 f"step() was called after tau reached total={run.clock.total:g}; the schedule has ended too. Train "
                 "`while not controller.done`, or pass attach a larger total, in base iterations."

@@ -13,11 +13,12 @@ from anybatch._scaling import BatchSize, Clock
 
 
 class RunState:
-    """The clock, the averages, the counts and the last step of a run."""
+    """The clock, the averages, the counts and the last step of a run; only one that `leads` advances its clock."""
 
-    def __init__(self, *, clock: Clock, batch: BatchSize, shown: bool) -> None:
+    def __init__(self, *, clock: Clock, batch: BatchSize, shown: bool, leads: bool) -> None:
         self.clock = clock
-        self.ending = Ending(clock.total, shown=shown)
+        self.leads = leads
+        self.ending = Ending(clock.total, shown=shown and leads)
         self.batch = batch
         self.running = RunningMoments()
         self.steps = 0
@@ -37,7 +38,8 @@ class RunState:
         self.last = step
         self.running = step.running.moved(step.scaling.iterations)
         try:
-            self.clock.advance(step.scaling.iterations)
+            if self.leads:
+                self.clock.advance(step.scaling.iterations)
         finally:
             self.ending.at(self.clock)
 

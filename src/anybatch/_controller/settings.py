@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anybatch._gradients import Reduction
 from anybatch._record import Destination, RunRecord
-from anybatch._scaling import AdaScale, BatchSize, Rule, ScheduleDriver, measurement_of
+from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, ScheduleDriver, measurement_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Settings:
     schedule_every: float
     reduction: Reduction
     grad_scaler: torch.amp.GradScaler | None
+    leader: Clock | None = field(compare=False)  # the clock of another controller, which this run follows
     process_group: dist.ProcessGroup | None = field(compare=False)
     record: Sequence[Destination] = field(compare=False)
 

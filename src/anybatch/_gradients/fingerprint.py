@@ -21,7 +21,9 @@ from anybatch._gradients.norms import local_of, real_of, total_squared_norm
 
 _NOT_CLEARED = (
     "The gradients of the last optimizer step were not cleared, so .grad mixes two steps: call optimizer.zero_grad() "
-    "after optimizer.step()."
+    "after optimizer.step(). If this backward is the loss of another network, as a generator's through its "
+    "discriminator, run it inside of `with controller.paused():`, and clear these gradients before the next step's "
+    "first backward."
 )
 _FOREIGN = (
     ".grad holds gradients that no backward of this step made, from {origin}, so it mixes two steps: call "
