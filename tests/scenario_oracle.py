@@ -26,8 +26,10 @@ def expected(s):
     present, tau, lines = set(), 0.0, []
     samples = []  # (variance, sqnorm, theta) of each measured step
     at, taken = -FIRST_SINCE, 0  # tau at the last of them, and its number
-    previous = None  # consecutive: the last step's gradient
-    for step_number, window in enumerate(s.windows):
+    previous = None  # consecutive: the last step's gradient and its size
+    counted = []  # the windows of the steps so far
+    for number, window in enumerate(s.windows):
+        step_number = len(counted)
         grads, used = [], set()
         for micro_batch in window:
             x, y = (each.double() for each in s.data(micro_batch))
@@ -36,19 +38,26 @@ def expected(s):
             used |= {id(p) for p, g in zip(parameters, found) if g is not None}
             grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)])
         present = used if s.set_to_none else present | used
+        if number in s.bad:  # the step is skipped, and with it all that follows
+            previous = None
+            continue
+        counted.append(window)
         n = len(window)
         mean = [sum(g) / n for g in zip(*grads)]
         scale, sample = size_of(s, window)
 
-        raw = None
+        raw = shown = None
         since = tau - at if samples else FIRST_SINCE
-        if s.rule == "AdaScale" and n > 1 and due(s, step_number, since) and not lost(s, step_number):
+        if s.rule == "AdaScale" and n > 1 and not lost(s, counted):
             spread = sum(square([a - b for a, b in zip(g, mean)]) for g in grads) / (n - 1)
-            raw = with_replacement(s, sample * spread, square(mean) - spread / n)
+            found = with_replacement(s, sample * spread, square(mean) - spread / n)
+            raw = found if due(s, step_number, since) else None
+            shown = found if s.by_layer and step_number % 2 == 0 else None  # in the record, and no sample
         if s.options.get("consecutive") and n == 1 and previous is not None:
-            half = square([a - b for a, b in zip(mean, previous)]) / 2
-            raw = (sample * half, square([(a + b) / 2 for a, b in zip(mean, previous)]) - half / 2)
-        previous = mean if n == 1 else None
+            half = square([a - b for a, b in zip(mean, previous[0])]) / 2
+            harmonic = 2 / (1 / sample + 1 / previous[1])
+            raw = (harmonic * half, square([(a + b) / 2 for a, b in zip(mean, previous[0])]) - half / 2)
+        previous = (mean, sample) if n == 1 else None
 
         before = list(samples)
         if raw is not None:
@@ -63,7 +72,8 @@ def expected(s):
         line = {"scale": scale, "gain": gain, "factor": factor, "iterations": iterations}
         line |= {"lr": [], "momentum": [], "weight decay": []}
         step = {id(p): g for p, g in zip(parameters, mean)}
-        clipping(s, step, present, times=n // s.world if s.reduction == "sum" and not s.mean_first else 1)
+        first = s.reduction == "mean" or s.mean_first or s.clamp is not None
+        clipping(s, step, present, times=1 if first else n // s.world / (1 if s.reduction == "sum" else s.reduction))
         for group, members, lr in zip(s.groups, groups, rate):
             update = sgd if s.optimizer == "SGD" else adam
             mine = [(p.data, step[id(p)], states[id(p)]) for p in members if id(p) in present]
@@ -71,7 +81,7 @@ def expected(s):
             for name, value in zip(("lr", "momentum", "weight decay"), shows):
                 line[name].append(value)
         tau += iterations
-        line |= {"tau": tau, "raw": raw or (math.nan, math.nan)}
+        line |= {"tau": tau, "raw": raw or shown or (math.nan, math.nan)}
         line["average"] = [max(x, 0.0) for x in average(samples)] if samples else (math.nan, math.nan)
         lines.append(line)
     after = [group["lr"] * schedule(s, position(tau)) for group in s.groups]
@@ -101,11 +111,11 @@ def due(s, step_number, since):
     return step_number % s.options["every"] == 0 or since >= horizon / 4
 
 
-def lost(s, step_number):
-    """On one process a window of fewer micro-batches than the one before is not measured."""
-    if s.world > 1 or step_number == 0:
+def lost(s, counted):
+    """On one process a window of fewer micro-batches than that of the step before is not measured."""
+    if s.world > 1 or len(counted) == 1:
         return False
-    return 1 < len(s.windows[step_number]) < len(s.windows[step_number - 1])
+    return 1 < len(counted[-1]) < len(counted[-2])
 
 
 def with_replacement(s, variance, sqnorm):
@@ -199,7 +209,10 @@ def schedule(s, i):
 
 
 def clipping(s, step, present, *, times):
-    """The user clips `.grad`, which is `times` the mean."""
+    """The user clamps `.grad`, and clips what is `times` the mean."""
+    if s.clamp is not None:
+        for key in step:
+            step[key] = step[key].clamp(-s.clamp, s.clamp)
     if s.clip is not None:
         norm = times * math.sqrt(square([g for key, g in step.items() if key in present]))
         for key in step:

@@ -6,6 +6,7 @@ Both sides share the model, the data and the drawn numbers here, and nothing tha
 import contextlib
 import math
 import random
+import tempfile
 import warnings
 from dataclasses import dataclass
 
@@ -75,6 +76,10 @@ class Scenario:
     bucket_view: bool
     by_layer: bool
     decays: object
+    clamp: float | None  # the user clamps `.grad.data` after the backwards
+    bad: frozenset  # windows in which one micro-batch's loss is not finite
+    peeked: bool
+    paused: bool  # a backward that is no training comes before each window
 
     @property
     def dtype(self):
@@ -130,6 +135,9 @@ def draw(seed, *, engine="one", world=1):
     optimizer = r.choice(["SGD", "SGD", "Adam", "AdamW"])
     reduction = r.choice(["mean", "mean", "sum"])
     rule, options, decays = _rule(r, total)
+    own = random.Random(f"own {engine} {seed}")  # of what came to the generator later; the older draws stay
+    if reduction == "sum" and own.random() < 0.4:
+        reduction = own.randint(1, 5)
     batch = {
         "sizes": {"base_batch": base, "micro_batch": float(size)},
         "count": {"scale": "count"},
@@ -139,6 +147,8 @@ def draw(seed, *, engine="one", world=1):
         batch["examples"] = base * r.choice([1.5, 8.0, 100.0])
     if rule == "AdaScale" and world == 1 and most == 1 and not sized and "examples" not in batch:
         options["consecutive"] = maybe(0.7)
+    if rule == "AdaScale" and world == 1 and most == 1 and sized and kind == "sizes" and "examples" not in batch:
+        options["consecutive"] = own.random() < 0.7
     if rule == "AdaScale" and not options.get("consecutive"):
         options["every"] = random.Random(f"every {engine} {seed}").choice([1, 1, 2, 3])
     foreach = r.choice([None, None, True, False])
@@ -149,7 +159,7 @@ def draw(seed, *, engine="one", world=1):
         net=net,
         left_out=maybe(0.15),
         optimizer=optimizer,
-        groups=[_group(r, optimizer, 1 / most if reduction == "sum" else 1.0) for _ in range(r.choice([1, 1, 2, 3]))],
+        groups=[_group(r, optimizer, 1.0 if reduction == "mean" else 1 / most) for _ in range(r.choice([1, 1, 2, 3]))],
         foreach=foreach,
         tensor_lr=foreach is not True and engine != "FSDP2" and maybe(0.15),
         windows=windows,
@@ -167,6 +177,13 @@ def draw(seed, *, engine="one", world=1):
         bucket_view=maybe(0.5),
         by_layer=not (net["tied"] or net["twice"]) and maybe(0.5),
         decays=decays,
+        clamp=own.choice([None, None, 0.3]) if world == 1 else None,
+        # Between the steps that are measured nothing is noticed at once.
+        bad=frozenset(i for i in range(len(windows)) if own.random() < 0.15)
+        if world == 1 and options.get("every", 1) == 1 and own.random() < 0.5
+        else frozenset(),
+        peeked=own.random() < 0.3,
+        paused=world == 1 and own.random() < 0.3,
     )
 
 
@@ -246,17 +263,27 @@ def _train(s, net, wrap, rank):
     optimizer = getattr(torch.optim, s.optimizer)(groups, foreach=s.foreach)
     name, options = s.schedule
     scheduler = getattr(lr_scheduler, name)(optimizer, **options) if name else None
-    records, inside, lines = [], [], []
+    records, inside, lines, folder = [], [], [], tempfile.TemporaryDirectory()
+    record = [records.append]
+    if s.by_layer and s.rule == "AdaScale":  # on no rank does it change the training
+        record.append(anybatch.RunRecord(f"{folder.name}/{rank}.jsonl", per_layer=2))
     controller = anybatch.attach(
         optimizer, model=model, scheduler=scheduler, total=s.total, reduction=s.reduction,
-        rule=getattr(anybatch, s.rule)(decays=s.decays, **s.options), record=records.append, **s.batch,
+        rule=getattr(anybatch, s.rule)(decays=s.decays, **s.options), record=record, **s.batch,
     )  # fmt: skip
     shown = {"lr": "lr", "momentum": "momentum", "weight decay": "weight_decay"}
     optimizer.register_step_pre_hook(
         lambda o, *_: inside.append({n: [float(g.get(key, 0)) for g in o.param_groups] for n, key in shown.items()})
     )
-    for window in s.windows:
+    for number, window in enumerate(s.windows):
         own = len(window) // s.world
+        divisor = {"mean": own, "sum": 1}.get(s.reduction, s.reduction)
+        if s.paused:
+            with controller.paused():
+                model(s.data(window[0])[0].to(s.dtype), False).sum().backward()
+                optimizer.zero_grad(set_to_none=s.set_to_none)
+                for p in net.parameters():  # of those that the optimizer does not have, too
+                    p.grad = None if s.set_to_none or p.grad is None else p.grad.zero_()
         mine = window[rank * own : (rank + 1) * own]
         for a, micro_batch in enumerate(mine):
             x, y = s.data(micro_batch)
@@ -264,9 +291,16 @@ def _train(s, net, wrap, rank):
                 controller.micro_batch = micro_batch.size
             with _synchronised(model, s.sync_every or a == own - 1):
                 loss = (model(x.to(s.dtype), micro_batch.use_branch) - y.to(s.dtype)).square().mean()
-                (loss / own if s.reduction == "mean" else loss).backward()
-        if s.clip and s.mean_first:
+                bad = math.nan if number in s.bad and a == 0 else 1.0
+                (loss * bad / divisor).backward()
+        if s.peeked:
+            controller.peek()
+        if (s.clip and s.mean_first) or s.clamp:
             controller.mean_gradients()
+        if s.clamp:
+            for p in net.parameters():
+                if p.grad is not None:
+                    p.grad.data.clamp_(-s.clamp, s.clamp)
         if s.clip:
             torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip)
         with warnings.catch_warnings():
@@ -274,6 +308,9 @@ def _train(s, net, wrap, rank):
             optimizer.step()
         optimizer.zero_grad(set_to_none=s.set_to_none)
         record = records[-1] if records else {}  # rank 0 alone writes
+        if number in s.bad:
+            assert controller.skipped == sum(i <= number for i in s.bad)
+            continue
         lines.append(
             {
                 "scale": controller.scale,
@@ -288,6 +325,8 @@ def _train(s, net, wrap, rank):
         )
     restored = [float(g["lr"]) for g in optimizer.param_groups]
     weights = {name: _whole(p).detach().double() for name, p in net.named_parameters()}
+    controller.detach()
+    folder.cleanup()
     return {"lines": lines, "weights": weights, "lr after": restored, "first rank": rank == 0}
 
 

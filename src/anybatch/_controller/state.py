@@ -1,10 +1,11 @@
 """The controller's saved state: a flat dictionary of numbers, all checked before any is used."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from anybatch._controller.gain_estimator import RunningMoments
-from anybatch._errors import StateError
+from anybatch._errors import AnybatchWarning, StateError
 from anybatch._numbers import MOST, real, shown
 from anybatch._scaling import Averages
 
@@ -88,5 +89,14 @@ def checked_state(state: Mapping[str, Any], *, mine: Mapping[str, float]) -> dic
         raise StateError(
             f"The state was measured for base_batch={values['base_batch']:g}, this controller has "
             f"{mine['base_batch']:g}: pass attach the base_batch that the hyperparameters were tuned for."
+        )
+    if values["samples"] > 0 and bool(values["base_batch"]) != bool(mine["base_batch"]):
+        with_it, without = ("state", "controller") if values["base_batch"] else ("controller", "state")
+        warnings.warn(
+            f"The {with_it} has base_batch={values['base_batch'] or mine['base_batch']:g}, and the {without} has none, "
+            "as with scale='count' or a number. The averaged variance is that of one base batch. If the two base "
+            "batches differ in size, the gain is wrong for a while: pass attach the sizes in the same form.",
+            AnybatchWarning,
+            stacklevel=3,
         )
     return values

@@ -63,6 +63,8 @@ class LayerNorms(Probe):
         """Begin a window."""
         self._table.clear()
         self._open = self._due()
+        if not self._open:
+            self._table.free()
         return self._open
 
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002

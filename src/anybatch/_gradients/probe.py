@@ -111,6 +111,11 @@ class Table:
         self._mean: Row | None = None
         self.clear()
 
+    def free(self) -> None:
+        """Free the rows: a tensor for each parameter and micro-batch, which holds more memory than its number."""
+        self._rows.clear()
+        self._mean = None
+
     def clear(self) -> None:
         """Begin a window."""
         self._observed: Tensor | None = None
