@@ -112,7 +112,7 @@ def test_the_first_public_name_loads_the_core_alone():
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     packages = {name.split(".")[1] for name in loaded if name.startswith("anybatch.")}
-    assert CORE <= packages <= CORE | {"_errors", "_lazy", "_numbers", "_version"}
+    assert CORE <= packages <= CORE | {"_errors", "_html", "_lazy", "_numbers", "_version"}
     third = {name.split(".")[0] for name in loaded} - {"anybatch", "torch"} - set(sys.stdlib_module_names)
     assert not third, f"import anybatch loads {third}"
 

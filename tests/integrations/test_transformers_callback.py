@@ -135,6 +135,15 @@ def test_a_batch_smaller_than_the_base_batch_takes_more_steps_than_max_steps(mad
     assert 20 <= adapter.controller.tau < 21
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_line_below_the_bar_says_how_many_steps_the_run_took(bar, made, capsys):
+    trainer, adapter = made(disable_tqdm=not bar)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("anybatch: ")]
+    expected = f"anybatch: {trainer.state.global_step} steps for 20 base iterations, tau = {adapter.controller.tau:g}."
+    assert lines == ([expected] if bar else [])
+
+
 def test_the_end_evaluates_and_saves_as_the_trainers_own_does(made, tmp_path):
     trainer, adapter = made(
         eval_dataset=workers.examples()[:8],

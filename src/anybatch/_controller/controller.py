@@ -18,6 +18,7 @@ from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.state_in_optimizer import StateInOptimizer
 from anybatch._errors import InvalidValueError, UsageError
 from anybatch._gradients import divisor_of
+from anybatch._html import html_table
 from anybatch._numbers import real, shown
 from anybatch._record import progress_bar
 from anybatch._scaling import Clock, Rule, attached, bare_optimizer, split
@@ -534,6 +535,17 @@ class Controller(Joinable):
         self._step_hooks.forget()
         for driver in self._drivers:
             driver.catch_up()
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        total = "" if self.clock.total is None else f" of {self.clock.total:g}"
+        numbers = {"scale": self.scale, "gain": self.gain, "learning rate": self.base_lr * self.lr_factor}
+        rows = [("tau", f"{self.tau:.6g}{total}"), ("steps", f"{self.steps:,}"), ("skipped", f"{self.skipped:,}")]
+        rows += [(name, f"{value:.4g}") for name, value in numbers.items() if not isnan(value)]
+        if not isnan(self.noise_scale):
+            unit = "base batches" if self._settings.batch.base_batch is None else "examples"
+            rows.append(("noise scale", f"{self.noise_scale:.4g} {unit}"))
+        return html_table(rows, header=("Controller", str(self.rule)))
 
     def __repr__(self) -> str:
         total = "" if self.clock.total is None else f" of {self.clock.total:g}"

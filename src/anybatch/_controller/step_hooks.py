@@ -392,5 +392,7 @@ class StepHooks:
         finally:  # the step has happened, even if a subscriber of the clock raises
             if self._sinks.writes:
                 self._sinks.step(self._run.line(step, lr=self._lr, skipped=skipped))
+                if self._run.clock.total is not None and self._run.clock.done:
+                    self._sinks.rest()
         if skipped:
             self._diagnostics.skipped(step)

@@ -13,6 +13,7 @@ from anybatch._forecast.config import RuleConfig, longer_momentum, rule_of
 from anybatch._forecast.curve import Samples, samples
 from anybatch._forecast.steps import Estimate, StepForecast
 from anybatch._forecast.time import StepTime, step_time
+from anybatch._html import html_table
 from anybatch._numbers import median, positive
 from anybatch._record import Columns, Run, iter_record, read_columns
 
@@ -75,6 +76,20 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast as nested dictionaries."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        timed = isfinite(self.scales[0].seconds.value)
+        header = ["scale", "devices", "steps", self.unit, "efficiency", *(["hours"] if timed else [])]
+        rows = []
+        for each in self.scales:
+            steps, hours = each.steps, each.seconds.times(1 / 3600)
+            row = [f"{each.scale:g}", f"{each.devices}", f"{steps.value:,.0f} ({steps.low:,.0f} to {steps.high:,.0f})"]
+            row += [f"{each.examples.value:,.0f}", f"{each.efficiency.value:.1%}"]
+            rows.append([*row, *([f"{hours.low:.3g} to {hours.high:.3g}"] if timed else [])])
+        c = self.critical
+        critical = f"Critical scale: {c.value:.3g} ({c.low:.3g} to {c.high:.3g})."
+        return html_table(rows, header=header, notes=[critical, *self.notes])
 
 
 def forecast(

@@ -78,6 +78,11 @@ class RecordSinks:
                 record.begin({})
         self._fresh = True
 
+    def rest(self) -> None:
+        """Close the files given as paths until the next line: the run is over, but may be evaluated."""
+        for record in self._opened:
+            record.rest()
+
     def close(self) -> None:
         """Close the files given as paths, release each `RunRecord`, and stop writing."""
         for record in self._records:

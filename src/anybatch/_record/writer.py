@@ -62,6 +62,7 @@ class RunRecord:
         except (InvalidValueError, StateError):
             self._file.close()
             raise
+        self._resting = False
         self._begun = False  # the controller, or else the first line, writes the header
 
     @property
@@ -105,15 +106,25 @@ class RunRecord:
 
     def write(self, line: StepRecord | MetricRecord) -> None:
         """Append one step or one evaluation."""
+        if resting := self._resting:
+            self._file, self._resting = AppendFile(self.path), False
         self._begin_once()
         kind, values = "metric", dict(vars(line))
         if isinstance(line, StepRecord):
             kind, layers = "step", values.pop("per_layer")
             values |= {"per_layer": as_json(layers)} if layers else {}
         self._file.append(json_line({"kind": kind, **values}))
+        if resting:
+            self.rest()
+
+    def rest(self) -> None:
+        """Close the file until the next line, so that another process may write to it."""
+        self._resting = self._file.open
+        self._file.close()
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
+        self._resting = False
         if self._file.open:
             self._begin_once()
         self._file.close()

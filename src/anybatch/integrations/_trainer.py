@@ -188,7 +188,12 @@ class AnyBatchCallback(TrainerCallback):
             torch.save(self.ema.state_dict(), folder / _AVERAGE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Warn if the run ended early."""
+        """Print the end below the trainer's bar, which shows steps of `max_steps`; warn if the run ended early."""
+        if self._running.done and state.is_world_process_zero and not args.disable_tqdm:
+            print(
+                f"anybatch: {state.global_step} steps for {self._total} base iterations, tau = {self._running.tau:g}.",
+                file=sys.stderr,
+            )
         if not self._running.done:
             warnings.warn(
                 f"The training stopped at tau = {self._running.tau:g} of {self._total}, because another callback "
