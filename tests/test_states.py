@@ -228,3 +228,25 @@ def test_a_damaged_state_of_another_library(form):
         ema.load_state_dict(good)
     assert refused > 150
     assert same(ema.state_dict(), good)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_state_of_another_form_of_the_scale_is_warned_of(trained, swap):
+    """A variance under `scale="count"` is that of one backward's batch; of sizes it is that of `base_batch`."""
+    forms = [{"scale": "count"}, {"base_batch": 16, "micro_batch": 4}]
+    models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    first, second = (
+        anybatch.attach(optimizer, model=model, **form)
+        for optimizer, model, form in zip(optimizers, models, forms[::-1] if swap else forms, strict=True)
+    )
+    if trained:
+        for _ in range(2):
+            (models[0](torch.randn(4, 3)).square().mean() / 2).backward()
+        optimizers[0].step()
+    state = first.state_dict()
+    expected = pytest.warns(anybatch.AnybatchWarning, match="in the same form") if trained else contextlib.nullcontext()
+    with expected:
+        second.load_state_dict(state)
+    assert second.tau == first.tau

@@ -36,6 +36,15 @@ def test_what_one_rank_did_not_measure_none_did(broken):
     assert gain > 1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_with_the_same_examples_are_warned_of(shared):
+    """Their gradients are equal, so the variance is exactly 0."""
+    for warned, gain in launch.run(trust_workers.examples_of_ranks, world=2, args=(shared,)):
+        assert len(warned) == shared
+        assert (gain == 1) == shared
+        assert all("Does every rank see the same examples?" in text and "DistributedSampler" in text for text in warned)
+
+
 def test_what_is_wrong_on_one_rank_is_an_error_on_all():
     found, other = launch.run(trust_workers.errors, world=2)
     expected = {

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import tempfile
+import warnings
 from pathlib import Path
 
 import oracle
@@ -96,6 +97,19 @@ def clearings(rank):
                 key = engine, tuple(flag for flag, on in options.items() if on), clear, scenario, accumulation
                 found[key] = told(clearing, rank, engine, options, clear, scenario, accumulation)
     return found
+
+
+def examples_of_ranks(rank, shared):
+    """The warnings of two steps, and the last gain."""
+    model = make("ddp")
+    optimizer, controller = attached(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for t in range(2):
+            backward(model, 0 if shared else rank, t)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(each.message) for each in seen if issubclass(each.category, anybatch.AnybatchWarning)], controller.gain
 
 
 def hooks_on_one_rank(rank, broken):

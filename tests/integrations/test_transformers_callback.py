@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 import warnings
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_batch_smaller_than_the_base_batch_takes_more_steps_than_max_steps(mad
 def test_a_line_below_the_bar_says_how_many_steps_the_run_took(bar, made, capsys):
     trainer, adapter = made(disable_tqdm=not bar)
     trainer.train()
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("anybatch: ")]
+    lines = [line for line in re.split("[\r\n]+", capsys.readouterr().err) if line.startswith("anybatch: ")]
     expected = f"anybatch: {trainer.state.global_step} steps for 20 base iterations, tau = {adapter.controller.tau:g}."
     assert lines == ([expected] if bar else [])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import GreedyLR
 from transformers.trainer_utils import get_last_checkpoint, has_length
@@ -190,7 +191,7 @@ class AnyBatchCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Print the end below the trainer's bar, which shows steps of `max_steps`; warn if the run ended early."""
         if self._running.done and state.is_world_process_zero and not args.disable_tqdm:
-            print(
+            tqdm.write(
                 f"anybatch: {state.global_step} steps for {self._total} base iterations, tau = {self._running.tau:g}.",
                 file=sys.stderr,
             )
