@@ -26,6 +26,7 @@ NEAR = {
     "_gradients/layers.py": "layers distributed/layers",
     "_gradients/norms.py": "norms",
     "_gradients/parameters.py": "several_optimizers gather",
+    "_gradients/pipeline.py": "distributed/pipelines",
     "_gradients/probe.py": "gather metric layers",
     "_gradients/reduce.py": "weights distributed/scenarios distributed/trust distributed/routes distributed/ddp",
     "_gradients/forward_hook.py": "sizes",

@@ -27,7 +27,12 @@ def test_every_setting_that_is_compared_has_a_case():
     compared = {field.name for field in fields(Settings) if field.compare} - {"batch"}
     sizes = {field.name for field in fields(BatchSize)} - {"micro_batch"}
     assert set(workers.FIELDS) == compared | sizes
-    assert {field.name for field in fields(Settings) if not field.compare} == {"leader", "process_group", "record"}
+    assert {field.name for field in fields(Settings) if not field.compare} == {
+        "leader",
+        "pipeline",
+        "process_group",
+        "record",
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

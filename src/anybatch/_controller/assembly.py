@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from anybatch._gradients import (
     GradientHooks,
     JoinSupport,
     LayerNorms,
+    PipelineHooks,
     Probe,
     Ranks,
     Sizes,
     check_same,
     engine_of,
+    pipeline_engine,
     trained_parameters,
 )
 from anybatch._record import RecordSinks, run_config
@@ -86,7 +89,11 @@ def assemble(
         for optimizer, family in zip(optimizers, families, strict=True)
     ]
     trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
-    engine = engine_of(model, trained, settings.process_group)
+    pipeline = settings.pipeline
+    if pipeline is None:
+        engine = engine_of(model, trained, settings.process_group)
+    else:
+        engine = pipeline_engine(pipeline, trained, settings.process_group)
     clock = settings.leader or Clock(settings.total)
     run = RunState(clock=clock, batch=settings.batch, shown=engine.ranks.first, leads=settings.leader is None)
     gradients: GradientHooks | None = None
@@ -112,7 +119,7 @@ def assemble(
             layers=lambda: next((probe.names for probe in probes if isinstance(probe, LayerNorms)), ()),
         )
         if settings.counts:
-            gradients = GradientHooks(
+            gradients = (GradientHooks if pipeline is None else partial(PipelineHooks, pipeline))(
                 lambda: members_of(optimizers),
                 measure=measurement is not None,
                 due=lambda: estimator.due(run.running, steps=run.steps),
@@ -122,7 +129,7 @@ def assemble(
                 loss_scale=settings.loss_scale,
                 consecutive=measurement is not None and measurement.consecutive,
                 probes=probes,
-                sizes=Sizes(model, given=settings.batch.micro_batch),
+                sizes=Sizes(model if pipeline is None else None, given=settings.batch.micro_batch),
             )
         config = run_config(
             optimizers,
@@ -192,6 +199,11 @@ def _probes(
         entry = second_moment_of(optimizers[0], families[0])
         steps = lambda: run.steps  # noqa: E731
         probes.append(AdamNorms(optimizers[0], entry=entry, steps=steps, rows=engine.rows, shards=engine.shards))
+    if per_layer is not None and settings.pipeline is not None:
+        raise UnsupportedError(
+            f"RunRecord(per_layer={per_layer}) needs all layers on every rank, and a pipeline has a part of them on "
+            "each: leave per_layer out."
+        )
     if per_layer is not None:
         if measurement is None:
             raise UsageError(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from anybatch._controller.controller import Controller
 from anybatch._controller.settings import Settings
 from anybatch._errors import InvalidValueError
-from anybatch._gradients import Reduction
+from anybatch._gradients import Reduction, is_pipeline, stages_of
 from anybatch._numbers import shown
 from anybatch._record import Destination, destinations
 from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
@@ -47,6 +47,7 @@ def attach(
             AdamW for the rest, are a list: one gain, one clock, and a step of each after the last backward. Wrappers
             of Accelerate, Fabric and Lightning are supported.
         model: The module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
+            With `torch.distributed.pipelining` the schedule of this rank.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: A torch scheduler, one of timm's, or a list of them, written for the base batch. The controller moves
             it to `floor(tau)`: never call its `step()`. It may have a wrapper of Accelerate or Lightning, whose
@@ -112,6 +113,14 @@ def attach(
         raise InvalidValueError(f"Pass at least one optimizer, and each once, got {shown(optimizer)}.")
     if not isinstance(rule, Rule):
         raise InvalidValueError(f"rule must be an anybatch.Rule, such as AdaScale(), got {rule!r}.")
+    pipeline = model if is_pipeline(model) else None
+    if pipeline is not None:
+        model = stages_of(pipeline)
+        if micro_batch == "auto":
+            raise InvalidValueError(
+                "micro_batch='auto' reads forwards of the model, and a pipeline runs its stages. Pass the number of "
+                "examples of a micro-batch: those of schedule.step() on this rank, divided by its micro-batches."
+            )
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}.")
     refuse_deepspeed(model)
@@ -144,6 +153,7 @@ def attach(
         leader=total if isinstance(total, Clock) else None,
         process_group=process_group,
         record=destinations(record),
+        pipeline=pipeline,
     )
     schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
     return Controller(optimizers, model=model, schedulers=schedulers, settings=settings)

@@ -470,7 +470,7 @@ class Controller(Joinable):
         self._step_hooks.restore()
         return {
             "version": STATE_VERSION,
-            "parameters": sum(p.numel() for p in members_of(self._optimizers)),
+            "parameters": sum(p.numel() for p in members_of(self._optimizers)) + self._ranks.elsewhere,
             "base_batch": self._settings.batch.base_batch or 0.0,
             **self._run.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,

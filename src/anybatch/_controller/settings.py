@@ -31,6 +31,7 @@ class Settings:
     leader: Clock | None = field(compare=False)  # the clock of another controller, which this run follows
     process_group: dist.ProcessGroup | None = field(compare=False)
     record: Sequence[Destination] = field(compare=False)
+    pipeline: Any = field(default=None, compare=False)  # the schedule of torch.distributed.pipelining
 
     @property
     def measurement(self) -> AdaScale | None:

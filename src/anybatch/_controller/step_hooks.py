@@ -274,7 +274,8 @@ class StepHooks:
         stamp = self._stamp
         if stamp is None or self._prepared is None or self._prepared.stamp != stamp:
             step = self._step_of_window(share)
-            fixed = self._settings.measurement is None and not step.skipped
+            whole = self._engine.ranks.model == 1  # else one rank sees a part of the gradient
+            fixed = self._settings.measurement is None and not step.skipped and whole
             if fixed and not finite(self._trainable(), step=self._run.steps):
                 step = self._estimator.not_finite(step)
             self._prepared = _Prepared(stamp, step)

@@ -31,8 +31,10 @@ class Engine:
     ddp: DistributedDataParallel | None = None  # the module, if DDP is the engine
 
 
-def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Engine:
-    """The engine that `model` is wrapped in.
+def engine_of(
+    model: nn.Module, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None, *, pipelines: int = 1
+) -> Engine:
+    """The engine that `model` is wrapped in: one stage of `pipelines`, on as many times fewer ranks than the world.
 
     Raises:
         UnsupportedError: FSDP1, or parameters on meshes that do not fit.
@@ -41,7 +43,8 @@ def engine_of(model: nn.Module, parameters: Sequence[Tensor], process_group: dis
     if any(hasattr(p, "device_mesh") for p in parameters):
         from anybatch._gradients.fsdp import rows_of, sharding_of, synchronised
 
-        sharding, arrived = sharding_of(model, parameters, process_group), synchronised(model)
+        sharding = sharding_of(model, parameters, process_group, pipelines=pipelines)
+        arrived = synchronised(model)
         return Engine(
             sharding.ranks,
             place=lambda new: sharding.place(model, new),

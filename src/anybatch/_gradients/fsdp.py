@@ -84,8 +84,10 @@ def _groups_of(state: Any) -> Iterable[Any]:
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
-def sharding_of(model: nn.Module, parameters: Sequence[Tensor], given: dist.ProcessGroup | None) -> Sharding:
-    """The ranks that share `model` by FSDP2 and tensor parallelism.
+def sharding_of(
+    model: nn.Module, parameters: Sequence[Tensor], given: dist.ProcessGroup | None, *, pipelines: int = 1
+) -> Sharding:
+    """The ranks that share `model`, one stage of `pipelines`, by FSDP2 and tensor parallelism.
 
     Raises:
         UnsupportedError: modules are sharded over different meshes, or parameters lie on meshes that do not fit.
@@ -114,14 +116,14 @@ def sharding_of(model: nn.Module, parameters: Sequence[Tensor], given: dist.Proc
         return Sharding(Ranks(), 1)
     mesh = next(p.device_mesh for p in tensors if p.device_mesh.size() == whole)
     if given is None and mesh.ndim > 1:
-        if whole != dist.get_world_size():
+        if whole * pipelines != dist.get_world_size():
             raise UsageError(
                 f"The mesh of the parameters has {tuple(mesh.shape)} ranks, which is not the whole world: pass attach "
                 "the process_group of all these ranks."
             )
         given = dist.group.WORLD
     group = given if given is not None else mesh.get_group()
-    if dist.get_world_size(group) != whole:
+    if dist.get_world_size(group) not in (whole, whole * pipelines):
         raise UsageError(
             f"The process_group has {dist.get_world_size(group)} ranks, and the parameters lie on {whole}: give attach "
             "the process_group of all ranks that hold a part of the model."

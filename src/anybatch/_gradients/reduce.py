@@ -48,7 +48,9 @@ class Ranks:
     group: dist.ProcessGroup | None = None  # of all ranks that hold a part of the model; `None` for one rank
     size: int = 1  # W, the number of ranks with micro-batches of their own
     replicated: bool = True  # whether each of them holds the whole `.grad`, so that all must hold the same
-    model: int = 1  # number of ranks that share each micro-batch, by tensor parallelism; the group has W times as many
+    # Number of ranks that share each micro-batch, by tensor or pipeline parallelism; the group has W times as many.
+    model: int = 1
+    elsewhere: int = 0  # number of trained parameters of other stages of a pipeline
 
     @property
     def first(self) -> bool:
@@ -301,6 +303,8 @@ def check_same(settings: Mapping[str, object], *, ranks: Ranks, first: First, on
     """
     if ranks.group is None:
         return first
+    if ranks.elsewhere:  # the stages of a pipeline differ in size
+        settings = {name: value for name, value in settings.items() if not name.startswith("number of trained")}
     found: list[Any] = [None] * ranks.size * ranks.model
     dist.all_gather_object(found, (dict(settings), first, dict(only_first)), group=ranks.group)
     for name in dict.fromkeys(name for of_rank, _, _ in found for name in of_rank):
