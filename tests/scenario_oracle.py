@@ -30,6 +30,8 @@ def expected(s):
     counted = []  # the windows of the steps so far
     for number, window in enumerate(s.windows):
         step_number = len(counted)
+        if number == s.resumed:
+            previous = None  # a gradient is not in the state
         grads, used = [], set()
         for micro_batch in window:
             x, y = (each.double() for each in s.data(micro_batch))

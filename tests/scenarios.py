@@ -80,6 +80,9 @@ class Scenario:
     bad: frozenset  # windows in which one micro-batch's loss is not finite
     peeked: bool
     paused: bool  # a backward that is no training comes before each window
+    auto: bool  # sizes are read from the forwards
+    together: bool  # each loss is two backwards of one micro-batch
+    resumed: int | None  # the window before which another controller continues from the state
 
     @property
     def dtype(self):
@@ -184,6 +187,9 @@ def draw(seed, *, engine="one", world=1):
         else frozenset(),
         peeked=own.random() < 0.3,
         paused=world == 1 and own.random() < 0.3,
+        auto=kind == "sizes" and own.random() < 0.3,
+        together=world == 1 and not options.get("consecutive") and own.random() < 0.25,
+        resumed=own.randrange(1, len(windows)) if world == 1 and own.random() < 0.4 else None,
     )
 
 
@@ -267,15 +273,31 @@ def _train(s, net, wrap, rank):
     record = [records.append]
     if s.by_layer and s.rule == "AdaScale":  # on no rank does it change the training
         record.append(anybatch.RunRecord(f"{folder.name}/{rank}.jsonl", per_layer=2))
-    controller = anybatch.attach(
-        optimizer, model=model, scheduler=scheduler, total=s.total, reduction=s.reduction,
-        rule=getattr(anybatch, s.rule)(decays=s.decays, **s.options), record=record, **s.batch,
-    )  # fmt: skip
+    batch = {**s.batch, "micro_batch": "auto"} if s.auto else s.batch
+
+    def attach(record):
+        return anybatch.attach(
+            optimizer, model=model, scheduler=scheduler, total=s.total, reduction=s.reduction,
+            rule=getattr(anybatch, s.rule)(decays=s.decays, **s.options), record=record, **batch,
+        )  # fmt: skip
+
+    controller = attach(record)
     shown = {"lr": "lr", "momentum": "momentum", "weight decay": "weight_decay"}
-    optimizer.register_step_pre_hook(
-        lambda o, *_: inside.append({n: [float(g.get(key, 0)) for g in o.param_groups] for n, key in shown.items()})
-    )
+
+    def look(o, *_):  # inside of the step, after the controller's own hook
+        inside.append({n: [float(g.get(key, 0)) for g in o.param_groups] for n, key in shown.items()})
+
+    watch = optimizer.register_step_pre_hook(look)
     for number, window in enumerate(s.windows):
+        if number == s.resumed:
+            state, skipped = controller.state_dict(), controller.skipped
+            controller.detach()
+            optimizer.load_state_dict(optimizer.state_dict())
+            controller = attach(record)
+            controller.load_state_dict(state)
+            watch.remove()
+            watch = optimizer.register_step_pre_hook(look)
+            assert controller.skipped == skipped
         own = len(window) // s.world
         divisor = {"mean": own, "sum": 1}.get(s.reduction, s.reduction)
         if s.paused:
@@ -287,12 +309,17 @@ def _train(s, net, wrap, rank):
         mine = window[rank * own : (rank + 1) * own]
         for a, micro_batch in enumerate(mine):
             x, y = s.data(micro_batch)
-            if s.sized and controller.micro_batch is not None:
+            if s.sized and not s.auto and controller.micro_batch is not None:
                 controller.micro_batch = micro_batch.size
             with _synchronised(model, s.sync_every or a == own - 1):
                 loss = (model(x.to(s.dtype), micro_batch.use_branch) - y.to(s.dtype)).square().mean()
                 bad = math.nan if number in s.bad and a == 0 else 1.0
-                (loss * bad / divisor).backward()
+                if s.together:
+                    with controller.together():
+                        (0.3 * loss * bad / divisor).backward(retain_graph=True)
+                        (0.7 * loss * bad / divisor).backward()
+                else:
+                    (loss * bad / divisor).backward()
         if s.peeked:
             controller.peek()
         if (s.clip and s.mean_first) or s.clamp:
@@ -307,7 +334,7 @@ def _train(s, net, wrap, rank):
             warnings.filterwarnings("ignore", "The gradients were changed")  # a clip of a sum, on purpose
             optimizer.step()
         optimizer.zero_grad(set_to_none=s.set_to_none)
-        record = records[-1] if records else {}  # rank 0 alone writes
+        line = records[-1] if records else {}  # rank 0 alone writes
         if number in s.bad:
             assert controller.skipped == sum(i <= number for i in s.bad)
             continue
@@ -319,7 +346,7 @@ def _train(s, net, wrap, rank):
                 "iterations": controller.iterations,
                 "tau": controller.tau,
                 **inside[-1],
-                "raw": [record.get(f"anybatch/raw_{moment}", math.nan) for moment in ("variance", "sqnorm")],
+                "raw": [line.get(f"anybatch/raw_{moment}", math.nan) for moment in ("variance", "sqnorm")],
                 "average": [controller.variance, controller.sqnorm],
             }
         )

@@ -1,7 +1,8 @@
 """Two hundred random trainings on one process, each against a plain float64 loop (`scenario_oracle`).
 
 They draw what real loops do beside the plain one, too: gradients changed through `.data`, windows of varying length,
-losses that are not finite, `peek()`, backwards that are no training, layers recorded beside `every`.
+losses that are not finite, `peek()`, backwards that are no training, layers recorded beside `every`,
+sizes that are read from the forwards, two backwards for one micro-batch, and another controller that continues.
 
 Of 1600 seeds the worst relative error was 1.6e-14 in float64 and 9.7e-7 in float32; `scenarios.check` has the bounds.
 """
