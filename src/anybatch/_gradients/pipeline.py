@@ -70,15 +70,14 @@ def pipeline_engine(schedule: Any, parameters: Sequence[Tensor], process_group: 
             f"{inner.ranks.size * inner.ranks.model} of them. Wrap each stage's module in DistributedDataParallel or "
             "fully_shard over the ranks that hold the same stage, or pass attach the process_group of one pipeline."
         )
-    numbers = torch.tensor(float(sum(p.numel() for p in parameters)), dtype=torch.float64)
-    mine = int(numbers)
-    dist.all_reduce(numbers, group=group)
+    mine, numbers = sum(p.numel() for p in parameters), [0] * world
+    dist.all_gather_object(numbers, mine, group=group)
     ranks = Ranks(
         group,
         inner.ranks.size,
         replicated=False,
         model=inner.ranks.model * across,
-        elsewhere=round(float(numbers) * across / world) - mine,
+        elsewhere=sum(numbers) * across // world - mine,
     )
     return replace(inner, ranks=ranks, reduced=lambda: True, arrived=lambda: True, rows=_no_rows, ddp=None)
 
