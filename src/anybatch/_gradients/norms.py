@@ -49,7 +49,7 @@ def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     squares: list[Tensor] = []
     for device in devices:
         here = small if len(devices) == 1 else [tensor for tensor in small if tensor.device == device]
-        squares.extend(map(_squared_norm, _blocks(here, _BLOCK_CPU if device.type == "cpu" else _BLOCK)))
+        squares.extend(map(_squared_norm, _blocks(here, _BLOCK_CPU if _on_host(device) else _BLOCK)))
     return summed(squares)
 
 
@@ -93,6 +93,11 @@ def part_of(grad: Tensor, parameter: Tensor) -> Tensor:
     if placements is not None and getattr(grad, "placements", placements) != placements:
         grad = cast("DTensor", grad).redistribute(placements=placements)
     return local_of(grad)
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether a core's cache decides how norms are taken; elsewhere it is the number of launches."""
+    return device.type == "cpu"
 
 
 def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:
