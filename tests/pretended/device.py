@@ -152,7 +152,7 @@ class Machine:
             self.log.operations["copy to the host"] += 1
             self.log.launches += 1
             stream = (mine[0].device.index, stream_of(mine[0].device))
-            self._pending.append((stream, args[0], mine[0].entries.to(args[0].dtype)))
+            self._pending.append((stream, args[0], mine[0].entries.to(args[0].dtype, copy=True)))
             return args[0].fill_(nan) if args[0].is_floating_point() else args[0]
         if name == "copy_" and any(not isinstance(t, Pretended) and t.dim() > 0 for t in args[:2]):
             self.arrive(name, mine[0].device, kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
@@ -288,14 +288,16 @@ class Event:
         self._machine.synchronise(self._stream)
 
 
-class Stream:
+class Stream(torch.Stream):
     """A torch.cuda.Stream, to be current in a `with`."""
 
-    def __init__(self, machine, device, number):
-        self.device, self.stream_id, self._machine = torch.device(device), number, machine
+    def __new__(cls, machine, device, number):
+        made = super().__new__(cls, stream_id=number, device_index=device.index, device_type=1)
+        made.machine = machine
+        return made
 
     def record_event(self):
-        return Event(self._machine).record(self)
+        return Event(self.machine).record(self)
 
     @contextmanager
     def current(self):
@@ -331,6 +333,7 @@ def installed(machine):
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_name", lambda _: "pretended"),
         (torch.cuda, "current_stream", stream),
+        (torch._C, "_cuda_getCurrentRawStream", GUARD.pretended_stream),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None),

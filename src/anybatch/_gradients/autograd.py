@@ -41,6 +41,11 @@ def check_not_captured(tensor: Tensor) -> None:
         )
 
 
+def stream_of(device: torch.device) -> int:
+    """A number for this thread's current stream of a CUDA device; 0 for other devices."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
 def accumulates(leaf: Tensor) -> bool:
     """Whether the engine's run adds to `.grad`; in `torch.autograd.grad`, which does not, the engine raises."""
     try:

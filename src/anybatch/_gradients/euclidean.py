@@ -9,12 +9,18 @@ large gradient is measured at once, while it is in the cache; the norms of its r
 A hook or a custom backward that writes into its gradient breaks PyTorch's rules. It may change a queued tensor where an
 addition gave the same tensor to both. The tensor's version shows the write. Such a window is not measured, and from
 then on nothing is queued.
+
+[Note: streams] A hook runs on the stream of its parameter's forward, the end of a backward on the caller's, after all
+others. A tensor of the queue is then read on a stream other than its own. CUDA's allocator must know of it before the
+tensor is freed, or its memory is given away while the read is pending.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from anybatch._gradients.autograd import stream_of
 from anybatch._gradients.norms import SMALL, condensed, part_of, summed, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import Norms
@@ -32,6 +38,7 @@ class Queue:
         self.versions: list[int] = []
         self.rows: list[Tensor] = []
         self.squares: list[Tensor] = []
+        self.streams: set[tuple[torch.device, int]] = set()  # of the hooks, on devices
 
     def take(self, grad: Tensor) -> None:
         """Measure a gradient that may not be queued."""
@@ -43,6 +50,10 @@ class Queue:
     def measure(self) -> bool:
         """Measure the queued gradients; false if something wrote to one of them."""
         unchanged = self.versions == [grad._version for grad in self.waiting]
+        if any(stream_of(device) != stream for device, stream in self.streams):
+            for tensor in (*self.waiting, *self.rows):
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if self.waiting or self.rows:
             self.squares.append(total_squared_norm([*self.waiting, *self.rows]))
             self.drop()
@@ -53,6 +64,7 @@ class Queue:
         self.waiting.clear()
         self.versions.clear()
         self.rows.clear()
+        self.streams.clear()
 
 
 class EuclideanNorms(Probe):
@@ -100,6 +112,8 @@ class EuclideanNorms(Probe):
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
         """Queue or measure a gradient, as the hooks of `GradientHooks` do inline."""
         queue = self.queues[index]
+        if grad.is_cuda:
+            queue.streams.add((grad.device, stream_of(grad.device)))
         if self.queued[index] and self.patient and not grad.is_sparse:
             queue.waiting.append(grad)
             queue.versions.append(grad._version)

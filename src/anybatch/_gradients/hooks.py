@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from anybatch._errors import AnybatchWarning, InvalidValueError, UnsupportedError, UsageError
-from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward
+from anybatch._gradients.autograd import LAST, accumulates, at_end, check_not_captured, inside_a_backward, stream_of
 from anybatch._gradients.fingerprint import GradientFingerprint, is_zero
 from anybatch._gradients.norms import part_of
 from anybatch._gradients.probe import Placement, Probe
@@ -369,6 +369,8 @@ class GradientHooks:
         leaf_of = self._leaves[index]
         distributed = hasattr(leaf_of(), "_local_tensor")
         append, note = queue.waiting.append, queue.versions.append
+        device = None if (leaf := leaf_of()) is None or not leaf.is_cuda else leaf.device
+        streams = queue.streams
 
         def hook(grad: Tensor) -> None:  # runs for each parameter and backward: the hottest lines of the library
             hooks = reference()
@@ -380,6 +382,8 @@ class GradientHooks:
             hooks._fires[index] += 1
             if distributed and (leaf := leaf_of()) is not None:
                 grad = part_of(grad, leaf)
+            if device is not None:
+                streams.add((device, stream_of(device)))
             if queued and not grad.is_sparse:
                 append(grad)
                 note(grad._version)

@@ -7,6 +7,9 @@ conversion of the whole tensor to float64 is cheaper.
 
 For small tensors the calls take the time: 3 us for a norm of each, 0.6 us for a place in a flat copy. So small tensors
 are copied into blocks, and each block takes one product in float64.
+
+On a device the number of launches takes the time. More than a few large tensors of one type are one `_foreach_norm`
+with a float64 result: its kernels convert each entry and sum in float64, without a copy.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +26,7 @@ SMALL = 16384
 # Entries of a block. On a CPU its copies, 384 KB, stay in a core's cache: at 131072 entries each takes twice as long.
 # Elsewhere the number of kernels matters, and a block is 16 MB of float32.
 _BLOCK_CPU, _BLOCK = 1 << 15, 1 << 22
+_FEW = 4  # large tensors whose rows take no more launches than `_foreach_norm` with its sum does
 
 
 def norm_into(out: Tensor, tensor: Tensor) -> None:
@@ -39,17 +43,12 @@ def norm_into(out: Tensor, tensor: Tensor) -> None:
 @torch.no_grad()
 def total_squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squared norms of `tensors`: a float64 tensor of shape `[]` on the first tensor's device."""
-    small: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.numel() >= SMALL or tensor.is_sparse or tensor.is_complex():
-            small.extend(condensed(tensor))
-        else:
-            small.append(tensor)
-    devices = dict.fromkeys([tensor.device for tensor in small])
+    tensors = list(tensors)
+    devices = dict.fromkeys([tensor.device for tensor in tensors])
     squares: list[Tensor] = []
     for device in devices:
-        here = small if len(devices) == 1 else [tensor for tensor in small if tensor.device == device]
-        squares.extend(map(_squared_norm, _blocks(here, _BLOCK_CPU if _on_host(device) else _BLOCK)))
+        here = tensors if len(devices) == 1 else [tensor for tensor in tensors if tensor.device == device]
+        squares.extend(_squares_on_host(here) if _on_host(device) else _squares_on_device(here))
     return summed(squares)
 
 
@@ -98,6 +97,50 @@ def part_of(grad: Tensor, parameter: Tensor) -> Tensor:
 def _on_host(device: torch.device) -> bool:
     """Whether a core's cache decides how norms are taken; elsewhere it is the number of launches."""
     return device.type == "cpu"
+
+
+def _squares_on_host(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    return map(_squared_norm, _blocks(_all_small(tensors), _BLOCK_CPU))
+
+
+def _squares_on_device(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Squared norms of tensors of one device by few launches: each is of tensors of one type, or copies them first."""
+    small: list[Tensor] = []
+    for alike in _by_type(tensors):
+        dense = [tensor for tensor in alike if _is_dense(tensor)]
+        if sum(tensor.numel() >= SMALL for tensor in dense) <= _FEW:
+            small.extend(_all_small(alike))
+            continue
+        norms = torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float64))
+        yield torch.dot(norms, norms)
+        small.extend(_all_small([tensor for tensor in alike if not _is_dense(tensor)]))
+    for alike in _by_type(small):
+        yield from map(_squared_norm, _blocks(alike, _BLOCK))
+
+
+def _by_type(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    types: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        types.setdefault(tensor.dtype, []).append(tensor)
+    return types.values()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether `tensor` is real, and its entries fill one interval of memory."""
+    if tensor.is_sparse or tensor.is_complex() or tensor.numel() == 0:
+        return False
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _all_small(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Small real tensors with the squared norm of `tensors`."""
+    small: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() >= SMALL or tensor.is_sparse or tensor.is_complex():
+            small.extend(condensed(tensor))
+        else:
+            small.append(tensor)
+    return small
 
 
 def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:
