@@ -108,6 +108,7 @@ class StepHooks:
         # The window after the steps of some optimizers and not of all: its stamp, and the factor on its loss.
         self._partial: tuple[int | None, Tensor | None] = None, None
         self._partial_window = 0
+        self._skips: tuple[Tensor | None, bool | None] = None, None  # `_found_inf` of the window, and its value if read
         self._pending: Step | None = None
         self._prepared: _Prepared | None = None
         driven = {id(driver.optimizer) for driver in drivers}
@@ -273,7 +274,7 @@ class StepHooks:
                 check_in_use(optimizer, model=self._model)
         stamp = self._stamp
         if stamp is None or self._prepared is None or self._prepared.stamp != stamp:
-            step = self._step_of_window(share)
+            step = self._step_of_window(share, optimizer)
             whole = self._engine.ranks.model == 1  # else one rank sees a part of the gradient
             fixed = self._settings.measurement is None and not step.skipped and whole
             if fixed and not finite(self._trainable(), step=self._run.steps):
@@ -314,7 +315,7 @@ class StepHooks:
         )
         return True
 
-    def _step_of_window(self, share: Share | None) -> Step:
+    def _step_of_window(self, share: Share | None, optimizer: Optimizer) -> Step:
         """The step, from the gradients of all ranks."""
         running = self._run.running
         if self._gradients is None:
@@ -329,7 +330,9 @@ class StepHooks:
             )
         checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
         reduction = self._settings.reduction
-        seen = reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share)
+        skips = _found_inf(optimizer)
+        seen = reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share, skips=skips)
+        self._skips = skips, seen.skips
         step = self._estimator.step(running, seen)
         if ranks.group is not None and step.raw.sqnorm > 0 and abs(step.raw.variance) <= _SAME * step.raw.sqnorm:
             self._diagnostics.once(
@@ -355,8 +358,9 @@ class StepHooks:
         if index == 0 and self._sinks.writes:
             self._lr = self.lr
         self.restore()
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
-        self._taken[index] = found_inf is not None and bool(found_inf)
+        found_inf = _found_inf(optimizer)
+        read = self._skips[1] if found_inf is self._skips[0] else None
+        self._taken[index] = bool(found_inf if read is None else read)
         if len(self._taken) < len(self._values):
             self._partial = self._stamp, self._factor()
             self._partial_window = 0 if self._gradients is None else self._gradients.windows
@@ -397,3 +401,9 @@ class StepHooks:
                     self._sinks.rest()
         if skipped:
             self._diagnostics.skipped(step)
+
+
+def _found_inf(optimizer: Optimizer) -> Tensor | None:
+    """Whether a fused optimizer under a GradScaler skips its step by itself; `None` for all others."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found

@@ -6,12 +6,11 @@ any other step, so the training does not change by a bit. Other steps have no ex
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from anybatch._gradients.norms import norm_into, total_squared_norm
-from anybatch._gradients.probe import Placement, Probe, Table
+from anybatch._gradients.probe import OnDevices, Placement, Probe, Table
 from anybatch._gradients.window import Norms
 
 # The parts of names that torch.compile and activation checkpointing add.
@@ -36,7 +35,7 @@ class LayerNorms(Probe):
         self._layer_of: dict[int, str] = {}  # by the identity of a parameter, in the model's order
         self._keys: list[int] = []  # the identities of the parameters
         self.names: tuple[str, ...] = ()
-        self._places: list[int] = []  # for each parameter, the index of its layer in the names
+        self._places = OnDevices([])  # for each parameter, the index of its layer in the names
         self._table = Table()
         self._open = False
 
@@ -55,7 +54,7 @@ class LayerNorms(Probe):
         measured = set(self._keys)
         self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in measured))
         position = {name: place for place, name in enumerate(self.names)}
-        self._places = [position[self._layer_of[key]] for key in self._keys]
+        self._places = OnDevices([position[self._layer_of[key]] for key in self._keys])
         self._table.follow(places)
         self._open = False
 
@@ -91,8 +90,7 @@ class LayerNorms(Probe):
         return Norms(self._summed(samples), None if mean is None else self._summed(mean))
 
     def _summed(self, squares: Tensor) -> Tensor:
-        places = torch.tensor(self._places, device=squares.device)
-        return squares.new_zeros(len(self.names)).index_add_(0, places, squares)
+        return squares.new_zeros(len(self.names)).index_add_(0, self._places.on(squares.device), squares)
 
 
 def layer_of(name: str, model: nn.Module) -> str:

@@ -72,6 +72,20 @@ class Probe(ABC):
         """The norms, where the parameters got `fires` gradients each; `None` where they are unknown."""
 
 
+class OnDevices:
+    """A list of numbers as a tensor; a copy to a device synchronises, so there is one for each."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on this device."""
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.numbers, device=device)
+        return self._tensors[device]
+
+
 class Row:
     """One float64 number for each parameter, on the device of its gradients."""
 
@@ -107,6 +121,8 @@ class Table:
         """Add parameters."""
         self._devices.extend(place.leaf.device for place in places)
         self._copies.extend((place.sample_copies, place.mean_copies) for place in places)
+        self._sample_copies = OnDevices([copies for copies, _ in self._copies])
+        self._mean_copies = OnDevices([copies for _, copies in self._copies])
         self._rows.clear()
         self._mean: Row | None = None
         self.clear()
@@ -152,8 +168,8 @@ class Table:
         if samples is None:
             samples = torch.stack([row.squares() for row in self._written(fires)]).sum(0)
         mean = self._mean_squares
-        samples = _over(samples, [copies for copies, _ in self._copies])
-        return samples, None if mean is None else _over(mean, [copies for _, copies in self._copies])
+        samples = _over(samples, self._sample_copies)
+        return samples, None if mean is None else _over(mean, self._mean_copies)
 
     def _written(self, fires: Sequence[int]) -> list[Row]:
         """The window's rows, with 0 for a parameter without a gradient from that micro-batch."""
@@ -164,7 +180,5 @@ class Table:
         return rows
 
 
-def _over(squares: Tensor, copies: Sequence[int]) -> Tensor:
-    if set(copies) == {1}:
-        return squares
-    return squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)
+def _over(squares: Tensor, copies: OnDevices) -> Tensor:
+    return squares if set(copies.numbers) == {1} else squares / copies.on(squares.device)

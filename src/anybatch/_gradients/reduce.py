@@ -12,7 +12,7 @@ with n of them: `mean_square = n sum ||h_i||^2`, and a sample is S / n.
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import isfinite, nan
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -75,15 +75,15 @@ class Counts(NamedTuple):
 class Layout:
     """The named parts of one flat float64 tensor, which is reduced and copied to the host; only this class orders it.
 
-    `counts`              `[9]`, of Counts; over several ranks.
-    `gradient_squared`    `[1]`, the square of this rank's `||.grad||^2`; over several ranks.
+    `counts`              `[9]`, of Counts.
+    `gradient_squared`    `[1]`, the square of this rank's `||.grad||^2`.
     `NAME.samples`        `[k]`, of each probe.
     `NAME.mean`           `[k]`, of each probe.
     """
 
-    def __init__(self, sizes: Mapping[str, int], *, ranks: bool) -> None:
+    def __init__(self, sizes: Mapping[str, int]) -> None:
         probes = {f"{name}.{part}": size for name, size in sizes.items() for part in ("samples", "mean")}
-        self._sizes = ({"counts": len(Counts._fields), "gradient_squared": 1} if ranks else {}) | probes
+        self._sizes = {"counts": len(Counts._fields), "gradient_squared": 1} | probes
 
     @property
     def size(self) -> int:
@@ -110,10 +110,17 @@ class ReducedWindow:
     sampled: bool = True  # whether the averages take the norms as a sample
     finite: bool = True  # whether all measured gradients are finite
     pair_inverse_size: float = 0.0  # with `PAIR`, one over the size of the earlier micro-batch
+    skips: bool | None = None  # the value of the argument `skips`; `None` where it was not read
 
 
 def reduce_window(
-    window: Window, *, ranks: Ranks, reduction: Reduction, checksum: int = 0, share: Share | None = None
+    window: Window,
+    *,
+    ranks: Ranks,
+    reduction: Reduction,
+    checksum: int = 0,
+    share: Share | None = None,
+    skips: Tensor | None = None,
 ) -> ReducedWindow:
     """Sum the windows of all ranks.
 
@@ -127,20 +134,21 @@ def reduce_window(
         checksum: Of the values that must be the same on every rank. Below 2 ** 16, so that sums of squares are exact.
         share: Under `Join`, where ranks may have run out of data, DDP's divisor of the sum of the gradients: `"all"`
             ranks or those still `"active"`. Otherwise `None`.
+        skips: A number on a device that is copied to the host with the norms, on one rank.
 
     Raises:
         UsageError: DDP or FSDP2 did not average the gradients of this step; the ranks have different numbers of
             backwards, clocks, averages, learning rates or, under DDP, gradients; `.grad` is no mean.
     """
+    if ranks.group is None:
+        return _on_one_rank(window, reduction, skips)
     euclidean = window.norms.get(EuclideanNorms.name)
     if euclidean is not None and euclidean.mean is None:
         raise UsageError(
             "The gradients of this step are not averaged over the ranks: the last backward before optimizer.step(), "
             "with its forward, must run outside of no_sync(), or with set_requires_gradient_sync(True)."
         )
-    if ranks.group is None:
-        return _on_one_rank(window, reduction)
-    layout = Layout(window.sizes, ranks=True)
+    layout = Layout(window.sizes)
     device = _device_of(ranks.group) if euclidean is None else euclidean.samples.device
     packed = layout.pack(_parts(window, checksum), device=device)
     dist.all_reduce(packed, group=ranks.group)
@@ -150,7 +158,7 @@ def reduce_window(
 def join_reduction(sizes: Mapping[str, int], ranks: Ranks) -> None:
     """Take part in `reduce_window` on the other ranks with nothing to add."""
     if ranks.group is not None:
-        size = Layout(sizes, ranks=True).size
+        size = Layout(sizes).size
         dist.all_reduce(torch.zeros(size, dtype=torch.float64, device=_device_of(ranks.group)), group=ranks.group)
 
 
@@ -171,15 +179,29 @@ def _parts(window: Window, checksum: int) -> dict[str, Tensor]:
     return parts
 
 
-def _on_one_rank(window: Window, reduction: Reduction) -> ReducedWindow:
-    norms = window.norms
-    if norms:
-        layout = Layout({name: each.samples.numel() for name, each in norms.items()}, ranks=False)
-        parts = {f"{name}.samples": each.samples for name, each in norms.items()}
-        parts |= {f"{name}.mean": each.mean for name, each in norms.items() if each.mean is not None}
-        found = layout.unpack(layout.pack(parts, device=norms[EuclideanNorms.name].samples.device))
-        norms = {name: Norms(found[f"{name}.samples"], found[f"{name}.mean"]) for name in norms}
-    return _in_own_unit(norms, window, window.shares, reduction=reduction, active=1)
+def _on_one_rank(window: Window, reduction: Reduction, skips: Tensor | None) -> ReducedWindow:
+    if not window.norms:
+        return _in_own_unit({}, window, window.shares, reduction=reduction, active=1)
+    parts = {f"{name}.samples": each.samples for name, each in window.norms.items()}
+    parts |= {f"{name}.mean": each.mean for name, each in window.norms.items() if each.mean is not None}
+    if skips is not None:
+        parts["skips"] = skips.reshape(1)
+    found = _to_host(parts, device=window.norms[EuclideanNorms.name].samples.device)
+    norms = {}
+    for name in window.norms:
+        samples, mean = found[f"{name}.samples"], found.get(f"{name}.mean")
+        # Without a mean the window is shorter than the last one. It has no norms, unless these are not finite, so that
+        # the step is skipped.
+        if mean is not None or not bool(samples.isfinite().all()):
+            norms[name] = Norms(samples, samples if mean is None else mean)
+    reduced = _in_own_unit(norms, window, window.shares, reduction=reduction, active=1)
+    return replace(reduced, skips=bool(found["skips"]) if skips is not None else None)
+
+
+def _to_host(parts: Mapping[str, Tensor], *, device: torch.device) -> dict[str, Tensor]:
+    """The parts on the host, by one copy from `device`."""
+    packed = torch.cat([part.to(device, torch.float64, non_blocking=True) for part in parts.values()])
+    return dict(zip(parts, packed.cpu().split([part.numel() for part in parts.values()]), strict=True))
 
 
 def _over_ranks(

@@ -16,16 +16,17 @@ class Norms:
     """
 
     samples: Tensor  # sum_i ||g_i||^2, over the gradients g_i of the micro-batches
-    mean: Tensor | None  # ||mean of the g_i||^2; `None` where `.grad` is not yet the average over the ranks
+    # ||mean of the g_i||^2; `None` where `.grad` is not yet the average over the ranks, or on one process was not read.
+    mean: Tensor | None
 
     def times(self, factor: "float | Tensor") -> "Norms":
         """Both norms multiplied by `factor`."""
         return Norms(self.samples * factor, None if self.mean is None else self.mean * factor)
 
     def over(self, unit: Tensor) -> "Norms":
-        """Both norms divided by `unit`, a tensor of shape `[]` on any device."""
-        unit = unit.to(self.samples.device)
-        return Norms(self.samples / unit, None if self.mean is None else self.mean / unit)
+        """Both norms divided by `unit`, a tensor of shape `[]`; each of the three may be on another device."""
+        mean = None if self.mean is None else self.mean / unit.to(self.mean.device)
+        return Norms(self.samples / unit.to(self.samples.device), mean)
 
 
 @dataclass(frozen=True)

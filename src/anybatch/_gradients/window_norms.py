@@ -161,12 +161,8 @@ class WindowNorms:
                 norms = probe.norms(fires)
                 if norms is None:
                     continue
-                if norms.mean is None and not self._ranks:
-                    # Of one backward the sample is the mean. Other windows are shorter than the last one: they have no
-                    # norms, unless these are not finite, so that the step is skipped.
-                    if backwards > 1 and bool(norms.samples.isfinite().all()):
-                        continue
-                    norms = Norms(norms.samples, norms.samples)
+                if norms.mean is None and not self._ranks and backwards == 1:
+                    norms = Norms(norms.samples, norms.samples)  # of one backward the sample is the mean
                 found[probe.name] = norms
         pair = self._pair if found else None
         if pair is not None:

@@ -127,7 +127,8 @@ class Hyperparameters:
         for group, momentum in zip(local.param_groups, own, strict=True):
             self._prepare_momentum(group, momentum)
         for entries, divisor in self._state_entries(k, own):
-            torch._foreach_div_(entries, divisor)  # not times 1 / k: for a constant k its rounding is one-sided
+            # Not times 1 / k: for a constant k its rounding is one-sided.
+            torch._foreach_div_(entries, _operand(divisor, entries))
         self._count_numbers(lambda count, unit: _Count(count / unit), k)
         before = self._running_numbers() if self.family.stated and k != 1 else {}
         written: list[tuple[dict[str, Any], str, Any]] = []
@@ -143,7 +144,7 @@ class Hyperparameters:
             for group, values in zip(groups, saved, strict=True):
                 _assign(group, {n: value for n, value in values.items() if (id(group), n) not in kept})
             for entries, divisor in self._state_entries(k, own):
-                torch._foreach_mul_(entries, divisor)
+                torch._foreach_mul_(entries, _operand(divisor, entries))
             self._count_numbers(lambda count, unit: float(count) * unit, k)
             for group, own_lr, common in shared:
                 if group["lr"] is own_lr:
@@ -330,6 +331,13 @@ def _holders(local: Optimizer) -> list[dict[str, Any]]:
     """The places of a step count: at each parameter, as torch has it, once in a group, or once in the state."""
     states: dict[Any, Any] = local.state
     return [states, *(state for state in states.values() if isinstance(state, dict)), *local.param_groups]
+
+
+def _operand(divisor: float, entries: Sequence[Tensor]) -> float | Tensor:
+    """The divisor of counts on the host as a tensor of their type: as a number each operation would convert it."""
+    counts = all(type(each) is Tensor and not each.dim() and each.device.type == "cpu" for each in entries)
+    dtype = torch.promote_types(entries[0].dtype, torch.float32)
+    return torch.tensor(divisor, dtype=dtype) if counts and dtype.is_floating_point else divisor
 
 
 def _is_number(value: Any) -> bool:
