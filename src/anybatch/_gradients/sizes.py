@@ -32,7 +32,8 @@ class Sizes:
         self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
         self._given = None if given is None or self.auto else self.now  # the size to compare with forwards
         self.weight: float | None = None  # of the next micro-batch in the step's mean
-        self._rows: int | None = None  # of the first part of a batch, whose size is the given one
+        self._rows: int | None = None  # of the part of a batch whose size is the given one: the first,
+        self._doubted = False  # or, where that part's shape does not have the given size, the first part that has it
         self._part: float | None = None  # the size of the next micro-batch, a part of a batch
         self._compared = True  # whether the window's forwards are compared with the given size
         self._last: float | None = None  # of the micro-batches counted so far, the last
@@ -93,13 +94,14 @@ class Sizes:
     def part(self, rows: int) -> None:
         """The next micro-batch is a part of so many rows; its size is in proportion to that of the first part."""
         if self._given is not None:
-            self._rows = self._rows or rows
+            if self._rows is None or (self._doubted and rows == self._given):
+                self._rows = rows
             self._part = self._given * rows / self._rows
             self._compared = self._compared and rows == self._rows
 
     def set(self, value: float) -> None:
         """Give each later micro-batch the size `value`, and read no forward any more."""
-        self.now, self.auto, self._given = value, False, None
+        self.now, self.auto, self._given, self._part = value, False, None, None
         self.detach()
 
     @property
@@ -150,6 +152,7 @@ class Sizes:
             elif self._left == 0:
                 self.usual = int(self._given)
             if mismatch := _mismatch(shapes, backwards, self._given, self.batch_dim):
+                self._doubted = True
                 self._warn(mismatch)
 
     def _warn(self, text: str) -> None:
@@ -186,7 +189,7 @@ class Sizes:
             return
         if self.auto:
             self._rows_of.append({shape[dim] for shape in shapes})
-        elif self._part is None:
+        else:
             self._shapes.append(shapes[0])
 
 
