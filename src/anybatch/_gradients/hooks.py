@@ -323,10 +323,9 @@ class GradientHooks:
             )
 
     def average(self, divisor: float) -> None:
-        """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
+        """Divide `.grad` by `divisor`, which makes it the mean over the micro-batches."""
         with torch.no_grad():
-            count = self.pending if self._reduced is not None else self.sizes.shares.count  # without empty ones
-            torch._foreach_div_(self._norms.grads(), (count or 1) / divisor)
+            torch._foreach_div_(self._norms.grads(), divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """End the window after its step. `forget` drops the previous gradient too: it was not finite."""
