@@ -160,7 +160,7 @@ def attach(
         schedule_every=check_positive("schedule_every", schedule_every),
         reduction=reduction,
         grad_scaler=grad_scaler,
-        leader=total if isinstance(total, Clock) else None,
+        leader=clock if clock is total else None,
         process_group=process_group,
         record=destinations(record),
         pipeline=pipeline,

@@ -228,7 +228,6 @@ class GradientHooks:
             yield
             return
         self._together = together = SummedBackwards()
-        self.sizes.together = True
         self._task = self._counted = -1
         try:
             yield
@@ -241,7 +240,6 @@ class GradientHooks:
             raise
         finally:
             self._together = None
-            self.sizes.together = False
             self.sizes.forget()  # the forwards of further losses
             self.stamp += 1
 
@@ -467,7 +465,7 @@ class GradientHooks:
         self._here = self._arrived()
         self._synchronised += self._reduced is not None and self._reduced()
         self._fingerprint.confirm(arrived=self._here)
-        self.sizes.count(self.pending)
+        self.sizes.count(self.pending, together=self._together is not None)
         self._norms.scaled()
         if self._norms.taken:
             alone = self._alone
