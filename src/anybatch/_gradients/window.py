@@ -23,9 +23,9 @@ class Norms:
         return Norms(self.samples * factor, None if self.mean is None else self.mean * factor)
 
     def over(self, unit: Tensor) -> "Norms":
-        """Both norms divided by `unit`, a tensor of shape `[]` on any device."""
-        unit = unit.to(self.samples.device)
-        return Norms(self.samples / unit, None if self.mean is None else self.mean / unit)
+        """Both norms divided by `unit`, a tensor of shape `[]`; each of the three may be on another device."""
+        mean = None if self.mean is None else self.mean / unit.to(self.mean.device)
+        return Norms(self.samples / unit.to(self.samples.device), mean)
 
 
 @dataclass(frozen=True)
