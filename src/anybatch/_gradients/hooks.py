@@ -437,14 +437,8 @@ class GradientHooks:
             self._newest = task
             self._norms.interrupted |= bool(self._tasks)  # the backward before has raised
             self._tasks.clear()
-        if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
-            if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite
-                self._norms.forget()
-                self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
-                if self._discarded == _DISCARDED:
-                    warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
-            self._open()
         if not self._tasks:
+            self._reopen()
             self._fingerprint.begin(parameter)
         if self.pending == 0:
             self._norms.begin()
@@ -452,6 +446,16 @@ class GradientHooks:
         if self._norms.taken:
             at_end(self._norms.euclidean.measure)  # while DDP's last reduction is pending
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
+
+    def _reopen(self) -> None:
+        """Begin a new window if the gradients of the open one were cleared."""
+        if self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
+            if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite
+                self._norms.forget()
+                self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
+                if self._discarded == _DISCARDED:
+                    warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
+            self._open()
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
         self._tasks.discard(task)
