@@ -44,7 +44,7 @@ NEAR = {
     "_scaling/preview.py": "schedules",
     "_scaling/rules.py": "rules",
     "_scaling/schedules.py": "schedules",
-    "_scaling/wrappers.py": "wrappers",
+    "_scaling/wrappers.py": "wrappers torchtitan",
     "_controller/accumulation.py": "batch_controller states wrong_types accumulation",
     "_controller/assembly.py": "controller layers metric distributed/settings",
     "_controller/attach.py": "controller first_hour wrong_types",

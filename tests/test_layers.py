@@ -290,7 +290,7 @@ def test_sparse_gradients_and_a_layer_that_comes_later(tmp_path):
 
 
 def test_between_the_measured_steps_no_view_is_kept(tmp_path):
-    """A view for each parameter and micro-batch: 2,000 parameters and 32 micro-batches held 66 MB for good."""
+    """The table has a view for each parameter and micro-batch."""
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     record = anybatch.RunRecord(tmp_path / "run.jsonl", per_layer=3)

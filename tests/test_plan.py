@@ -1,7 +1,6 @@
 """`anybatch plan`: every value before and after, where the theory ends, and one clear line for every bad input."""
 
 import json
-import math
 
 import pytest
 
@@ -31,18 +30,6 @@ def parsed(**options):
     return json.loads(result.stdout, parse_constant=refuse)
 
 
-def write_run(path, noise_scales, *, base_batch=256, skipped=()):
-    """A record whose steps have these noise scales, in examples, or in base batches without a `base_batch`."""
-    record = anybatch.RunRecord(path, config={"base_batch": base_batch})
-    for i, noise in enumerate(noise_scales):
-        sqnorm = 0.0 if noise == math.inf else (base_batch or 1) / noise
-        values = dict.fromkeys(["raw_variance", "raw_sqnorm", "lr", "lr_factor", "seconds", "gain", "iterations"], 1.0)
-        record.write(anybatch.StepRecord(step=i + 1, tau=i + 1.0, scale=2.0, count=2, variance=1.0, sqnorm=sqnorm,
-                                         noise_scale=noise, skipped=i in skipped, **values))  # fmt: skip
-    record.close()
-    return path
-
-
 def test_every_value_stands_before_and_after_with_its_reason():
     result = run(ema=0.9999, batch_norm_momentum=0.1, total=10_000, warmup=300)
     assert result.exit_code == 0, result.output
@@ -60,6 +47,7 @@ def test_every_value_stands_before_and_after_with_its_reason():
     ]:
         assert all(text in rows[name] for text in (before, after)), rows[name]
         assert why in rows[f"{name}:"]
+    assert "Memory: 10 steps = 2,560, 1000 steps = 256,000 examples; then 1.756 steps = 3,596" in rows["betas:"]
     assert "AdaScale needs none of this: keep the values for 256, and attach(" in result.output
 
 
@@ -74,6 +62,12 @@ def test_json_is_the_plan_and_the_plan_is_the_function():
         assert plan["changes"][name]["why"] == change.why
     assert set(plan["changes"]) == set(expected)
     assert (plan["kappa"], plan["noise_scale"], plan["gain"], plan["limits"]) == (8, None, None, [])
+    assert plan["memory"]["betas"] == {
+        "before": pytest.approx([20, 50]),
+        "after": pytest.approx([1 / (1 - 0.95**8), 1 / (1 - 0.98**8)]),
+        "examples_before": pytest.approx([20 * 256, 50 * 256]),
+        "examples_after": pytest.approx([2048 / (1 - 0.95**8), 2048 / (1 - 0.98**8)]),
+    }
 
 
 def test_other_optimizers_take_their_own_values():
@@ -115,48 +109,6 @@ def test_a_smaller_batch():
     assert "from 0.25 to 1" in plan["adascale"]
 
 
-def test_beyond_the_noise_scale_of_a_record(tmp_path):
-    """The last tenth counts: here 4 of 40 steps; a skipped one does not."""
-    record = write_run(tmp_path / "run.jsonl", [1e6] * 36 + [1000, 1000, 9e9, 1100, 1100], skipped=[38])
-    plan = parsed(record=record)
-    assert plan["noise_scale"] == 1050
-    assert plan["gain"] == pytest.approx((1050 / 256 + 1) / (1050 / 2048 + 1))
-    assert "2048 is beyond the run's noise scale of 1050" in plan["limits"][0]
-    assert f"gain would be {plan['gain']:.4g}" in plan["adascale"]
-    assert parsed(record=record, batch=1024)["limits"] == []
-    assert "Note: The batch of 2048 is beyond" in run(record=record).output
-
-
-def test_a_record_that_counts_base_batches(tmp_path):
-    record = write_run(tmp_path / "run.jsonl", [3.0] * 5, base_batch=None)
-    assert parsed(record=record)["noise_scale"] == 3 * 256
-
-
-def test_noise_alone_is_no_limit(tmp_path):
-    record = write_run(tmp_path / "run.jsonl", [math.inf] * 5)
-    plan = parsed(record=record)
-    assert (plan["noise_scale"], plan["gain"], plan["limits"]) == (None, 8, [])
-
-
-def test_the_record_of_a_real_run(tmp_path):
-    from common import attach_task, run_task
-    from oracle import loss_fn, make_model, micro_batch
-
-    model = make_model()
-    optimizer, controller = attach_task(model, record=tmp_path / "run.jsonl")
-
-    def backward(t, a):
-        x, y = micro_batch(t, a)
-        (loss_fn(model(x), y) / 16).backward()
-
-    run_task(optimizer, controller, backward, steps=5, accumulation=16)
-    assert math.isfinite(controller.noise_scale)
-    assert (
-        parsed(record=tmp_path / "run.jsonl")["noise_scale"] == controller.noise_scale
-    )  # a tenth of 5 steps: the last
-    controller.detach()
-
-
 # ---- bad input ----
 
 
@@ -186,6 +138,7 @@ def test_the_record_of_a_real_run(tmp_path):
         ({"batch": "4096", "betas_rule": "sde"}, "kappa must be below 10;"),
         ({"record": "no/such/file"}, "no/such/file"),
         ({"record": "/"}, "/"),
+        ({"record": "run.jsonl", "total": "100"}, "--total is that of the record"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(options, word):
@@ -195,11 +148,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(options, word):
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_a_file_that_is_no_record_and_a_record_without_noise(tmp_path):
-    (tmp_path / "text").write_text("hello\n")
-    without = write_run(tmp_path / "without.jsonl", [math.nan] * 3)
-    for path in (tmp_path / "text", without):
-        result = run(record=path)
-        assert (result.exit_code, len(result.output.strip().splitlines())) == (2, 1)
-        assert path.name in result.output
-    assert "no step with a noise scale" in run(record=without).output
+@pytest.mark.parametrize("left_out", ["--optimizer", "--lr", "--base-batch"])
+def test_without_a_record_the_values_are_needed(left_out):
+    words = [word for name, value in BASE.items() if name != left_out for word in (name, value)]
+    result = CliRunner().invoke(cli.app, ["plan", *words])
+    assert (result.exit_code, len(result.output.strip().splitlines())) == (2, 1)
+    assert result.output.startswith(f"{left_out} is needed")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import anybatch
+from anybatch._gradients import Norms
 
 
 def brute_force(gradients):
@@ -119,3 +120,13 @@ def test_autocast():
     variance, sqnorm = brute_force(gradients)
     assert controller.variance == pytest.approx(variance, rel=0.02)
     assert controller.sqnorm == pytest.approx(max(sqnorm, 0), rel=0.05, abs=0.02 * variance)
+
+
+@pytest.mark.parametrize(("samples", "mean"), [("cpu", "meta"), ("meta", "cpu")])
+def test_norms_of_a_model_on_two_devices_are_divided_where_they_lie(samples, mean):
+    """A model's first gradient and its first `.grad` may lie on different devices."""
+    norms = Norms(torch.full((2,), 8.0, device=samples), torch.full((2,), 4.0, device=mean))
+    found = norms.over(torch.tensor(4.0))
+    assert (found.samples.device.type, found.mean.device.type) == (samples, mean)
+    host, value = (found.samples, 2.0) if samples == "cpu" else (found.mean, 1.0)
+    assert host.tolist() == [value, value]

@@ -140,6 +140,25 @@ def test_an_empty_micro_batch_is_no_sample(place, how, reduction):
     torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("reduction", ["sum", 2, 4])
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4, 0, 8), (4, 4, 8, 0)])
+def test_the_mean_of_a_sum_is_over_the_micro_batches_that_are_not_empty(sizes, reduction):
+    """The divisor may equal the number of all micro-batches, empty ones included."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    optimizer, controller = attached(model, micro_batch="auto", reduction=reduction)
+    batches = [torch.randn(size, 3, dtype=torch.float64) for size in sizes]
+    for x in batches:
+        loss = (model(x) - 1).square().sum() / max(len(x), 1)
+        (loss / (1 if reduction == "sum" else reduction)).backward()
+    controller.mean_gradients()
+    _, mean = norms(model, [x for x in batches if len(x)], mean_square)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-15)
+    optimizer.step()
+    assert controller.count == sum(size > 0 for size in sizes)
+
+
 def test_a_step_of_empty_micro_batches_does_not_count():
     model = nn.Linear(3, 1)
     optimizer, controller = attached(model, micro_batch="auto")
@@ -167,6 +186,43 @@ def test_a_smaller_last_batch_is_noticed_at_any_step(step):
         found = [str(each.message) for each in seen if "2 rows" in str(each.message)]
         assert len(found) == (i == step)
         assert all("drop_last=True" in text and "micro_batch='auto'" in text for text in found)
+
+
+def scales_of_parts(batches, *, by_hand=False, **options):
+    """The scales of steps over four parts of each batch, and the warnings."""
+    model = nn.Linear(3, 1)
+    optimizer, controller = attached(model, **options)
+    scales = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for rows in batches:
+            for part, share in controller.parts(torch.randn(rows, 3), 4):
+                if by_hand:
+                    controller.micro_batch = len(part)
+                (model(part).square().mean() * share).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scales.append(controller.scale)
+    return scales, [str(each.message) for each in seen]
+
+
+@pytest.mark.parametrize("batches", [(512, 512, 512, 20, 512), (20, 256, 20, 256), (256, 20, 256, 256, 20)])
+def test_a_micro_batch_that_is_not_the_parts_size_is_warned_of(batches):
+    """A number that is wrong, or a first batch that is the small last one of an epoch; each way out gives the scale."""
+    given, right = 64, [rows / BASE for rows in batches]
+    scales, found = scales_of_parts(batches, micro_batch=given)
+    wrong = batches[0] // 4 != given
+    assert len(found) == wrong
+    assert all(f"micro_batch=64, but each forward of the model got a tensor of shape [{batches[0] // 4}, 3]" in text
+               for text in found)  # fmt: skip
+    if given in [rows // 4 for rows in batches]:  # the steps after the warning are right
+        assert scales[wrong:] == right[wrong:]
+    for ways_out in (
+        {"micro_batch": batches[0] // 4},
+        {"micro_batch": "auto"},
+        {"micro_batch": given, "by_hand": True},
+    ):
+        assert scales_of_parts(batches, **ways_out) == (right, [])
 
 
 def test_sizes_in_another_unit_are_not_compared_with_rows():

@@ -45,6 +45,14 @@ def test_ranks_with_the_same_examples_are_warned_of(shared):
         assert all("Does every rank see the same examples?" in text and "DistributedSampler" in text for text in warned)
 
 
+@pytest.mark.parametrize("reduction", ["sum", 2])
+@pytest.mark.parametrize("sizes", [((4, 8), (4, 8)), ((4, 8), (4, 0)), ((4, 8), (0, 0)), ((0,), (4,))])
+def test_the_mean_of_sums_is_over_the_micro_batches_of_all_ranks_that_are_not_empty(sizes, reduction):
+    for pairs in launch.run(trust_workers.empty_micro_batches, world=2, args=(sizes, reduction)):
+        for found, expected in pairs:
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_is_wrong_on_one_rank_is_an_error_on_all():
     found, other = launch.run(trust_workers.errors, world=2)
     expected = {

@@ -112,6 +112,36 @@ def examples_of_ranks(rank, shared):
     return [str(each.message) for each in seen if issubclass(each.category, anybatch.AnybatchWarning)], controller.gain
 
 
+def empty_micro_batches(rank, sizes, reduction):
+    """The scale, the variance and the gradient of a step, each beside that of a plain loop over all ranks' examples."""
+    torch.manual_seed(0)
+    model = DDP(nn.Linear(3, 1).double())
+    rule = anybatch.AdaScale(smoothing=0.0)
+    options = {"base_batch": 4, "micro_batch": "auto", "reduction": reduction, "rule": rule}
+    optimizer, controller = attached(model, lr=0.0, **options)
+    data = [[torch.randn(size, 3, dtype=torch.float64) for size in each] for each in sizes]
+    for i, x in enumerate(data[rank]):
+        with synchronised(model, i == len(data[rank]) - 1):
+            loss = (model(x) - 1).square().sum() / max(len(x), 1)
+            (loss / (1 if reduction == "sum" else reduction)).backward()
+    optimizer.step()
+    full = [x for each in data for x in each if len(x)]
+    parameters = list(model.parameters())
+    each = [
+        torch.cat([g.flatten() for g in torch.autograd.grad((model.module(x) - 1).square().mean(), parameters)])
+        for x in full
+    ]
+    mean, n = torch.stack(each).mean(0), len(each)
+    size = n / sum(1 / len(x) for x in full)
+    of_mean = (sum(float(g @ g) for g in each) / n - float(mean @ mean)) / max(n - 1, 1)
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    return (
+        (controller.scale, n * size / 4),
+        (controller.variance, of_mean * n * size / 4) if n > 1 else (0.0, 0.0),
+        (found.tolist(), mean.tolist()),
+    )
+
+
 def hooks_on_one_rank(rank, broken):
     """A hook of the user's from the third step on, on one rank alone, as a tracker's `watch` makes them; with it comes
     perhaps a gradient that is not finite.

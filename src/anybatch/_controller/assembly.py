@@ -93,7 +93,14 @@ def assemble(
     if pipeline is None:
         engine = engine_of(model, trained, settings.process_group)
     else:
-        engine = pipeline_engine(pipeline, trained, settings.process_group)
+        engine = pipeline_engine(
+            pipeline,
+            trained,
+            settings.process_group,
+            members=members_of(optimizers),
+            reduction=settings.reduction,
+            grad_scaler=settings.grad_scaler,
+        )
     clock = settings.leader or Clock(settings.total)
     run = RunState(clock=clock, batch=settings.batch, shown=engine.ranks.first, leads=settings.leader is None)
     gradients: GradientHooks | None = None

@@ -14,7 +14,17 @@ from anybatch._errors import InvalidValueError
 from anybatch._gradients import Reduction, is_pipeline, stages_of
 from anybatch._numbers import shown
 from anybatch._record import Destination, destinations
-from anybatch._scaling import AdaScale, BatchSize, Clock, Rule, bare_optimizer, check_positive, refuse_deepspeed
+from anybatch._scaling import (
+    AdaScale,
+    BatchSize,
+    Clock,
+    Rule,
+    bare_optimizer,
+    check_positive,
+    optimizers_in,
+    refuse_deepspeed,
+    schedulers_in,
+)
 
 
 def attach(
@@ -45,13 +55,13 @@ def attach(
             and others of docs/hyperparameters.md. For another class pass, for example,
             `rule=AdaScale(like=torch.optim.AdamW)`. Several that train one model, such as Muon for its matrices and
             AdamW for the rest, are a list: one gain, one clock, and a step of each after the last backward. Wrappers
-            of Accelerate, Fabric and Lightning are supported.
+            of Accelerate, Fabric and Lightning and the container of torchtitan are supported.
         model: The module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
             With `torch.distributed.pipelining` the schedule of this rank.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: A torch scheduler, one of timm's, or a list of them, written for the base batch. The controller moves
-            it to `floor(tau)`: never call its `step()`. It may have a wrapper of Accelerate or Lightning, whose
-            `step()` then does nothing until `detach()`.
+            it to `floor(tau)`: never call its `step()`. It may have a wrapper of Accelerate or Lightning, or be in the
+            container of torchtitan. Their `step()` then does nothing until `detach()`.
         schedule_every: Base iterations of one scheduler step, where the schedule counts others: 390, or `"epoch"`,
             which is `examples / base_batch`.
         total: Base iterations of the whole run, T_SI. At its end `controller.done` becomes true. It sets the horizon
@@ -106,7 +116,7 @@ def attach(
         Johnson et al., AdaScale SGD, ICML 2020, Algorithm 2.
     """
     rule = AdaScale() if rule is None else rule
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+    optimizers = optimizers_in(optimizer)
     if not isinstance(optimizers, list | tuple) or not all(isinstance(each, Optimizer) for each in optimizers):
         raise InvalidValueError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {shown(optimizer)}.")
     if not optimizers or len({id(bare_optimizer(each)) for each in optimizers}) < len(optimizers):
@@ -150,13 +160,12 @@ def attach(
         schedule_every=check_positive("schedule_every", schedule_every),
         reduction=reduction,
         grad_scaler=grad_scaler,
-        leader=total if isinstance(total, Clock) else None,
+        leader=clock if clock is total else None,
         process_group=process_group,
         record=destinations(record),
         pipeline=pipeline,
     )
-    schedulers = scheduler if isinstance(scheduler, list | tuple) else () if scheduler is None else (scheduler,)
-    return Controller(optimizers, model=model, schedulers=schedulers, settings=settings)
+    return Controller(optimizers, model=model, schedulers=schedulers_in(scheduler), settings=settings)
 
 
 def _epoch_of(batch: BatchSize, wanted: str) -> float:

@@ -292,14 +292,18 @@ class StepHooks:
         if gradients is None:
             return
         gradients.sizes.check(gradients.pending)
-        if reduction != "mean" and gradients.pending not in (0, divisor := divisor_of(reduction, gradients.pending)):
+        if reduction == "mean":
+            return
+        # Micro-batches of a rank on average, without empty ones; in Join, where some ranks have none left, its own.
+        count = prepared.step.count / self._engine.ranks.size if self._share() is None else gradients.pending
+        if count not in (0, divisor := divisor_of(reduction, count)):
             if not ahead and self._settings.grad_scaler is None and gradients.changed():
                 self._diagnostics.once(
                     "The gradients were changed between the last backward and the step, as clip_grad_norm_ does, while "
                     f"they were a sum (reduction={reduction!r}): the clip then depends on the accumulation. Call "
                     "controller.mean_gradients() before the clip."
                 )
-            gradients.average(divisor)
+            gradients.average(count / divisor)
 
     def _trainable(self) -> list[Tensor]:
         return [p for each in self._values for p in trainable(each.optimizer)]

@@ -46,6 +46,11 @@ class ScaleForecast:
     cost: Estimate
 
     @property
+    def gain(self) -> Estimate:
+        """The mean gain over the run, `total / steps`: `scale_hyperparameters` maps constant values by it."""
+        return self.efficiency.times(self.scale)
+
+    @property
     def iterations(self) -> Estimate:
         """The old name of `steps`."""
         warnings.warn("ScaleForecast.iterations is now ScaleForecast.steps.", DeprecationWarning, stacklevel=2)
@@ -136,8 +141,8 @@ def forecast(
     Returns:
         A `Forecast` with `scales`, `critical`, `total`, `recorded`, `unit` and `notes`. The notes name assumptions and
         limits, such as an unfinished run. Each of its scales is a `ScaleForecast` with `scale`, `devices`, `steps`,
-        `examples`, `efficiency`, `seconds`, `device_hours`, `cost` and `step_seconds`. The last seven and `critical`
-        are each an `Estimate` with `value`, `low` and `high`.
+        `examples`, `efficiency`, `gain`, `seconds`, `device_hours`, `cost` and `step_seconds`. The last eight and
+        `critical` are each an `Estimate` with `value`, `low` and `high`.
 
     Raises:
         InvalidValueError: The record has no step with a variance, a value is out of range, the file is not a record, or

@@ -88,5 +88,5 @@ def _check_ddp(ddp: DistributedDataParallel, *, joined: bool) -> None:
         if type(state).__name__ == "PowerSGDState":
             raise UnsupportedError(
                 "PowerSGD is not supported: the norm of the decompressed gradient is not that of the mean gradient. "
-                "Use the fp16 or bf16 compression hook, or none."
+                "Use the fp16 or bf16 compression hook, or none; or constant values from a record (docs/where-not.md)."
             )

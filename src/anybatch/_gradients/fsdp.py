@@ -166,5 +166,6 @@ def refuse_fsdp1(model: nn.Module) -> None:
     """Raise under FSDP1, which flattens the parameters of many layers into one and has been superseded."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UnsupportedError(
-            "FullyShardedDataParallel (FSDP1) is not supported: use torch.distributed.fsdp.fully_shard (FSDP2)."
+            "FullyShardedDataParallel (FSDP1) is not supported: use torch.distributed.fsdp.fully_shard (FSDP2), or "
+            "constant values from a record (docs/where-not.md)."
         )

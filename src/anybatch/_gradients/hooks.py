@@ -228,7 +228,6 @@ class GradientHooks:
             yield
             return
         self._together = together = SummedBackwards()
-        self.sizes.together = True
         self._task = self._counted = -1
         try:
             yield
@@ -241,7 +240,6 @@ class GradientHooks:
             raise
         finally:
             self._together = None
-            self.sizes.together = False
             self.sizes.forget()  # the forwards of further losses
             self.stamp += 1
 
@@ -323,10 +321,9 @@ class GradientHooks:
             )
 
     def average(self, divisor: float) -> None:
-        """Make `.grad`, the sum over the micro-batches divided by `divisor`, their mean."""
+        """Divide `.grad` by `divisor`, which makes it the mean over the micro-batches."""
         with torch.no_grad():
-            count = self.pending if self._reduced is not None else self.sizes.shares.count  # without empty ones
-            torch._foreach_div_(self._norms.grads(), (count or 1) / divisor)
+            torch._foreach_div_(self._norms.grads(), divisor)
 
     def close(self, *, forget: bool = False) -> None:
         """End the window after its step. `forget` drops the previous gradient too: it was not finite."""
@@ -444,14 +441,8 @@ class GradientHooks:
             self._newest = task
             self._norms.interrupted |= bool(self._tasks)  # the backward before has raised
             self._tasks.clear()
-        if not self._tasks and self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
-            if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite
-                self._norms.forget()
-                self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
-                if self._discarded == _DISCARDED:
-                    warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
-            self._open()
         if not self._tasks:
+            self._reopen()
             self._fingerprint.begin(parameter)
         if self.pending == 0:
             self._norms.begin()
@@ -459,6 +450,16 @@ class GradientHooks:
         if self._norms.taken:
             at_end(self._norms.euclidean.measure)  # while DDP's last reduction is pending
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
+
+    def _reopen(self) -> None:
+        """Begin a new window if the gradients of the open one were cleared."""
+        if self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
+            if self.pending:  # no optimizer stepped: for example a GradScaler skipped it as not finite
+                self._norms.forget()
+                self._discarded += self._norms.scale is None  # a GradScaler skips some by itself
+                if self._discarded == _DISCARDED:
+                    warnings.warn(_NO_STEP, AnybatchWarning, stacklevel=2)
+            self._open()
 
     def _end_backward(self, task: int, *, nested: bool) -> None:
         self._tasks.discard(task)
@@ -472,7 +473,7 @@ class GradientHooks:
         self._here = self._arrived()
         self._synchronised += self._reduced is not None and self._reduced()
         self._fingerprint.confirm(arrived=self._here)
-        self.sizes.count(self.pending)
+        self.sizes.count(self.pending, together=self._together is not None)
         self._norms.scaled()
         if self._norms.taken:
             alone = self._alone

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anybatch._errors import UnsupportedError, UsageError
-from anybatch._gradients.autograd import at_end
+from anybatch._gradients.autograd import accumulates, at_end
 from anybatch._gradients.engine import Engine, engine_of
 from anybatch._gradients.hooks import GradientHooks
 from anybatch._gradients.norms import part_of
 from anybatch._gradients.probe import Placement
-from anybatch._gradients.reduce import Ranks
+from anybatch._gradients.reduce import Ranks, Reduction
 from anybatch._gradients.window import Norms, Window
 
 
@@ -43,47 +43,100 @@ def _stages(schedule: Any) -> list[Any]:
     return list(schedule._stages) if hasattr(schedule, "_stages") else [schedule._stage]
 
 
-def pipeline_engine(schedule: Any, parameters: Sequence[Tensor], process_group: dist.ProcessGroup | None) -> Engine:
-    """The engine of a rank's stages: plain modules, or each under DDP, FSDP2 or tensor parallelism.
+def pipeline_engine(
+    schedule: Any,
+    parameters: Sequence[Tensor],
+    process_group: dist.ProcessGroup | None,
+    *,
+    members: Sequence[Tensor],
+    reduction: Reduction,
+    grad_scaler: torch.amp.GradScaler | None,
+) -> Engine:
+    """The engine of a rank's stages: plain modules, or each under DDP, FSDP2 or tensor parallelism; a collective.
 
     Args:
         schedule: The schedule of this rank.
         parameters: Those that are trained on this rank.
         process_group: All ranks of the training; the default group if `None`.
+        members: All parameters of the optimizers of this rank.
+        reduction: As for `attach`.
+        grad_scaler: As for `attach`.
 
     Raises:
-        UsageError: there are more ranks than stages, data-parallel and tensor-parallel ranks account for.
+        UnsupportedError: on any rank, a combination that torch or anybatch does not support.
+        UsageError: on any rank, stages that nothing averages, or arguments that contradict the schedule.
     """
     group = process_group if process_group is not None else dist.group.WORLD
-    stages = _stages(schedule)
-    across = dist.get_world_size(stages[0].group)  # ranks of one pipeline
-    world = dist.get_world_size(group)
+    across, world = dist.get_world_size(_stages(schedule)[0].group), dist.get_world_size(group)  # of one, of all
+    inner, error = Engine(Ranks(), place=lambda new: list(map(Placement, new)), reduced=None), None
+    try:
+        _check_arguments(schedule, reduction, grad_scaler)
+        inner = _engine_of_stages(schedule, parameters, across) or inner
+    except (UnsupportedError, UsageError) as raised:
+        error = raised
+    own = sum(p.numel() for p in members)
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, (error, inner.ranks.size * inner.ranks.model, own), group=group)
+    if error := error or next((each for each, _, _ in found if each is not None), None):
+        raise error
+    for rank, (_, sharing, _) in enumerate(found):
+        if sharing * across != world:
+            raise UsageError(
+                f"{world} ranks train this pipeline of {across} ranks, so {world / across:g} should share each stage, "
+                f"and {sharing} share that of rank {rank}. Wrap each stage's module in DistributedDataParallel, "
+                "fully_shard or parallelize_module over the ranks that hold the same stage, or pass attach the "
+                "process_group of one pipeline."
+            )
+    elsewhere = sum(numbers for _, _, numbers in found) * across // world - own
+    ranks = Ranks(group, inner.ranks.size, replicated=False, model=inner.ranks.model * across, elsewhere=elsewhere)
+    return replace(inner, ranks=ranks, reduced=lambda: True, arrived=lambda: True, ddp=None)
+
+
+def _engine_of_stages(schedule: Any, parameters: Sequence[Tensor], across: int) -> Engine | None:
+    """The engine that averages the stages of this rank over the ranks with the same ones; `None` where none does."""
     model = stages_of(schedule)
-    averaged = any(isinstance(m, DistributedDataParallel) for m in model.modules())
-    if not averaged and not any(hasattr(p, "device_mesh") for p in parameters):
-        inner = Engine(Ranks(), place=lambda new: list(map(Placement, new)), reduced=None)
-    else:
-        inner = engine_of(model, parameters, None, pipelines=across)
-    if inner.ranks.size * inner.ranks.model * across != world:
+    averaged = {id(p) for m in model.modules() if isinstance(m, DistributedDataParallel) for p in m.parameters()}
+    if averaged and (left := sum(id(p) not in averaged for p in parameters)):
         raise UsageError(
-            f"{world} ranks train this pipeline of {across} ranks, and its stages are averaged over "
-            f"{inner.ranks.size * inner.ranks.model} of them. Wrap each stage's module in DistributedDataParallel or "
-            "fully_shard over the ranks that hold the same stage, or pass attach the process_group of one pipeline."
+            f"{left} of the {len(parameters)} trained parameters of this rank's stages are outside of "
+            "DistributedDataParallel, so nothing averages them: wrap the module of each stage."
         )
-    mine, numbers = sum(p.numel() for p in parameters), [0] * world
-    dist.all_gather_object(numbers, mine, group=group)
-    ranks = Ranks(
-        group,
-        inner.ranks.size,
-        replicated=False,
-        model=inner.ranks.model * across,
-        elsewhere=sum(numbers) * across // world - mine,
-    )
-    return replace(inner, ranks=ranks, reduced=lambda: True, arrived=lambda: True, rows=_no_rows, ddp=None)
+    if averaged and _splits(schedule):
+        raise UnsupportedError(
+            f"{type(schedule).__name__} computes the gradients of weights in a backward of their own, in which "
+            "DistributedDataParallel averages nothing: the ranks would train different models. Use fully_shard for the "
+            "module of each stage, or Schedule1F1B."
+        )
+    if not averaged and not any(hasattr(p, "device_mesh") for p in parameters):
+        return None
+    return engine_of(model, parameters, None, pipelines=across)
 
 
-def _no_rows(_: Tensor) -> slice | None:
-    raise UnsupportedError("AdaScale(metric='adam') works without a pipeline: use metric='euclidean'.")
+def _splits(schedule: Any) -> bool:
+    """Whether the gradients of weights have a backward of their own, as in a zero-bubble schedule."""
+    orders = [getattr(schedule, name, None) or {} for name in ("pipeline_order", "pipeline_order_with_comms")]
+    actions = [action for order in orders for of_rank in order.values() for action in of_rank if action is not None]
+    return any(action.computation_type.name == "BACKWARD_WEIGHT" for action in actions)
+
+
+def _check_arguments(schedule: Any, reduction: Reduction, grad_scaler: torch.amp.GradScaler | None) -> None:
+    """Raise if arguments of `attach` contradict the schedule."""
+    if schedule.scale_grads and reduction != "mean":
+        raise UsageError(
+            f"attach was given reduction={reduction!r}, and the schedule has scale_grads=True: it divides .grad by its "
+            f"{schedule._n_microbatches} micro-batches, so .grad is their mean already. Leave reduction out, or make "
+            "the schedule with scale_grads=False."
+        )
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    if not isinstance(grad_scaler, ShardedGradScaler):
+        raise UsageError(
+            f"A {type(grad_scaler).__name__} checks the gradients of this rank's stages alone, so that in a pipeline "
+            "some ranks would skip a step which others take. Use "
+            "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler, which reduces the check over all ranks."
+        )
 
 
 class PipelineHooks(GradientHooks):
@@ -134,7 +187,10 @@ class PipelineHooks(GradientHooks):
 
         def hook(grad: Tensor) -> None:
             hooks = reference()
-            if hooks is None or not hooks._running or grad.is_meta:  # torch infers shapes with meta tensors
+            if hooks is None or grad.is_meta:  # torch infers shapes with meta tensors
+                return
+            if not hooks._running:
+                hooks._outside(index)
                 return
             leaf = hooks._leaves[index]()
             hooks._fires[index] += 1
@@ -147,10 +203,19 @@ class PipelineHooks(GradientHooks):
 
         return hook
 
+    def _outside(self, index: int) -> None:
+        """Raise in a backward outside of the schedule: its gradients are no micro-batch's."""
+        leaf = self._leaves[index]()
+        if not self._paused and leaf is not None and accumulates(leaf):
+            raise UsageError(
+                "A backward outside of schedule.step() adds to .grad, and no micro-batch has its gradients: add this "
+                "loss to the schedule's loss_fn, or run its backward inside of `with controller.paused():`, and clear "
+                "its gradients."
+            )
+
     def _begin(self) -> None:
         """Begin a call of the schedule."""
-        if self._fingerprint.cleared(self.pending) and (self.pending == 0 or self._cleared()):
-            self._open()
+        self._reopen()
         parameters = self._norms.parameters
         if self.pending and self._schedule.scale_grads:
             raise UsageError(

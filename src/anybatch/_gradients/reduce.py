@@ -50,7 +50,7 @@ class Ranks:
     replicated: bool = True  # whether each of them holds the whole `.grad`, so that all must hold the same
     # Number of ranks that share each micro-batch, by tensor or pipeline parallelism; the group has W times as many.
     model: int = 1
-    elsewhere: int = 0  # number of trained parameters of other stages of a pipeline
+    elsewhere: int = 0  # number of the optimizers' parameters in other stages of a pipeline
 
     @property
     def first(self) -> bool:

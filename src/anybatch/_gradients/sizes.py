@@ -32,7 +32,8 @@ class Sizes:
         self.now = 1.0 if given is None or given == "auto" else float(given)  # of a micro-batch
         self._given = None if given is None or self.auto else self.now  # the size to compare with forwards
         self.weight: float | None = None  # of the next micro-batch in the step's mean
-        self._rows: int | None = None  # of the first part of a batch, whose size is the given one
+        self._rows: int | None = None  # of the part of a batch that has the given size: the first part
+        self._doubted = False  # whether the first part has another number of rows; then the first that has the size
         self._part: float | None = None  # the size of the next micro-batch, a part of a batch
         self._compared = True  # whether the window's forwards are compared with the given size
         self._last: float | None = None  # of the micro-batches counted so far, the last
@@ -41,7 +42,6 @@ class Sizes:
         # forwards with as many rows in the window.
         self.usual, self.forwards = 0, 0
         self.batch_dim = 0
-        self.together = False  # whether the forwards belong to the micro-batch of the first one
         self._shapes: list[torch.Size] = []  # of the first tensor of each forward
         self._rows_of: list[set[int]] = []  # with "auto": the sizes of all tensors of each forward
         self._model = model
@@ -55,8 +55,10 @@ class Sizes:
         self.shares = Shares()
         self._counted = 0  # backwards whose sizes are in `shares`
 
-    def count(self, backwards: int) -> None:
+    def count(self, backwards: int, *, together: bool = False) -> None:
         """Add the sizes and weights of the backwards since the last call; the window now has `backwards`.
+
+        With `together` all forwards since then belong to one micro-batch, whose size is that of the first.
 
         Raises:
             UsageError: with `"auto"`, there was no forward, or forwards of different sizes; a weight on no example.
@@ -67,7 +69,7 @@ class Sizes:
             return
         self._counted = backwards
         if self.auto:
-            self.now = self._shown()
+            self.now = self._shown(together=together)
         size, self._part = self.now if self._part is None else self._part, None
         weight, self.weight = self.weight, None
         if size == 0:  # an empty micro-batch is no sample of the noise
@@ -93,13 +95,14 @@ class Sizes:
     def part(self, rows: int) -> None:
         """The next micro-batch is a part of so many rows; its size is in proportion to that of the first part."""
         if self._given is not None:
-            self._rows = self._rows or rows
+            if self._rows is None or (self._doubted and rows == self._given):
+                self._rows = rows
             self._part = self._given * rows / self._rows
             self._compared = self._compared and rows == self._rows
 
     def set(self, value: float) -> None:
         """Give each later micro-batch the size `value`, and read no forward any more."""
-        self.now, self.auto, self._given = value, False, None
+        self.now, self.auto, self._given, self._part = value, False, None, None
         self.detach()
 
     @property
@@ -109,8 +112,8 @@ class Sizes:
             return ""
         return f"micro-batch {self.now:g} (dimension {self.batch_dim} of the forward's input)"
 
-    def _shown(self) -> float:
-        found, self._rows_of = self._rows_of[:1] if self.together else self._rows_of, []
+    def _shown(self, *, together: bool) -> float:
+        found, self._rows_of = self._rows_of[:1] if together else self._rows_of, []
         sizes = set().union(*found)
         if len(sizes) == 1:
             return float(sizes.pop())
@@ -150,6 +153,7 @@ class Sizes:
             elif self._left == 0:
                 self.usual = int(self._given)
             if mismatch := _mismatch(shapes, backwards, self._given, self.batch_dim):
+                self._doubted = True
                 self._warn(mismatch)
 
     def _warn(self, text: str) -> None:
@@ -186,7 +190,7 @@ class Sizes:
             return
         if self.auto:
             self._rows_of.append({shape[dim] for shape in shapes})
-        elif self._part is None:
+        else:
             self._shapes.append(shapes[0])
 
 

@@ -75,9 +75,12 @@ def scale_hyperparameters(
     SGD's momentum is unchanged, and so is a weight decay that is part of the gradient. Muon's learning rate follows its
     momentum (docs/hyperparameters.md). Under `attach` none of this is needed: a controller does it step by step.
 
+    With a mean gain as `kappa` the values are AdaScale's at the mean gain of a run: constants for a trainer in which
+    nothing can be measured. `forecast(record, [S]).scales[0].gain.value` is that gain (docs/planning.md).
+
     Args:
         optimizer: the name of a class of torch.optim, in any case: "sgd", "adam", "adamw", "rmsprop", ...
-        kappa: new batch / old batch; positive, may be fractional or below 1.
+        kappa: new batch / old batch, or a mean gain; positive, may be fractional or below 1.
         betas_rule: `"power"`, exact and valid at every kappa, or `"sde"`, the papers' first-order form, for betas,
             alpha and the decoupled weight decay.
         ema_decay: the factor of the model's moving average per step, in [0, 1).

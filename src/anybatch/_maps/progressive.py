@@ -1,10 +1,13 @@
 """Progressive scaling: other batches from chosen points of the clock on."""
 
 from collections.abc import Mapping
+from typing import Self
 
 from anybatch._errors import InvalidValueError
 from anybatch._numbers import positive, real, shown
 from anybatch._scaling import Clock
+
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 class Progressive:
@@ -52,6 +55,47 @@ class Progressive:
         if 0 not in scales:
             raise InvalidValueError(f"scales needs a start at 0, got {sorted(scales)}.")
         self.scales: dict[float, float] = dict(sorted(scales.items()))
+
+    @classmethod
+    def parse(cls, schedule: str, *, base_batch: float, tokens: float = 1) -> Self:
+        """Read Megatron-LM's `--step-batch-size-schedule`: `"0:768 250B:1536"`.
+
+            start = number / (tokens * base_batch)          scale = batch / base_batch
+
+        A start is then in base iterations of a fixed rule, which advances the clock by the scale. Under `AdaScale` the
+        clock advances by less, and the same start comes after more tokens.
+
+        Args:
+            schedule: pairs of a number of tokens and a batch in sequences, separated by spaces. A number may end with
+                K, M, B or T: 1e3, 1e6, 1e9 or 1e12.
+            base_batch: the batch that the hyperparameters were tuned for, in sequences; positive.
+            tokens: the length of a sequence, positive. Leave it out if the numbers count sequences.
+
+        Raises:
+            InvalidValueError: a pair in another form, a start given twice, or a value out of range.
+
+        Example:
+            >>> anybatch.Progressive.parse("0:768 250B:1536", base_batch=768, tokens=4096).scales
+            {0.0: 1.0, 79472.85970052083: 2.0}
+        """
+        for name, value in {"base_batch": base_batch, "tokens": tokens}.items():
+            if positive(value) is None:
+                raise InvalidValueError(f"{name} must be positive and finite, got {shown(value)}.")
+        scales: dict[float, float] = {}
+        for pair in schedule.split() if isinstance(schedule, str) else [schedule]:
+            number, _, batch = pair.partition(":") if isinstance(pair, str) else ("", "", "")
+            unit = _UNITS.get(number[-1:].upper(), 1.0)
+            try:
+                start = float(number[:-1] if unit > 1 else number) * unit / (tokens * base_batch)
+                scale = float(batch) / base_batch
+            except ValueError:
+                raise InvalidValueError(
+                    f'schedule has pairs of tokens and batch, such as "0:768 250B:1536"; got {shown(pair)}.'
+                ) from None
+            if start in scales:
+                raise InvalidValueError(f"schedule has the start {number} twice: {shown(schedule)}.")
+            scales[start] = scale
+        return cls(scales)
 
     def scale(self, tau: float) -> float:
         """The scale at `tau`, base iterations, up to the rounding of a long sum.

@@ -19,7 +19,14 @@ from anybatch._scaling.moments import (
 from anybatch._scaling.momentum import averaged_exponent
 from anybatch._scaling.rules import AdaScale, Identity, Linear, Rule, Scaling, SquareRoot, measurement_of
 from anybatch._scaling.schedules import ScheduleDriver, drivers_of
-from anybatch._scaling.wrappers import HeldScheduler, bare_optimizer, held_by, refuse_deepspeed
+from anybatch._scaling.wrappers import (
+    HeldScheduler,
+    bare_optimizer,
+    held_by,
+    optimizers_in,
+    refuse_deepspeed,
+    schedulers_in,
+)
 
 __all__ = [
     "EPSILON",
@@ -54,8 +61,10 @@ __all__ = [
     "local_of",
     "measurement_of",
     "moments",
+    "optimizers_in",
     "refuse_deepspeed",
     "row_of",
+    "schedulers_in",
     "second_moment_of",
     "split",
     "thetas",

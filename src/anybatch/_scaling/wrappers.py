@@ -1,8 +1,9 @@
 """The optimizer or the scheduler inside a framework's wrapper.
 
-Wrappers are recognised by their attributes, so that no framework is imported.
+Wrappers are recognised by their attributes or by the name of their class, so that no framework is imported.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,6 +63,43 @@ def held_by(scheduler: Any) -> tuple[Any, Any]:
 def _is_wrapper(thing: Any) -> bool:
     """Whether `thing` is Accelerate's wrapper or Lightning's, which has no step; other wrappers may do more."""
     return hasattr(thing, "scheduler") and (hasattr(thing, "step_with_optimizer") or not hasattr(thing, "step"))
+
+
+def optimizers_in(given: Any) -> Sequence[Any]:
+    """The optimizers of a sequence, of torchtitan's `OptimizersContainer`, or the one that was given.
+
+    The container is an `Optimizer` whose `step()` steps each of its `optimizers`; its own groups have no values.
+    """
+    if _is_container(given, "OptimizersContainer", "optimizers"):
+        return list(given.optimizers)
+    return (given,) if isinstance(given, Optimizer) else given
+
+
+def schedulers_in(given: Any) -> Sequence[Any]:
+    """The schedulers of a sequence, of torchtitan's `LRSchedulersContainer`, or the one that was given."""
+    if _is_container(given, "LRSchedulersContainer", "schedulers"):
+        return [_Place(given.schedulers, index) for index in range(len(given.schedulers))]
+    return given if isinstance(given, list | tuple) else () if given is None else (given,)
+
+
+def _is_container(thing: object, name: str, content: str) -> bool:
+    named = any(cls.__name__ == name for cls in type(thing).__mro__)
+    return named and isinstance(getattr(thing, content, None), list)
+
+
+class _Place:
+    """A place in a container's list, in the form of a wrapper that keeps one scheduler."""
+
+    def __init__(self, schedulers: list[Any], index: int) -> None:
+        self._schedulers, self._index = schedulers, index
+
+    @property
+    def scheduler(self) -> Any:
+        return self._schedulers[self._index]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._schedulers[self._index] = scheduler
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:
