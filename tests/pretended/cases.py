@@ -1,29 +1,15 @@
-"""Trainings on the CPU and on a pretended GPU: the same weights, and what each step of the latter read and launched."""
+"""The trainings of `trainings.py`, and what their steps read. Without the pretence, so a test may import it."""
 
-import contextlib
-import tempfile
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-from pretended.device import CUDA, Event, Machine, Pretended, Stream, installed  # before torch
 
 import torch
 from torch import nn
-from torch.optim import adam
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
-from anybatch._controller import ending
-from anybatch._gradients import norms
 
-# Of the CPU too, for the weights that a GPU's must equal.
-adam._get_capturable_supported_devices = lambda *_, **__: ["cpu", "cuda"]
-
-STEPS, BATCH, WIDTH = 6, 4, 160  # 25,600 entries of a weight are large, biases small
-SECOND = torch.device("cuda", 1)
+STEPS, WIDTH = 6, 160  # 25,600 entries of a weight are large, biases small
 
 
 class Net(nn.Module):
@@ -85,15 +71,18 @@ class Case:
     """One training.
 
     Args:
-        reads: of the host by anybatch in a step, once the training runs evenly; one for each residue of the step where
-            these differ.
-        plain: the same reads by torch itself, as those of a GradScaler.
+        reads: Reads of the host by anybatch, for each step; a shorter tuple is repeated.
+        first: The same reads in the first step beyond these, by what is made once.
+        plain: The same reads by torch itself in each step after the first, such as those of a GradScaler.
+        skipped: Number of skipped steps.
     """
 
     optimizer: object = sgd
     attach: dict = field(default_factory=dict)
     reads: tuple = (1,)
-    plain: int = 0
+    first: int = 0
+    plain: tuple = (0,)
+    skipped: int = 0
     model: object = Net
     steps: int = STEPS
     backwards: tuple = (3,)
@@ -114,23 +103,24 @@ CASES = {
     "adamw": Case(adamw),
     "fused": Case(fused),
     "capturable": Case(capturable),
-    "tensor lr": Case(partial(capturable, tensor_lr=True)),
-    "tensor lr and record": Case(partial(capturable, tensor_lr=True), record=0, reads=(2,)),
+    "tensor lr": Case(partial(capturable, tensor_lr=True), first=2),
+    "tensor lr and record": Case(partial(capturable, tensor_lr=True), record=0, reads=(2,), first=2),
     "muon": Case(muon),
-    "fixed rule": Case(attach={"rule": anybatch.Linear()}, reads=(0,)),
-    "scaler": Case(scaler=True, clip=True, plain=1),
-    "scaler, overflow": Case(scaler=True, overflow=True, plain=1),
-    "fused, scaler": Case(fused, scaler=True, reads=(2,)),
-    "fused, scaler, clip": Case(fused, scaler=True, clip=True, reads=(2,)),
-    "fused, scaler, overflow": Case(fused, scaler=True, overflow=True, reads=(2,)),
-    "fused, scaler, fixed rule": Case(fused, {"rule": anybatch.Linear()}, scaler=True, reads=(1,)),
+    "fixed rule": Case(attach={"rule": anybatch.Linear()}, reads=(0,), first=1),
+    "scaler": Case(scaler=True, clip=True, plain=(1,)),
+    "scaler, overflow": Case(scaler=True, overflow=True, reads=(1, 1, 0, 1, 1, 1), plain=(1,)),
+    "fused, scaler": Case(fused, scaler=True),
+    "fused, scaler, clip": Case(fused, scaler=True, clip=True),
+    # The step after a skipped one reads whether each parameter is finite, once.
+    "fused, scaler, overflow": Case(fused, scaler=True, overflow=True, reads=(1, 1, 1, 11, 1, 1), skipped=1),
+    "fused, scaler, fixed rule": Case(fused, {"rule": anybatch.Linear()}, scaler=True, first=1),
     "average": Case(ema={}),
-    "average, offloaded": Case(ema={"device": "cpu"}),
+    "average, offloaded": Case(ema={"device": "cpu"}, first=10),
     "average of statistics": Case(ema={"average_statistics": True}),
     "Adam's metric": Case(adamw, {"rule": ADAM}, steps=14),
     "Adam's metric, fused": Case(fused, {"rule": ADAM}, steps=14),
     "record": Case(record=0),
-    "by layer": Case(record=1, reads=(1,)),
+    "by layer": Case(record=1, first=1),
     "consecutive": Case(attach={"rule": anybatch.AdaScale(consecutive=True)}, backwards=(1,)),
     "every second": Case(attach={"rule": anybatch.AdaScale(every=2, smoothing=0.99)}, reads=(1, 0)),
     "sum": Case(attach={"reduction": "sum"}),
@@ -139,144 +129,13 @@ CASES = {
     "not to none": Case(clear={"set_to_none": False}),
     "bfloat16": Case(dtype=torch.bfloat16, ema={}),
     "two devices": Case(model=Halves),
-    "two devices, scaler": Case(model=Halves, scaler=True, plain=1),
-    "two devices, by layer": Case(model=Halves, record=1),
+    "two devices, scaler": Case(model=Halves, scaler=True, plain=(2,)),
+    "two devices, by layer": Case(model=Halves, record=1, first=1),
     "two devices, Adam's metric": Case(adamw, {"rule": ADAM}, model=Halves, steps=14),
-    "two devices, average, offloaded": Case(model=Halves, ema={"device": "cpu"}),
+    "two devices, average, offloaded": Case(model=Halves, ema={"device": "cpu"}, first=6),
     "checkpointing": Case(model=partial(Net, checkpointing=False)),
     "re-entrant checkpointing": Case(model=partial(Net, checkpointing=True)),
-    "streams": Case(streams=True, ema={"device": "cpu"}),
-    "streams, scaler, by layer": Case(streams=True, scaler=True, record=1, plain=1),
+    "streams": Case(streams=True, ema={"device": "cpu"}, first=10),
+    "streams, scaler, by layer": Case(streams=True, scaler=True, record=1, first=1, plain=(1,)),
     "streams, Adam's metric": Case(adamw, {"rule": ADAM}, streams=True, steps=14),
 }
-
-
-def train(case, machine=None):
-    """The final weights and averages, the controller's numbers, and the log of each step."""
-    torch.manual_seed(0)
-    model = case.model().to(case.dtype)
-    put = machine.put if machine else lambda tensor, device=None: tensor
-    if machine and case.model is Halves:
-        machine.move(model.first)
-        machine.move(model.second, SECOND)
-    elif machine:
-        machine.move(model)
-    optimizers = case.optimizer(model)
-    options = dict(case.attach)
-    scaler = None
-    if case.scaler:
-        scaler = options["grad_scaler"] = torch.amp.GradScaler("cuda" if machine else "cpu", init_scale=1024.0)
-    if case.record is not None:
-        path = Path(tempfile.mkdtemp(), "run.jsonl")
-        options["record"] = anybatch.RunRecord(path, per_layer=case.record) if case.record else path
-    controller = anybatch.attach(
-        optimizers[0] if len(optimizers) == 1 else optimizers, model=model, base_batch=4, micro_batch=4, total=200, **options
-    )
-    average = None if case.ema is None else anybatch.ModelEMA(model, 0.9, clock=controller.clock, **case.ema)
-    on = partial(_on, machine) if case.streams and machine else lambda _: contextlib.nullcontext()
-    last = list(model.parameters())[-1]
-    draws, logs = torch.Generator().manual_seed(0), []
-    for step in range(case.steps):
-        backwards = case.backwards[step % len(case.backwards)]
-        for i in range(backwards):
-            x, y = torch.randn(BATCH, 20, generator=draws), torch.randint(5, (BATCH,), generator=draws)
-            with on(1):
-                loss = cross_entropy(model(put(x.to(case.dtype))).float(), put(y, last.device)) / backwards
-                if case.overflow and step == 2 and i == 1:
-                    loss = loss + (last * torch.inf).sum()
-                loss = loss if scaler is None else scaler.scale(loss)
-            with on(2):
-                loss.backward()
-            del loss
-        with on(3):
-            for optimizer in optimizers:
-                if case.clip:
-                    if scaler:
-                        scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-                if scaler:
-                    scaler.step(optimizer)
-                else:
-                    optimizer.step()
-            if scaler:
-                scaler.update()
-            for optimizer in optimizers:
-                optimizer.zero_grad(**case.clear)
-        logs.append(machine.take() if machine else None)
-    weights = [*model.state_dict().values()]
-    if average is not None:
-        weights += average.state_dict()["averages"].values()
-    numbers = controller.state_dict()
-    controller.detach()
-    ending._open.clear()  # the training ends before its schedule does
-    return [w.entries if isinstance(w, Pretended) else w.detach() for w in weights], numbers, logs
-
-
-@contextlib.contextmanager
-def _on(machine, number):
-    """The stream of this number on both devices."""
-    with Stream(machine, CUDA, number).current(), Stream(machine, SECOND, number).current():
-        yield
-
-
-@contextlib.contextmanager
-def as_on_a_device():
-    """A context in which CPU tensors are measured by the operations of a device."""
-    before, norms._on_host = norms._on_host, lambda _: False
-    try:
-        yield
-    finally:
-        norms._on_host = before
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a case showed.
-
-    Args:
-        weights: the largest difference of a weight or an average to the CPU's.
-        numbers: the largest relative difference of a number of the controller.
-        off: the largest relative difference of the controller's numbers to those of the CPU's own operations.
-        own: for each step, the lines of anybatch that the host read at.
-        reads: for each step, all reads of the host.
-        skipped: number of skipped steps.
-    """
-
-    weights: float
-    numbers: float
-    off: float
-    own: list
-    reads: list
-    hazards: list
-    skipped: int
-
-
-def found(case):
-    """`Found` of one case."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        numbers = train(case)[1]
-        with as_on_a_device():
-            expected = train(case)
-        machine = Machine()
-        with installed(machine):
-            got = train(case, machine)
-    weights = [_apart(a, b) for a, b in zip(expected[0], got[0], strict=True)]
-    logs = got[2]
-    return Found(
-        max(weights),
-        _off(expected[1], got[1]),
-        _off(numbers, got[1]),
-        [log.own_reads for log in logs],
-        [len(log.reads) for log in logs],
-        sorted({line for log in logs for line in log.hazards}),
-        got[1]["skipped"],
-    )
-
-
-def _off(expected, got):
-    return max(abs(n - got[k]) / (abs(n) or 1) for k, n in expected.items() if isinstance(n, float | int))
-
-
-def _apart(a, b):
-    return float((a.double() - b.double()).abs().max().nan_to_num(torch.inf))

@@ -171,8 +171,9 @@ class Machine:
     def synchronise(self, stream):
         """End the work of a stream, and with it of all others: a program's streams wait for each other in turn."""
         self._synchronised[stream[0]] = self._clock
-        for waiting, target, entries in [each for each in self._pending if each[0] == stream]:
-            target.copy_(entries)
+        for of_stream, target, entries in self._pending:
+            if of_stream == stream:
+                target.copy_(entries)
         self._pending = [each for each in self._pending if each[0] != stream]
 
     # ---- memory ----
