@@ -28,6 +28,7 @@ from anybatch._gradients import (
     Engine,
     GradientHooks,
     LayerNorms,
+    OwnSkip,
     Share,
     check_in_use,
     check_no_backward,
@@ -108,7 +109,7 @@ class StepHooks:
         # The window after the steps of some optimizers and not of all: its stamp, and the factor on its loss.
         self._partial: tuple[int | None, Tensor | None] = None, None
         self._partial_window = 0
-        self._skips: tuple[Tensor | None, bool | None] = None, None  # `_found_inf` of the window, and its value if read
+        self._own_skip = OwnSkip()
         self._pending: Step | None = None
         self._prepared: _Prepared | None = None
         driven = {id(driver.optimizer) for driver in drivers}
@@ -334,9 +335,9 @@ class StepHooks:
             )
         checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
         reduction = self._settings.reduction
-        skips = _found_inf(optimizer)
+        skips = self._own_skip.found(optimizer)
         seen = reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share, skips=skips)
-        self._skips = skips, seen.skips
+        self._own_skip.value = seen.skips
         step = self._estimator.step(running, seen)
         if ranks.group is not None and step.raw.sqnorm > 0 and abs(step.raw.variance) <= _SAME * step.raw.sqnorm:
             self._diagnostics.once(
@@ -362,9 +363,7 @@ class StepHooks:
         if index == 0 and self._sinks.writes:
             self._lr = self.lr
         self.restore()
-        found_inf = _found_inf(optimizer)
-        read = self._skips[1] if found_inf is self._skips[0] else None
-        self._taken[index] = bool(found_inf if read is None else read)
+        self._taken[index] = self._own_skip(optimizer)
         if len(self._taken) < len(self._values):
             self._partial = self._stamp, self._factor()
             self._partial_window = 0 if self._gradients is None else self._gradients.windows
@@ -405,9 +404,3 @@ class StepHooks:
                     self._sinks.rest()
         if skipped:
             self._diagnostics.skipped(step)
-
-
-def _found_inf(optimizer: Optimizer) -> Tensor | None:
-    """Whether a fused optimizer under a GradScaler skips its step by itself; `None` for all others."""
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found

@@ -8,7 +8,7 @@ from anybatch._gradients.finite import finite
 from anybatch._gradients.hooks import GradientHooks
 from anybatch._gradients.join import JoinSupport
 from anybatch._gradients.layers import LayerNorms
-from anybatch._gradients.parameters import check_in_use, is_phantom, trainable, trained_parameters, withheld
+from anybatch._gradients.parameters import OwnSkip, check_in_use, is_phantom, trainable, trained_parameters, withheld
 from anybatch._gradients.pipeline import PipelineHooks, is_pipeline, pipeline_engine, stages_of
 from anybatch._gradients.probe import Probe
 from anybatch._gradients.reduce import Ranks, ReducedWindow, Reduction, Share, check_same, divisor_of, reduce_window
@@ -24,6 +24,7 @@ __all__ = [
     "JoinSupport",
     "LayerNorms",
     "Norms",
+    "OwnSkip",
     "PipelineHooks",
     "Probe",
     "Ranks",

@@ -51,6 +51,30 @@ def withheld(optimizer: Optimizer) -> Iterator[None]:
                 p.grad = grad
 
 
+class OwnSkip:
+    """Whether a fused optimizer skips a step by itself: a GradScaler gives it `found_inf`, a number on its device.
+
+    Attributes:
+        value: `found_inf` of the window as it was read with its norms; `None` where it was not.
+    """
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+        self.value: bool | None = None
+
+    def found(self, optimizer: Optimizer) -> Tensor | None:
+        """`found_inf` of the coming step, to be read with the norms of its window."""
+        self._found, self.value = getattr(optimizer, "found_inf", None), None
+        return self._found
+
+    def __call__(self, optimizer: Optimizer) -> bool:
+        """Whether the step that `optimizer` has made was a skip. Reads the device if `value` is another step's."""
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found is None or found is not self._found or self.value is None:
+            return found is not None and bool(found)
+        return self.value
+
+
 def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:
     """Raise a `UsageError` at a step without a backward if the model no longer has the optimizer's parameters."""
     known = {id(p) for p in model.parameters()}
