@@ -11,6 +11,7 @@ from metric_oracle import BETAS, DECAY, EPS, LR, READY, gain_of, moments_of, pla
 from torch import nn
 
 import anybatch
+from anybatch._gradients import adam_metric
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +145,25 @@ def test_parameters_of_low_precision(dtype):
     expected, mine = one_window(model, optimizer, lines)
     # In bfloat16 .grad itself, a sum of rounded gradients, is 0.4 % off.
     assert mine[0] == pytest.approx(expected[0], rel=1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_counts_of_steps_that_differ(monkeypatch, on_device):
+    """Each parameter has a debiasing of its own; where its count is on a device, by a tensor that is not read."""
+    monkeypatch.setattr(adam_metric, "_on_device", lambda _: on_device)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3001), nn.Tanh(), nn.Linear(3001, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    controller, lines = attach(optimizer, model, rule={"smoothing": 0.0})
+    for t in range(READY + 6):
+        backward(model, t, 2)
+        for p in [model[0].weight, model[2].bias] if t % 3 else []:
+            p.grad = None  # a large and a small one
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len({float(state["step"]) for state in optimizer.state.values()}) > 1
+    expected, mine = one_window(model, optimizer, lines)
+    assert mine == pytest.approx([expected[0], max(expected[1], 0)], rel=1e-9)
 
 
 def test_large_parameters():

@@ -38,11 +38,14 @@ def shown(found, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_gpus_training_is_the_cpus(found, name):
-    """The same weights and averages by each bit. The controller's numbers may differ in the order of a sum."""
+    """The same weights and averages by each bit. The controller's numbers may differ in the order of a sum.
+
+    They are near those of the operations that a CPU takes, of which those for Adam's metric are in float32.
+    """
     case, training = CASES[name], shown(found, name)
     assert training["weights"] == 0
-    assert training["numbers"] <= 4e-15
-    assert training["off"] <= 4e-15
+    assert training["numbers"] <= 1e-13
+    assert training["off"] <= (1e-6 if "rule" in case.attach else 1e-13)
     assert training["skipped"] == case.skipped
     assert training["hazards"] == []
 

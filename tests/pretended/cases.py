@@ -92,6 +92,7 @@ class Case:
     ema: dict | None = None
     record: int | None = None  # a record by layer at each so many steps; 0: without layers
     dtype: torch.dtype = torch.float32
+    counts_on_device: bool = False  # the optimizer's counts of steps, where Adam's metric takes them
     clear: dict = field(default_factory=dict)  # arguments of zero_grad
     streams: bool = False  # forward, backward and step on a stream each
 
@@ -118,7 +119,7 @@ CASES = {
     "average, offloaded": Case(ema={"device": "cpu"}, first=10),
     "average of statistics": Case(ema={"average_statistics": True}),
     "Adam's metric": Case(adamw, {"rule": ADAM}, steps=14),
-    "Adam's metric, fused": Case(fused, {"rule": ADAM}, steps=14),
+    "Adam's metric, fused": Case(fused, {"rule": ADAM}, steps=14, counts_on_device=True),
     "record": Case(record=0),
     "by layer": Case(record=1, first=1),
     "consecutive": Case(attach={"rule": anybatch.AdaScale(consecutive=True)}, backwards=(1,)),

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.optim import adam
 
 import anybatch
 from anybatch._controller import ending
-from anybatch._gradients import norms
+from anybatch._gradients import adam_metric, norms
 from pretended.cases import Halves
 from pretended.device import CUDA, Machine, Pretended, Stream, installed
 
@@ -99,13 +100,11 @@ def _on(machine, number):
 
 
 @contextlib.contextmanager
-def as_on_a_device():
-    """A context in which CPU tensors are measured by the operations of a device."""
-    before, norms._on_host = norms._on_host, lambda _: False
-    try:
+def as_on_a_device(*, counts):
+    """A context in which CPU tensors are measured by the operations of a device; `counts`: those of steps too."""
+    counted = mock.patch.object(adam_metric, "_on_device", return_value=True)
+    with mock.patch.object(norms, "_on_host", return_value=False), counted if counts else contextlib.nullcontext():
         yield
-    finally:
-        norms._on_host = before
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def found(case):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         numbers = train(case)[1]
-        with as_on_a_device():
+        with as_on_a_device(counts=case.counts_on_device):
             expected = train(case)
         machine = Machine()
         with installed(machine):

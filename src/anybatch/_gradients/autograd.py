@@ -1,7 +1,7 @@
 """The state of the autograd engine, and callbacks at the end of its run."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ def check_not_captured(tensor: Tensor) -> None:
 def stream_of(device: torch.device) -> int:
     """A number for this thread's current stream of a CUDA device; 0 for other devices."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def record_readers(tensors: Iterable[Tensor], streams: Collection[tuple[torch.device, int]]) -> None:
+    """Before this thread reads tensors that were made on `streams`: have CUDA's allocator keep them for its own."""
+    if any(stream_of(device) != stream for device, stream in streams):
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def accumulates(leaf: Tensor) -> bool:

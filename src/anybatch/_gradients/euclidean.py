@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybatch._gradients.autograd import stream_of
+from anybatch._gradients.autograd import record_readers, stream_of
 from anybatch._gradients.norms import SMALL, condensed, part_of, summed, total_squared_norm
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import Norms
@@ -50,10 +50,7 @@ class Queue:
     def measure(self) -> bool:
         """Measure the queued gradients; false if something wrote to one of them."""
         unchanged = self.versions == [grad._version for grad in self.waiting]
-        if any(stream_of(device) != stream for device, stream in self.streams):
-            for tensor in (*self.waiting, *self.rows):
-                if tensor.is_cuda:
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        record_readers([*self.waiting, *self.rows], self.streams)
         if self.waiting or self.rows:
             self.squares.append(total_squared_norm([*self.waiting, *self.rows]))
             self.drop()
@@ -109,12 +106,16 @@ class EuclideanNorms(Probe):
         self._observed: Tensor | None = None
         self._mean: Tensor | None = None
 
-    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
+    def holds(self, index: int, grad: Tensor) -> bool:
+        """Whether this gradient of parameter `index` is queued until the end of the backward."""
+        return self.queued[index] and self.patient and not grad.is_sparse
+
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor, *, held: bool) -> None:  # noqa: ARG002
         """Queue or measure a gradient, as the hooks of `GradientHooks` do inline."""
         queue = self.queues[index]
         if grad.is_cuda:
             queue.streams.add((grad.device, stream_of(grad.device)))
-        if self.queued[index] and self.patient and not grad.is_sparse:
+        if held:
             queue.waiting.append(grad)
             queue.versions.append(grad._version)
         else:

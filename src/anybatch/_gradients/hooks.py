@@ -448,7 +448,7 @@ class GradientHooks:
             self._norms.begin()
         self._tasks.add(task)
         if self._norms.taken:
-            at_end(self._norms.euclidean.measure)  # while DDP's last reduction is pending
+            at_end(self._norms.measure)  # while DDP's last reduction is pending
         at_end(lambda: self._end_backward(task, nested=nested), chain=LAST)
 
     def _reopen(self) -> None:

@@ -66,9 +66,12 @@ class LayerNorms(Probe):
             self._table.free()
         return self._open
 
-    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:  # noqa: ARG002
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor, *, held: bool) -> None:  # noqa: ARG002
         """Measure the gradient that a parameter got from micro-batch `row`."""
         norm_into(self._table.cell(row, index), grad)
+
+    def measure(self) -> None:
+        """Nothing is held."""
 
     def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:  # noqa: ARG002
         """Measure all gradients of a window at once."""

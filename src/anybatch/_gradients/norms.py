@@ -100,7 +100,7 @@ def _on_host(device: torch.device) -> bool:
 
 
 def _squares_on_host(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    return map(_squared_norm, _blocks(_all_small(tensors), _BLOCK_CPU))
+    return map(_squared_norm, blocks(_all_small(tensors)))
 
 
 def _squares_on_device(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -115,7 +115,7 @@ def _squares_on_device(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield torch.dot(norms, norms)
         small.extend(_all_small([tensor for tensor in alike if not _is_dense(tensor)]))
     for alike in _by_type(small):
-        yield from map(_squared_norm, _blocks(alike, _BLOCK))
+        yield from map(_squared_norm, blocks(alike))
 
 
 def _by_type(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
@@ -143,10 +143,11 @@ def _all_small(tensors: Iterable[Tensor]) -> list[Tensor]:
     return small
 
 
-def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:
-    """`tensors` in order, in lists of at least `least` entries."""
+def blocks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one device in order, in lists that are copied together."""
     block: list[Tensor] = []
     entries = 0
+    least = _BLOCK_CPU if tensors and _on_host(tensors[0].device) else _BLOCK
     for tensor in tensors:
         block.append(tensor)
         entries += tensor.numel()
@@ -157,9 +158,15 @@ def _blocks(tensors: Sequence[Tensor], least: int) -> Iterator[list[Tensor]]:
         yield block
 
 
+def flat(tensors: list[Tensor]) -> Tensor:
+    """The entries of all tensors in one, by one copy."""
+    found: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return found
+
+
 def _squared_norm(block: list[Tensor]) -> Tensor:
-    flat = torch._C._nn.flatten_dense_tensors(block).double()
-    return torch.dot(flat, flat)
+    entries = flat(block).double()
+    return torch.dot(entries, entries)
 
 
 def _row_norms(tensor: Tensor) -> list[Tensor]:

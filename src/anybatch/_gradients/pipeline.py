@@ -199,7 +199,7 @@ class PipelineHooks(GradientHooks):
                 task = current_task()
                 if task != hooks._task:  # later gradients may be added to this tensor
                     hooks._task = task
-                    at_end(hooks._norms.euclidean.measure)
+                    at_end(hooks._norms.measure)
 
         return hook
 

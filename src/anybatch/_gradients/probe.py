@@ -30,7 +30,10 @@ class Placement:
 
 
 class Probe(ABC):
-    """The norms of one window: `open`, then `sample` for each gradient of a micro-batch and `mean`, then `norms`."""
+    """The norms of one window.
+
+    `open`, then for each micro-batch `sample` for each gradient and `measure`, then `mean` and `norms`.
+    """
 
     name: ClassVar[str]
 
@@ -52,8 +55,15 @@ class Probe(ABC):
         """Begin a window and return whether this probe measures it; `sampled`: whether the averages take it."""
 
     @abstractmethod
-    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor) -> None:
-        """Measure the gradient that `parameter`, number `index`, got from micro-batch `row`."""
+    def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor, *, held: bool) -> None:
+        """Measure the gradient that `parameter`, number `index`, got from micro-batch `row`.
+
+        One that is `held` is in the Euclidean queue as well, and may be measured in `measure`.
+        """
+
+    @abstractmethod
+    def measure(self) -> None:
+        """Measure the gradients that are held, at the end of a backward."""
 
     @abstractmethod
     def samples(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -117,8 +117,14 @@ class WindowNorms:
         """Measure the gradient of parameter `index` from micro-batch `row`."""
         parameter = self._parameters[index]()
         if parameter is not None:
+            held = self.euclidean.holds(index, grad)
             for probe in (self.euclidean, *self._active):
-                probe.sample(row, index, parameter, grad)
+                probe.sample(row, index, parameter, grad, held=held)
+
+    def measure(self) -> None:
+        """Measure the gradients that are held, at the end of a backward."""
+        for probe in (self.euclidean, *self._active):
+            probe.measure()
 
     def observe(self, samples: Sequence[Tensor]) -> None:
         """Measure a whole window at once, one tensor `[n, *shape]` a parameter; their means are in `.grad`."""
@@ -153,7 +159,7 @@ class WindowNorms:
 
     def window(self, backwards: int, fires: Sequence[int], *, shares: Shares) -> Window:
         """The norms of the window, in which the parameters got `fires` gradients each."""
-        self.euclidean.measure()
+        self.measure()
         found: dict[str, Norms] = {}
         if self.taken and not self.spoilt and self.euclidean.valid and backwards > 0:
             self._check_fires(backwards, fires)
