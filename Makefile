@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # their names the files with the longest tests come first, so that no worker is left with one at the end.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: help demo test near faults nightly mutants check format docs bench evidence clean
+.PHONY: help demo test near faults nightly mutants check format docs bench gpu evidence clean
 help:
 	@echo "make demo    train the digits at scales 1 to 128 and write anybatch-demo/report.html"
 	@echo "make test    the whole test suite"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   lint, types and import levels"
 	@echo "make docs    the documentation's site, into site/; strict, and nothing from the network"
 	@echo "make bench   the benchmarks, each with its table"
+	@echo "make gpu     the costs on a GPU, by a PYTHON whose torch finds one; eight minutes"
 	@echo "make evidence   every rule against scale 1 on all tasks: hours, and goes on where it was stopped"
 
 # torch is installed from the constraints first: an unpinned torch would bring gigabytes of CUDA.
@@ -86,6 +87,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.idea
 	$(BIN)/python -m benchmarks.first_screen
 	$(BIN)/python -m benchmarks.examples
+
+# Without .venv, whose torch is the one for CPUs.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --json docs/overhead/gpu.json
 
 evidence: $(STAMP)
 	$(BIN)/python -m benchmarks.same_training --json docs/same-training/results.json --figure docs/same-training/frontier.png
