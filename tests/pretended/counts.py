@@ -47,7 +47,8 @@ def plain(name, optimizer, dtype):
 
 def run(name, optimizer, dtype, attach):
     """The logs of each backward and then of `step()`, in the last of `STEPS`."""
-    shapes = NETWORKS[name]()
+    with torch.device("meta"):
+        shapes = [p.shape for p in NETWORKS[name]().parameters()]
     machine = Machine(meta=True)
     model = machine.move(Shapes(shapes, dtype))
     made = OPTIMIZERS[optimizer](model.parameters())

@@ -5,29 +5,9 @@ from dataclasses import dataclass, field
 import torch
 
 import anybatch
+from benchmarks.gpu_models import GPT2, ResNet50
 
-
-def gpt2():
-    """GPT-2 124M: 148 tensors, 50 of them large."""
-    block = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,), (3072, 768), (3072,)]
-    return [(50257, 768), (1024, 768), *[*block, (768, 3072), (768,)] * 12, (768,), (768,)]
-
-
-def resnet50():
-    """ResNet-50: 161 tensors, 53 of them convolutions."""
-    shapes = [(64, 3, 7, 7), (64,), (64,)]
-    into = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            sizes = [(width, into, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            sizes += [(4 * width, into, 1, 1)] if block == 0 else []
-            for size in sizes:
-                shapes += [size, size[:1], size[:1]]
-            into = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
-
-
-NETWORKS = {"GPT-2 124M": gpt2, "ResNet-50": resnet50}
+NETWORKS = {"GPT-2 124M": GPT2, "ResNet-50": ResNet50}
 
 
 @dataclass(frozen=True)
@@ -54,17 +34,17 @@ OPTIMIZERS = {
 
 
 ADAM = {"rule": anybatch.AdaScale(metric="adam")}
-GPT2, RESNET = NETWORKS
+GPT, RESNET = NETWORKS
 ROWS = {
-    "SGD": Row({GPT2: (155, 57, 57, 70, 3), RESNET: (165, 56, 56, 65, 3)}),
-    "AdamW": Row({GPT2: (155, 57, 57, 70, 3)}, "adamw"),
+    "SGD": Row({GPT: (155, 57, 57, 70, 3), RESNET: (165, 56, 56, 65, 3)}),
+    "AdamW": Row({GPT: (155, 57, 57, 70, 3)}, "adamw"),
     # Its step counts are on the device: the two operations that put them on the clock are two launches each.
-    "fused AdamW": Row({GPT2: (155, 57, 57, 70, 7)}, "fused"),
-    "SGD, bfloat16": Row({GPT2: (159, 61, 61, 74, 3)}, dtype=torch.bfloat16),
+    "fused AdamW": Row({GPT: (155, 57, 57, 70, 7)}, "fused"),
+    "SGD, bfloat16": Row({GPT: (159, 61, 61, 74, 3)}, dtype=torch.bfloat16),
     "a fixed rule": Row({RESNET: (0, 0, 0, 0, 0)}, attach={"rule": anybatch.Linear()}, reads=0),
     "between measured steps": Row({RESNET: (0, 0, 0, 0, 0)}, attach={"rule": anybatch.AdaScale(every=9)}, reads=0),
-    "AdamW, Adam's metric": Row({GPT2: (419, 321, 321, 598, 6)}, "adamw", ADAM),
-    "fused AdamW, Adam's metric": Row({GPT2: (477, 373, 373, 702, 10)}, "fused", ADAM),
+    "AdamW, Adam's metric": Row({GPT: (419, 321, 321, 598, 6)}, "adamw", ADAM),
+    "fused AdamW, Adam's metric": Row({GPT: (477, 373, 373, 702, 10)}, "fused", ADAM),
 }
 KEYS = [f"{name} | {network}" for name, row in ROWS.items() for network in row.added]
 
