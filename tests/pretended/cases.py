@@ -73,7 +73,7 @@ class Case:
     Args:
         reads: Reads of the host by anybatch, for each step; a shorter tuple is repeated.
         first: The same reads in the first step beyond these, by what is made once.
-        plain: The same reads by torch itself in each step after the first, such as those of a GradScaler.
+        plain: The same reads by torch itself in each step after the second, such as those of a GradScaler.
         skipped: Number of skipped steps.
     """
 
@@ -94,6 +94,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     counts_on_device: bool = False  # the optimizer's counts of steps, where Adam's metric takes them
     clear: dict = field(default_factory=dict)  # arguments of zero_grad
+    ddp: bool = False  # two ranks that have the same gradients, and all but a window's last backward in `no_sync`
     streams: bool = False  # forward, backward and step on a stream each
 
 
@@ -134,6 +135,12 @@ CASES = {
     "two devices, by layer": Case(model=Halves, record=1, first=1),
     "two devices, Adam's metric": Case(adamw, {"rule": ADAM}, model=Halves, steps=14),
     "two devices, average, offloaded": Case(model=Halves, ema={"device": "cpu"}, first=6),
+    "DDP": Case(ddp=True),
+    "DDP, Adam's metric": Case(adamw, {"rule": ADAM}, ddp=True, steps=14),
+    "DDP, by layer": Case(ddp=True, record=1, first=2),
+    # The skip is one more read: over ranks the norms are reduced first.
+    "DDP, fused, scaler": Case(fused, ddp=True, scaler=True, reads=(2,)),
+    "DDP, every second": Case(attach={"rule": anybatch.AdaScale(every=2, smoothing=0.99)}, ddp=True, reads=(1, 0)),
     "checkpointing": Case(model=partial(Net, checkpointing=False)),
     "re-entrant checkpointing": Case(model=partial(Net, checkpointing=True)),
     "streams": Case(streams=True, ema={"device": "cpu"}, first=10),

@@ -334,7 +334,7 @@ def installed(machine):
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_name", lambda _: "pretended"),
         (torch.cuda, "current_stream", stream),
-        (torch._C, "_cuda_getCurrentRawStream", GUARD.pretended_stream),
+        (torch._C, "_cuda_getCurrentRawStream", lambda index: GUARD.pretended_stream(index)),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None),

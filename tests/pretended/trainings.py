@@ -9,9 +9,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import adam
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import anybatch
 from anybatch._controller import ending
@@ -28,6 +31,36 @@ SECOND = torch.device("cuda", 1)
 
 def train(case, machine=None):
     """The final weights and averages, the controller's numbers, and the log of each step."""
+    with two_ranks() if case.ddp else contextlib.nullcontext():
+        return _train(case, machine)
+
+
+@contextlib.contextmanager
+def two_ranks():
+    """A group of two ranks, this one and another that has the same tensors."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with mock.patch.object(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2)):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_ddp(model):
+    """The model in DDP, whose buckets are the mean already; its log takes the time by CUDA events."""
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def mean(_, bucket):
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, mean)
+    ddp.logger = mock.Mock()
+    return ddp
+
+
+def _train(case, machine):
     torch.manual_seed(0)
     model = case.model().to(case.dtype)
     put = machine.put if machine else lambda tensor, device=None: tensor
@@ -36,6 +69,7 @@ def train(case, machine=None):
         machine.move(model.second, SECOND)
     elif machine:
         machine.move(model)
+    net = in_ddp(model) if case.ddp else model
     optimizers = case.optimizer(model)
     options = dict(case.attach)
     scaler = None
@@ -46,7 +80,7 @@ def train(case, machine=None):
         options["record"] = anybatch.RunRecord(path, per_layer=case.record) if case.record else path
     controller = anybatch.attach(
         optimizers[0] if len(optimizers) == 1 else optimizers,
-        model=model,
+        model=net,
         base_batch=4,
         micro_batch=4,
         total=200,
@@ -60,12 +94,13 @@ def train(case, machine=None):
         backwards = case.backwards[step % len(case.backwards)]
         for i in range(backwards):
             x, y = torch.randn(BATCH, 20, generator=draws), torch.randint(5, (BATCH,), generator=draws)
-            with on(1):
-                loss = cross_entropy(model(put(x.to(case.dtype))).float(), put(y, last.device)) / backwards
+            alone = net.no_sync if case.ddp and i < backwards - 1 else contextlib.nullcontext
+            with alone(), on(1):
+                loss = cross_entropy(net(put(x.to(case.dtype))).float(), put(y, last.device)) / backwards
                 if case.overflow and step == 2 and i == 1:
                     loss = loss + (last * torch.inf).sum()
                 loss = loss if scaler is None else scaler.scale(loss)
-            with on(2):
+            with alone(), on(2):
                 loss.backward()
             del loss
         with on(3):
