@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file of the core, below src/anybatch.
 NEAR = {
-    "_gradients/adam_metric.py": "metric distributed/metric",
-    "_gradients/autograd.py": "waiting peek gather",
+    "_gradients/adam_metric.py": "metric pretended distributed/metric",
+    "_gradients/autograd.py": "waiting peek gather pretended",
     "_gradients/consecutive.py": "scenarios",
     "_gradients/engine.py": "wrappers distributed/scenarios distributed/trust distributed/ddp distributed/fsdp",
     "_gradients/euclidean.py": "waiting weights",

@@ -41,6 +41,11 @@ def test_each_option_trains_and_is_counted(path):
     assert {row["reads"] for row in rows(path)} == {0}  # a CPU never synchronises
 
 
+@pytest.mark.parametrize("option", gpu_options.READS)
+def test_the_docs_have_the_reads_of_each_option(option):
+    assert f"| {option} | {gpu_options.READS[option][2]} |" in (gpu.HERE / "docs" / "overhead.md").read_text()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_way_that_fails_shows_why(path):
     gpu.part("graphs", path, rehearse=True)

@@ -15,13 +15,15 @@ from pretended.cases import CASES
 from pretended.rows import KEYS, of
 
 TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "overhead.md").read_text()
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
 
 
 @pytest.fixture(scope="module")
 def found(request, tmp_path_factory):
     """What each selected case and row showed."""
-    names = [each.callspec.params["name"] for each in request.session.items if each.path == request.path]
+    selected = [each for each in request.session.items if each.path == request.path and hasattr(each, "callspec")]
+    names = [each.callspec.params["name"] for each in selected]
     path = tmp_path_factory.mktemp("pretended") / "found.json"
     places = [str(TESTS), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
@@ -61,9 +63,16 @@ def test_a_step_reads_no_more_than_the_docs_say(found, name):
     assert by_torch[2:] == [case.plain[step % len(case.plain)] for step in range(2, case.steps)]
 
 
+def test_the_docs_have_the_number_of_trainings():
+    assert f"In {len(CASES)} trainings" in PAGE
+
+
 @pytest.mark.parametrize("name", KEYS)
 def test_launches_added_to_each_backward_and_to_the_step(found, name):
     row, network = of(name)
     launched = shown(found, name)
     assert tuple(launched["added"]) == row.added[network]
     assert len(launched["own"]) == row.reads, launched["own"]
+    first, second, third, last, step = row.added[network]
+    assert second == third
+    assert f"| {network}, {name.split(' | ')[0]} | {first} | {second} | {last} | {step} |" in PAGE

@@ -60,6 +60,11 @@ fused = partial(adamw, foreach=False, fused=True)
 capturable = partial(adamw, capturable=True)
 
 
+def two_fused(model):
+    parameters = list(model.parameters())
+    return [torch.optim.AdamW(part, lr=1e-3, fused=True) for part in (parameters[:4], parameters[4:])]
+
+
 def muon(model):
     weights = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
@@ -99,6 +104,7 @@ class Case:
 
 
 ADAM = anybatch.AdaScale(metric="adam")
+FIXED = {"rule": anybatch.Linear(), "scale": 3.0, "base_batch": None, "micro_batch": None}
 CASES = {
     "sgd": Case(),
     "nesterov": Case(partial(sgd, nesterov=True)),
@@ -116,6 +122,8 @@ CASES = {
     # The step after a skipped one reads whether each parameter is finite, once.
     "fused, scaler, overflow": Case(fused, scaler=True, overflow=True, reads=(1, 1, 1, 11, 1, 1), skipped=1),
     "fused, scaler, fixed rule": Case(fused, {"rule": anybatch.Linear()}, scaler=True, first=1),
+    "two fused, scaler": Case(two_fused, scaler=True, reads=(2,)),
+    "tensor lr, counting nothing": Case(partial(capturable, tensor_lr=True), FIXED, first=3),
     "average": Case(ema={}),
     "average, offloaded": Case(ema={"device": "cpu"}, first=10),
     "average of statistics": Case(ema={"average_statistics": True}),

@@ -71,7 +71,7 @@ def _train(case, machine):
         machine.move(model)
     net = in_ddp(model) if case.ddp else model
     optimizers = case.optimizer(model)
-    options = dict(case.attach)
+    options = {"base_batch": 4, "micro_batch": 4, "total": 200} | case.attach
     scaler = None
     if case.scaler:
         scaler = options["grad_scaler"] = torch.amp.GradScaler("cuda" if machine else "cpu", init_scale=1024.0)
@@ -81,9 +81,6 @@ def _train(case, machine):
     controller = anybatch.attach(
         optimizers[0] if len(optimizers) == 1 else optimizers,
         model=net,
-        base_batch=4,
-        micro_batch=4,
-        total=200,
         **options,
     )
     average = None if case.ema is None else anybatch.ModelEMA(model, 0.9, clock=controller.clock, **case.ema)
