@@ -271,4 +271,5 @@ def test_static_values_train_between_the_fixed_rule_and_the_measured_gain(tmp_pa
     }
     print(name, total, scale, steps, {name: round(end, 3) for name, end in ends.items()})
     assert ends["static"] < most * ends["measured"]
-    assert not ends["rule"] <= ends["static"] and ends["static"] < 0.95 * ends["unscaled"]
+    assert not ends["rule"] <= ends["static"]  # the rule may end in nan
+    assert ends["static"] < 0.95 * ends["unscaled"]

@@ -551,6 +551,8 @@ class Controller(Joinable):
         total = "" if self.clock.total is None else f" of {self.clock.total:g}"
         numbers = {"scale": self.scale, "gain": self.gain, "noise scale": self.noise_scale}
         known = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isnan(value))
+        if self.scale > 1 and not isnan(self.gain):
+            known += f", an example is worth {self.gain / self.scale:.1%} of one at scale 1"
         if self._gradients is not None and self._gradients.sizes.text:
             known += f", {self._gradients.sizes.text}"
         detached = "" if self._attached else ", detached"

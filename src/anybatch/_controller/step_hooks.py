@@ -399,5 +399,4 @@ class StepHooks:
                 self._sinks.step(self._run.line(step, lr=self._lr, skipped=skipped))
                 if self._run.clock.total is not None and self._run.clock.done:
                     self._sinks.rest()
-        if skipped:
-            self._diagnostics.skipped(step)
+        self._diagnostics.after(step, skipped=skipped)
