@@ -327,6 +327,7 @@ def test_the_tables_of_dino_and_lars_are_those_of_the_results():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:At scale 32 an example is worth:anybatch.AnybatchWarning")  # a run of 60 iterations
 def test_the_pictures_are_made_from_runs(tmp_path):
     for name in ("matplotlib", "sklearn"):
         pytest.importorskip(name)
