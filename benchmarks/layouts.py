@@ -90,7 +90,9 @@ class Head(nn.Module):
         return out
 
 
-PLAN = {name: ColwiseParallel() for name in ("q", "k", "v", "up")} | {name: RowwiseParallel() for name in ("o", "down")}
+PLAN: dict[str, Any] = {name: ColwiseParallel() for name in ("q", "k", "v", "up")} | {
+    name: RowwiseParallel() for name in ("o", "down")
+}
 
 
 def parts(seed: int) -> list[nn.Module]:
@@ -131,7 +133,7 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
 def train(rank: int, layout: str, total: int, seed: int) -> Curve:
     """The curve of one layout on this rank."""
     if layout.startswith("1F1B"):
-        return _pipeline(rank, layout, total, seed)
+        return _pipeline(layout, total, seed)
     layers = parts(seed)
     model: nn.Module = nn.Sequential(*layers)
     data_ranks, number = 1, 0
@@ -184,7 +186,7 @@ def train(rank: int, layout: str, total: int, seed: int) -> Curve:
     return curve
 
 
-def _pipeline(rank: int, layout: str, total: int, seed: int) -> Curve:
+def _pipeline(layout: str, total: int, seed: int) -> Curve:
     """The curve of two pipeline stages, each over two data-parallel ranks, with or without tensor parallelism."""
     tp = 2 if "TP" in layout else 1
     mesh = init_device_mesh("cpu", (2, 2, tp), mesh_dim_names=("pp", "dp", "tp"))
@@ -197,7 +199,7 @@ def _pipeline(rank: int, layout: str, total: int, seed: int) -> Curve:
     fully_shard(module, mesh=mesh["dp"])
     stage = PipelineStage(module, stage_number, 2, torch.device("cpu"), group=mesh["pp"].get_group())
     accumulation = SCALE // 2
-    schedule = Schedule1F1B(stage, accumulation, loss_fn=loss_of)
+    schedule: Any = Schedule1F1B(stage, accumulation, loss_fn=loss_of)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.95))
     controller = _attached(optimizer, schedule, total)
     data, curve = text(), Curve()

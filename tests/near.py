@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file of the core, below src/anybatch.
 NEAR = {
+    "_branch/branch.py": "branch",
+    "_branch/critical.py": "branch",
     "_gradients/adam_metric.py": "metric distributed/metric",
     "_gradients/autograd.py": "waiting peek gather",
     "_gradients/consecutive.py": "scenarios",
