@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, in_options, words
+from anybatch._commands.terminal import draw, failed, in_options, words
 
 _OPTIONS = {name: f"--{name}" for name in ("factors", "examples", "tolerance", "seeds", "out")}
 
@@ -46,7 +46,9 @@ def branch(
     except (anybatch.AnybatchError, OSError) as error:
         raise failed(in_options(str(error), _OPTIONS)) from None
     if figure is not None:
-        _draw(found, figure)
+        from anybatch._report import plot_branch
+
+        draw(plot_branch, found, figure, option="--figure")
     typer.echo(json.dumps(strict(asdict(found)), allow_nan=False, indent=1) if as_json else str(found))
 
 
@@ -81,14 +83,3 @@ def _parts(name: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise failed(f"{name} must return a dictionary with the arguments of anybatch.branch, got {type(found)}.")
     return found
-
-
-def _draw(found: Any, figure: Path) -> None:
-    from anybatch._report import plot_branch
-
-    try:
-        plot_branch(found, figure)
-    except ImportError as error:
-        raise failed(f"--figure needs {error.name}: pip install 'anybatch[report]'") from None
-    except (OSError, ValueError) as error:  # a missing folder, or a format that matplotlib does not have
-        raise failed(f"--figure: cannot write {figure}: {error}") from None
