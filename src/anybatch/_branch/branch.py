@@ -228,7 +228,8 @@ def _train(
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     taken = 0
     with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "One gradient a step", AnybatchWarning)  # the result has no noise scale then
+        # Then the result has no noise scale, or a loss that is large or infinite.
+        warnings.filterwarnings("ignore", "One gradient a step|.* steps in a row did not count", AnybatchWarning)
         torch.manual_seed(seed)
         controller = attach(optimizer, model=model, rule=rule, scale=factor, **unit, **options)
         try:

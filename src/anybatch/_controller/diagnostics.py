@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import isfinite, isnan
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -99,7 +99,7 @@ class Diagnostics:
     def _check_skipped(self, step: Step) -> None:
         """Warn after many skipped steps in a row, and raise after too many."""
         n, tau = self._run.in_a_row, self._run.clock.tau
-        why = "there was no gradient" if step.count == 0 else "the gradient was not finite"
+        why = "there was no gradient" if isnan(step.scale) else "the gradient was not finite"
         if n == _WARN:
             warnings.warn(
                 f"{n} steps in a row did not count, because {why}: the clock stays at {tau:g}. After {_RAISE} of them "
