@@ -131,8 +131,9 @@ def branch(
         options: Other arguments of `attach`, such as `reduction="sum"`.
 
     Returns:
-        A `Branch` with `batches`, `critical`, `noise_scale` and `noise_factor`; the last three are each an `Estimate`
-        with `value`, `low` and `high`. Each of its batches has `factor`, `batch`, `steps`, `losses` and `difference`.
+        A `Branch` with `batches`, `tolerance`, `critical`, `noise_scale` and `noise_factor`; the last three are each an
+        `Estimate` with `value`, `low` and `high`. Each of its batches is a `BatchLoss` with `factor`, `batch`, `steps`,
+        `losses` and `difference`.
 
     Raises:
         InvalidValueError: A value out of range, or `batches` returned too few.
@@ -154,7 +155,7 @@ def branch(
         ...     optimizer.zero_grad()
         >>> x = torch.eye(4)
         >>> def loss(model):
-        ...     return float((model(x) - 1).square().mean())
+        ...     return (model(x) - 1).square().mean().item()
         >>> found = anybatch.branch(step, model=model, optimizer=optimizer, batches=batches, loss=loss, base_batch=4,
         ...                         examples=320, factors=[1, 2, 4], seeds=2)
         >>> [each.steps for each in found.batches]

@@ -137,15 +137,14 @@ class GainEstimator:
         horizon = horizon_of(self._measurement.smoothing, total=self._clock.total)
         if every == "auto":
             few = averages.samples < _KEPT or _KEPT * averages.iterations >= horizon
-            return few or averages.age >= self._spacing(self._scale)
+            return few or averages.age >= self._spacing(self._measurement, self._scale)
         return steps % every == 0 or _IN_A_HORIZON * averages.iterations >= horizon
 
-    def _spacing(self, scale: float) -> int:
+    def _spacing(self, measurement: AdaScale, scale: float) -> int:
         """The largest number of steps from one sample to the next, by the memory that is counted in steps."""
-        assert self._measurement is not None
-        if self._measurement.every != "auto":
-            return self._measurement.every
-        theta, _ = thetas(self._measurement.smoothing, scale=scale, total=self._clock.total)
+        if measurement.every != "auto":
+            return measurement.every
+        theta, _ = thetas(measurement.smoothing, scale=scale, total=self._clock.total)
         return max(1, int(1 / (_KEPT * max(1 - theta, 1 / MOST))))
 
     def nothing(self, running: RunningMoments) -> Step:
@@ -192,7 +191,7 @@ class GainEstimator:
             smoothing=self._measurement.smoothing,
             estimator=self._measurement.estimator,
             total=self._clock.total,
-            every=self._spacing(scale),
+            every=self._spacing(self._measurement, scale),
         )
         found = {"averages": updated(running.averages, raw)}
         for probe, name in RunningMoments.probes().items():
