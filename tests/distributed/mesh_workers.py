@@ -6,7 +6,15 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -17,6 +25,7 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
 
@@ -85,29 +94,45 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().double().clone()
 
 
-def train(model, *, data=0, accumulation=1, make=torch.optim.SGD, steps=STEPS, start=0, state=None, **attach):
-    """Gains and moments of each step, and the weights at the end. `data` numbers the data-parallel ranks."""
+def wholes(tensors):
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def train(model, *, data=0, accumulation=1, make=torch.optim.SGD, steps=STEPS, start=0, saved=None, **attach):
+    """Gains and moments of each step, and the weights and states at the end. `data` numbers the data-parallel ranks.
+
+    With the states `saved` of another run it continues that run.
+    """
     optimizer = make(model.parameters(), lr=0.05)
     options = {"rule": anybatch.AdaScale(smoothing=0.5), "scale": "count", "total": 100, **attach}
     controller = anybatch.attach(optimizer, model=model, **options)
     ema = anybatch.ModelEMA(model, 0.9, clock=controller.clock)
-    if state is not None:
-        controller.load_state_dict(state)
+    whole_states = StateDictOptions(full_state_dict=True)
+    if saved is not None:
+        set_model_state_dict(model, saved["model"], options=whole_states)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=whole_states)
+        ema.load_state_dict(saved["ema"])
     found = []
     for t in range(start, start + steps):
         for a in range(accumulation):
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(a == accumulation - 1)
-            backward(model, t, data * accumulation + a, share=1 / accumulation)
+            with model.no_sync() if isinstance(model, DDP) and a < accumulation - 1 else contextlib.nullcontext():
+                backward(model, t, data * accumulation + a, share=1 / accumulation)
         optimizer.step()
         optimizer.zero_grad()
         found.append((controller.count, controller.gain, controller.variance, controller.sqnorm, controller.tau))
-    weights = {name: whole(p) for name, p in model.named_parameters()}
+    inner = model.module if isinstance(model, DDP) else model
+    weights = {name: whole(p) for name, p in inner.named_parameters()}
     with ema.applied():
-        average = {name: whole(p) for name, p in model.named_parameters()}
-    state = controller.state_dict()
+        average = {name: whole(p) for name, p in inner.named_parameters()}
+    states = {
+        "model": get_model_state_dict(model, options=whole_states),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=whole_states),
+        "ema": {key: wholes(each) if key == "averages" else each for key, each in ema.state_dict().items()},
+    }
     controller.detach()
-    return {"steps": found, "weights": weights, "average": average, "state": state}
+    return {"steps": found, "weights": weights, "average": average, "states": states}
 
 
 def tie(model, name):
@@ -158,23 +183,103 @@ def layers(rank, world):
     return [step.per_layer for step in anybatch.read_record(path).steps] if rank == 0 else None
 
 
-def resumed(rank, world, first, second, state):
-    """Four steps in a layout after a state of another one, or the first four without one."""
+def held(name, world):
+    """The model of a layout by its name in `RESUMES`, this rank's data-parallel number, and how many of them are."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    if name == "one process":
+        return made(), 0, 1
+    if name == "DDP":
+        return DDP(made()), mesh.get_rank(), world
+    if name == "FSDP2":
+        return fully_shard(made(), mesh=init_device_mesh("cpu", (world,))), mesh.get_rank(), world
+    if name == "HSDP":
+        model = made()
+        fully_shard(model.up, mesh=mesh)
+        return fully_shard(model, mesh=mesh), mesh.get_rank(), world
+    if name == "TP":
+        return parallelize_module(made(), init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), PLANS["TP"]), 0, 1
+    model = fully_shard(parallelize_module(made(), mesh["tp"], PLANS["TP+SP"]), mesh=mesh["dp"])
+    return model, mesh["dp"].get_local_rank(), 2
+
+
+RESUMES = [
+    ("one process", "FSDP2 x TP"),
+    ("FSDP2 x TP", "DDP"),
+    ("DDP", "HSDP"),
+    ("HSDP", "TP"),
+    ("TP", "FSDP2"),
+    ("FSDP2", "one process"),
+]
+SAMPLES = 4  # micro-batches of a step in each of them
+
+
+def resumes(rank, world):
+    """Of each pair of layouts: four steps in the first, saved, and four in the second."""
     warnings.simplefilter("ignore")
-    model, data = layout(second if state else first, rank, world)
-    return train(model, data=data, accumulation=2, make=torch.optim.SGD, state=state)["state"]
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    found = {}
+    for pair in RESUMES:
+        saved, steps = None, []
+        for name in pair:
+            model, number, ranks = held(name, world)
+            options = {"process_group": alone} if name == "one process" else {}
+            run = train(
+                model,
+                data=number,
+                accumulation=SAMPLES // ranks,
+                make=torch.optim.AdamW,
+                start=len(steps),
+                saved=saved,
+                **options,
+            )
+            steps, saved = steps + run["steps"], run.pop("states")
+        found[pair] = {**run, "steps": steps}
+    return found
 
 
 def refused(rank, world):
-    """The errors of what cannot be combined with tensor parallelism."""
-    model, _ = layout("FSDP2xTP", rank, world)
+    """The errors of layouts that cannot be measured, and what torch makes of DTensors under DDP."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (world,))
+
+    def split(plan="TP+SP"):
+        return parallelize_module(made(), mesh["tp"], PLANS[plan])
+
+    def partly():
+        model = split()
+        fully_shard(model.up, mesh=mesh["dp"])
+        return model
+
+    def two_meshes():
+        model = made()
+        fully_shard(model.up, mesh=line)
+        return fully_shard(model, mesh=mesh)
+
+    def of_two_sizes():
+        model = split("TP")
+        parallelize_module(model, line, {"norm": SequenceParallel()})
+        return model
+
+    layouts = {
+        "TP under DDP": lambda: DDP(split("TP"), device_mesh=mesh["dp"]),
+        "TP and nothing over the other ranks": split,
+        "a part outside of FSDP2": partly,
+        "dense parts on two meshes": two_meshes,
+        "TP on two meshes": of_two_sizes,
+    }
     found = {}
-    with contextlib.suppress(RuntimeError):
-        optimizer = torch.optim.AdamW(model.parameters())
+    for name, make in layouts.items():
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         try:
-            anybatch.attach(optimizer, model=model, scale="count", rule=anybatch.AdaScale(metric="adam"))
+            anybatch.attach(optimizer, model=model, scale="count")
         except anybatch.AnybatchError as error:
-            found["metric"] = str(error)
+            found[name] = f"{type(error).__name__}: {error}"
+    model = layouts["TP under DDP"]()
+    before = len(model.state_dict())
+    backward(model, 0, mesh["dp"].get_local_rank(), share=1)
+    found["entries"] = before, len(model.state_dict())
     return found
 
 

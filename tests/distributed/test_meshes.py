@@ -68,18 +68,48 @@ def test_layers_add_up_over_the_mesh(tmp_path):
             )
 
 
-@pytest.mark.parametrize(("first", "second"), [("FSDP2xTP", "FSDP2xTP+SP"), ("FSDP2xTP+SP", "TP"), ("TP", "FSDP2xTP")])
-def test_a_state_goes_on_in_another_layout(first, second):
-    """A state has no shapes: after four steps in one layout, four in another count on from the same clock."""
-    state = launch.run(workers.resumed, world=4, args=(4, first, second, None))[0]
-    found = launch.run(workers.resumed, world=4, args=(4, first, second, state))[0]
-    assert found["steps"] == 8
-    assert found["tau"] > state["tau"]
+@functools.cache
+def resumes():
+    return launch.run(workers.resumes, world=4, args=(4,))
 
 
-def test_adams_metric_is_refused_under_tensor_parallelism():
-    for found in launch.run(workers.refused, world=4, args=(4,)):
-        assert "works without tensor parallelism" in found["metric"]
+@pytest.mark.parametrize("pair", workers.RESUMES, ids=" to ".join)
+def test_a_run_continues_in_another_layout(pair):
+    """Four steps, a checkpoint of whole tensors, and four steps: as eight steps of one process."""
+    expected = workers.train(workers.made(), accumulation=workers.SAMPLES, make=torch.optim.AdamW, steps=8)
+    for found in resumes():
+        mine = found[pair]
+        for step, right in zip(mine["steps"], expected["steps"], strict=True):
+            assert step == pytest.approx(right, rel=1e-10)
+        for what in ("weights", "average"):
+            for key, right in expected[what].items():
+                torch.testing.assert_close(mine[what][key], right, rtol=1e-10, atol=1e-12)
+
+
+REFUSED = {
+    "TP under DDP": "UnsupportedError: A trained parameter of shape [8, 8] under DistributedDataParallel",
+    "TP and nothing over the other ranks": "UsageError: The mesh of the parameters has (2,) ranks, and the world 4",
+    "a part outside of FSDP2": "UnsupportedError: Nothing averages a trained parameter of shape [12, 8]",
+    "dense parts on two meshes": "UnsupportedError: FSDP2 shards the modules over different meshes of 4 ranks",
+    "TP on two meshes": "UnsupportedError: The trained parameters lie on meshes of [2, 4] ranks",
+}
+
+
+@functools.cache
+def refused():
+    return launch.run(workers.refused, world=4, args=(4,))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_layout_is_an_error_on_every_rank(name):
+    for found in refused():
+        assert found[name].startswith(REFUSED[name])
+
+
+def test_torch_takes_dtensors_out_of_a_module_under_ddp():
+    """The reason for the error: eight entries before the first forward, and three after it."""
+    for found in refused():
+        assert found["entries"] == (8, 3)
 
 
 def test_one_all_reduce_of_twelve_numbers_a_step():
