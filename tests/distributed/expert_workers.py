@@ -5,12 +5,12 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
+from distributed.mesh_workers import mesh_of, whole
 
 WORLD, EXPERTS, WIDTH, TOKENS, STEPS, LR, DECAY = 4, 4, 6, 8, 5, 0.05, 0.9
 BETAS, EPS, READY = (0.9, 0.99), 1e-6, 10
@@ -93,15 +93,10 @@ def is_expert(name):
     return "experts" in name
 
 
-def whole(p):
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-
-
 def distributed(layout, rank):
     """The model in a layout: how dense parameters and experts are held, and over how many ranks experts are spread."""
     model, spread = made(), layout["spread"]
-    data = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("dp",))
-    mesh = init_device_mesh("cpu", (WORLD // spread, spread), mesh_dim_names=("efsdp", "ep"))
+    data, mesh = mesh_of(("dp", WORLD)), mesh_of(("efsdp", WORLD // spread), ("ep", spread))
     experts = model.experts
     experts.mesh = mesh["ep"]
     placement = [layout.get("placement", Shard(0))]
@@ -120,7 +115,7 @@ def distributed(layout, rank):
     if "overflow" in layout and rank == 1:  # of an expert's gradient, on one rank alone
         experts.weight.register_hook(overflow(layout["overflow"]))
     if layout["dense"] == "FSDP2":
-        return fully_shard(model, mesh=data["dp"], ignored_params=ignored)
+        return fully_shard(model, mesh=data, ignored_params=ignored)
     DDP._set_params_and_buffers_to_ignore_for_model(model, ["experts.weight"])
     return DDP(model)
 

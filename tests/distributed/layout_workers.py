@@ -1,19 +1,17 @@
 """Random layouts of the network of `mesh_workers`: a mesh, a plan, an accumulation; and a plain loop in float64."""
 
 import contextlib
-import functools
 import random
 import warnings
 
 import torch
 from torch.distributed._composable.replicate_with_fsdp import replicate
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
-from distributed.mesh_workers import PLANS, backward, made, tie, whole
+from distributed.mesh_workers import PLANS, backward, made, mesh_of, tie, whole
 
 STEPS, LR, BETAS, EPS, READY, DECAY = 3, 0.05, (0.9, 0.99), 1e-6, 10, 0.9
 ROUNDING = 2.0**-9  # of bfloat16, relative
@@ -67,17 +65,12 @@ def frozen(model, case):
     return model
 
 
-@functools.cache
-def mesh_of(replicas, shard, tp):
-    return init_device_mesh("cpu", (replicas, shard, tp), mesh_dim_names=("replica", "shard", "tp"))
-
-
 def laid_out(case, rank):
     """The model, and this rank's number among the data-parallel ranks."""
     model = frozen(made(tied=is_tied(case), dtype=torch.float32 if case["half"] else torch.float64), case)
     if case["style"] == "DDP":
         return DDP(model), rank
-    mesh = mesh_of(case["data"] // case["shard"], case["shard"], case["tp"])
+    mesh = mesh_of(("replica", case["data"] // case["shard"]), ("shard", case["shard"]), ("tp", case["tp"]))
     if case["tp"] > 1 or case["style"] == "TP":
         parallelize_module(model, mesh["tp"], PLANS[case["plan"]])
         frozen(tie(model, case["plan"]), case)

@@ -1,6 +1,7 @@
 """One small network by FSDP2, tensor and sequence parallelism, and by one process: the same micro-batches."""
 
 import contextlib
+import functools
 import tempfile
 import warnings
 from pathlib import Path
@@ -28,8 +29,17 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
+from anybatch._gradients.reduce import Ranks, reduce_window
+from anybatch._gradients.window import Shares, Window
 
 STEPS, WORDS, WIDTH = 4, 12, 8
+
+
+@functools.cache
+def mesh_of(*dimensions):
+    """A mesh of dimensions `(name, size)`: each has a process group, so it is made once."""
+    names, sizes = zip(*dimensions, strict=True)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 class Net(nn.Module):
@@ -147,14 +157,14 @@ def layout(name, rank, world):
     model = made(tied="tied" in name)
     kind, _, plan = name.partition("x")
     if kind in PLANS:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        mesh = mesh_of(("tp", world))
         return tie(parallelize_module(model, mesh, PLANS[kind]), name), 0
     if kind == "HSDP":
-        mesh = init_device_mesh("cpu", (2, world // 4, 2), mesh_dim_names=("replica", "shard", "tp"))
+        mesh = mesh_of(("replica", 2), ("shard", world // 4), ("tp", 2))
         data = mesh["replica", "shard"]
         number = mesh["replica"].get_local_rank() * (world // 4) + mesh["shard"].get_local_rank()
     else:
-        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = mesh_of(("dp", world // 2), ("tp", 2))
         data, number = mesh["dp"], mesh["dp"].get_local_rank()
     tie(parallelize_module(model, mesh["tp"], PLANS[plan]), name)
     for part in (model.up, model.down):
@@ -162,15 +172,17 @@ def layout(name, rank, world):
     return fully_shard(model, mesh=data), number
 
 
+RUNS = ((1, torch.optim.AdamW), (2, torch.optim.SGD))  # accumulation and optimizer; `layout_workers` draws more
+
+
 def routes(rank, world, names):
-    """What each layout makes of the same micro-batches, by the layout, the accumulation and the optimizer."""
+    """What each layout makes of the same micro-batches, by the layout and the accumulation."""
     warnings.simplefilter("ignore")
     found = {}
     for name in names:
-        for accumulation in (1, 2):
-            for make in (torch.optim.SGD, torch.optim.AdamW):
-                model, data = layout(name, rank, world)
-                found[name, accumulation, make.__name__] = train(model, data=data, accumulation=accumulation, make=make)
+        for accumulation, make in RUNS:
+            model, data = layout(name, rank, world)
+            found[name, accumulation] = train(model, data=data, accumulation=accumulation, make=make)
     return found
 
 
@@ -185,19 +197,19 @@ def layers(rank, world):
 
 def held(name, world):
     """The model of a layout by its name in `RESUMES`, this rank's data-parallel number, and how many of them are."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of(("dp", 2), ("tp", 2))
     if name == "one process":
         return made(), 0, 1
     if name == "DDP":
         return DDP(made()), mesh.get_rank(), world
     if name == "FSDP2":
-        return fully_shard(made(), mesh=init_device_mesh("cpu", (world,))), mesh.get_rank(), world
+        return fully_shard(made(), mesh=mesh_of(("dp", world))), mesh.get_rank(), world
     if name == "HSDP":
         model = made()
         fully_shard(model.up, mesh=mesh)
         return fully_shard(model, mesh=mesh), mesh.get_rank(), world
     if name == "TP":
-        return parallelize_module(made(), init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), PLANS["TP"]), 0, 1
+        return parallelize_module(made(), mesh_of(("tp", world)), PLANS["TP"]), 0, 1
     model = fully_shard(parallelize_module(made(), mesh["tp"], PLANS["TP+SP"]), mesh=mesh["dp"])
     return model, mesh["dp"].get_local_rank(), 2
 
@@ -240,8 +252,8 @@ def resumes(rank, world):
 def refused(rank, world):
     """The errors of layouts that cannot be measured, and what torch makes of DTensors under DDP."""
     warnings.simplefilter("ignore")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    line = init_device_mesh("cpu", (world,))
+    mesh = mesh_of(("dp", 2), ("tp", 2))
+    line = mesh_of(("dp", world))
 
     def split(plan="TP+SP"):
         return parallelize_module(made(), mesh["tp"], PLANS[plan])
@@ -280,6 +292,44 @@ def refused(rank, world):
     before = len(model.state_dict())
     backward(model, 0, mesh["dp"].get_local_rank(), share=1)
     found["entries"] = before, len(model.state_dict())
+    return found
+
+
+def differing(rank, world):
+    """The errors of a rank that differs from the others under FSDP2 x TP, by its number and by what differs."""
+    found = {}
+    for odd in range(world):
+        model, data = layout("FSDP2xTP", rank, world)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sizes = {"base_batch": 8 * (1 + (rank == odd)), "micro_batch": 8}
+        found["base_batch", odd] = error_of(lambda o=optimizer, m=model, s=sizes: anybatch.attach(o, model=m, **s))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        controller = anybatch.attach(optimizer, model=model, scale="count")
+        optimizer.param_groups[0]["lr"] += 0.1 * (rank == odd)
+        backward(model, 0, data, share=1)
+        found["lr", odd] = error_of(optimizer.step)
+        controller.detach()
+    return found
+
+
+def error_of(function):
+    try:
+        function()
+    except anybatch.AnybatchError as error:
+        return str(error)
+    return "no error"
+
+
+def checksums(rank, world, values):
+    """For each list of the ranks' checksums whether two data-parallel ranks, of two each, may differ in nothing."""
+    ranks, found = Ranks(dist.group.WORLD, world // 2, replicated=False, model=2), []
+    for numbers in values:
+        window = Window(1, Shares(1, weights=1.0, squares=1.0), {}, {})
+        try:
+            reduce_window(window, ranks=ranks, reduction="mean", checksum=numbers[rank])
+            found.append("equal")
+        except anybatch.UsageError as error:
+            found.append(str(error))
     return found
 
 

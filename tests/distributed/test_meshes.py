@@ -1,6 +1,7 @@
 """Tensor and sequence parallelism, with FSDP2 and alone: the same micro-batches as one process, by another engine."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -24,18 +25,17 @@ def routes(world):
 
 @functools.cache
 def one_process(tied, accumulation, optimizer):
-    return workers.train(workers.made(tied=tied), accumulation=accumulation, make=getattr(torch.optim, optimizer))
+    return workers.train(workers.made(tied=tied), accumulation=accumulation, make=optimizer)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "optimizer"), workers.RUNS)
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_a_layout_trains_as_one_process(world, name, accumulation, optimizer):
     """Counts, gains, moments, clock, weights and model average of each step, in float64."""
     data = world // 2 if "xTP" in name else 1
     expected = one_process("tied" in name, data * accumulation, optimizer)
     for found in routes(world):
-        mine = found[name, accumulation, optimizer]
+        mine = found[name, accumulation]
         for step, right in zip(mine["steps"], expected["steps"], strict=True):
             assert step == pytest.approx(right, rel=1e-10, nan_ok=data * accumulation == 1)
         for what in ("weights", "average"):
@@ -110,6 +110,26 @@ def test_torch_takes_dtensors_out_of_a_module_under_ddp():
     """The reason for the error: eight entries before the first forward, and three after it."""
     for found in refused():
         assert found["entries"] == (8, 3)
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_a_rank_that_differs_is_an_error_on_every_rank(odd):
+    for found in differing():
+        assert "attach was given another base_batch on other ranks" in found["base_batch", odd]
+        assert "different clocks, averages, learning rates" in found["lr", odd]
+
+
+@functools.cache
+def differing():
+    return launch.run(workers.differing, world=4, args=(4,))
+
+
+def test_every_difference_of_checksums_is_seen():
+    """A half of an odd sum must not be rounded to that of equal numbers, as for 0, 0, 0 and 1."""
+    values = [list(numbers) for numbers in itertools.product(range(3), repeat=4)] + [[65535] * 4, [65535] * 3 + [65534]]
+    for found in launch.run(workers.checksums, world=4, args=(4, values)):
+        for numbers, error in zip(values, found, strict=True):
+            assert (error == "equal") == (len(set(numbers)) == 1), numbers
 
 
 def test_one_all_reduce_of_twelve_numbers_a_step():
