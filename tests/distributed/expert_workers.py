@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
@@ -95,26 +96,34 @@ def is_expert(name):
 
 def distributed(layout, rank):
     """The model in a layout: how dense parameters and experts are held, and over how many ranks experts are spread."""
-    model, spread = made(), layout["spread"]
+    model, spread, ranks = made(), layout["spread"], layout.get("data", WORLD)
     data, mesh = mesh_of(("dp", WORLD)), mesh_of(("efsdp", WORLD // spread), ("ep", spread))
+    if layout["dense"] == "HSDP":
+        data = mesh_of(("replica", 2), ("shard", 2))
+    elif layout["dense"] == "FSDP2 x TP":  # the two ranks of a micro-batch hold the same experts
+        both = mesh_of(("ep", 2), ("tp", 2))
+        data, mesh = both["ep"], both
+        columns = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(model, both["tp"], {"first": columns, "head": columns})
     experts = model.experts
     experts.mesh = mesh["ep"]
     placement = [layout.get("placement", Shard(0))]
-    experts.weight = nn.Parameter(distribute_tensor(experts.weight.detach(), mesh["ep"], placement))
+    held = distribute_tensor(experts.weight.detach(), mesh["ep"], placement)
+    experts.weight = nn.Parameter(held.to_local() if layout.get("plain") else held)
     if layout.get("alone"):
         for name, p in model.named_parameters():
             p.requires_grad_(is_expert(name))
     if layout.get("efsdp"):
         fully_shard(experts, mesh=mesh["efsdp"])
         if spread < WORLD:  # over one rank FSDP2 divides nothing, so `train` does
-            experts.set_gradient_divide_factor(WORLD)
+            experts.set_gradient_divide_factor(ranks)
         ignored = set()
     else:
-        experts.weight.register_hook(lambda grad: grad / WORLD)
+        experts.weight.register_hook(lambda grad: grad / ranks)
         ignored = {experts.weight}
     if "overflow" in layout and rank == 1:  # of an expert's gradient, on one rank alone
         experts.weight.register_hook(overflow(layout["overflow"]))
-    if layout["dense"] == "FSDP2":
+    if layout["dense"] != "DDP":
         return fully_shard(model, mesh=data, ignored_params=ignored)
     DDP._set_params_and_buffers_to_ignore_for_model(model, ["experts.weight"])
     return DDP(model)
@@ -150,22 +159,26 @@ def train(rank, layouts, folder):
     found = {}
     for name, layout in layouts.items():
         model = distributed(layout, rank)
+        number = rank * layout.get("data", WORLD) // WORLD  # of the data-parallel rank
         kind, parts, steps = layout.get("optimizer", "SGD"), layout.get("accumulation", 1), layout.get("steps", STEPS)
         several = optimizers(model, kind)
         rule = anybatch.AdaScale(smoothing=0.0, decays="constant", metric="adam" if kind == "Adam" else "euclidean")
         record = [anybatch.RunRecord(f"{folder}/{name}.jsonl", per_layer=2)] if rank == 0 else None
         if kind == "Adam":
             record = None
+        lines, metric = [], []
         try:
             controller = anybatch.attach(several, model=model, rule=rule, scale="count", total=60, record=record)
+            if layout.get("plain"):
+                loss_of(model, 0, rank).backward()
+                several[0].step()
         except anybatch.AnybatchError as error:
             found[name] = f"{type(error).__name__}: {error}"
             continue
         ema = anybatch.ModelEMA(model, DECAY, clock=controller.clock)
-        lines, metric = [], []
         for t in range(steps):
             for a in range(parts):
-                (loss_of(model, t, rank * parts + a) / parts).backward()
+                (loss_of(model, t, number * parts + a) / parts).backward()
             if layout.get("efsdp") and layout["spread"] == WORLD:
                 model.experts.weight.grad.div_(WORLD)
             for each in several:

@@ -4,8 +4,8 @@ Under expert parallelism every rank holds some experts of a layer, and the token
 gradient of an expert in one backward therefore sums over the tokens of many ranks: it is the gradient of another
 micro-batch than that of the dense parameters. The noise is measured on the dense parameters, and the step scales all.
 
-    dense     sharded by FSDP2 over the data-parallel mesh, or averaged by DDP
-    experts   on a mesh that covers all ranks of the data-parallel one, with a part of the experts on each
+Dense parameters are sharded by FSDP2 over the data-parallel mesh, or averaged by DDP. Experts are DTensors on another
+mesh, which covers all ranks of the data-parallel one and has a part of the experts on each.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

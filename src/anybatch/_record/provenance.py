@@ -54,7 +54,7 @@ def run_config(
         "ranks": ranks,
         "device": name,
         "parameters": sum(p.numel() for p in trained),
-        "measured": measured,
+        "measured_share": measured,
     }
 
 
