@@ -21,6 +21,7 @@ NEAR = {
     "_gradients/engine.py": "wrappers distributed/scenarios distributed/trust distributed/ddp distributed/fsdp",
     "_gradients/euclidean.py": "waiting weights",
     "_gradients/finite.py": "real_loops",
+    "_gradients/experts.py": "distributed/experts",
     "_gradients/fingerprint.py": "trust gates distributed/scenarios distributed/trust distributed/fsdp",
     "_gradients/fsdp.py": "wrappers distributed/scenarios distributed/trust distributed/fsdp distributed/metric",
     "_gradients/hooks.py": "gather distributed/scenarios distributed/trust distributed/ddp distributed/fsdp",

@@ -48,6 +48,7 @@ class RunParts:
 
     state: RunState
     ranks: Ranks
+    measured: float  # share of the parameters whose noise is measured
     no_sync: Callable[[], AbstractContextManager[None]]
     drivers: list[ScheduleDriver]
     gradients: GradientHooks | None  # `None` where backwards are not counted
@@ -146,6 +147,7 @@ def assemble(
             batch=settings.batch,
             ranks=engine.ranks.size,
             trained=trained,
+            measured=engine.measured,
         )
         sinks = RecordSinks(settings.record, config=config, first=engine.ranks.first)
     except Exception:
@@ -173,7 +175,7 @@ def assemble(
     )
     for driver in drivers:
         driver.hold()
-    return RunParts(run, engine.ranks, engine.no_sync, drivers, gradients, sinks, join, step_hooks)
+    return RunParts(run, engine.ranks, engine.measured, engine.no_sync, drivers, gradients, sinks, join, step_hooks)
 
 
 def members_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:

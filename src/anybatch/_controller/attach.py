@@ -57,6 +57,7 @@ def attach(
             AdamW for the rest, are a list: one gain, one clock, and a step of each after the last backward. Wrappers
             of Accelerate, Fabric and Lightning and the container of torchtitan are supported.
         model: The module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
+            Experts on a mesh of their own are scaled, and their noise is not measured.
             With `torch.distributed.pipelining` the schedule of this rank.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: A torch scheduler, one of timm's, or a list of them, written for the base batch. The controller moves

@@ -52,6 +52,7 @@ class Controller(Joinable):
             check=self._check_parts,
         )
         self._run, self._ranks, self._no_sync = made.state, made.ranks, made.no_sync
+        self._measured = made.measured
         self._drivers, self._gradients, self._sinks = made.drivers, made.gradients, made.sinks
         self._join, self._step_hooks = made.join, made.step_hooks
         for optimizer in optimizers:
@@ -555,6 +556,8 @@ class Controller(Joinable):
             known += f", an example is worth {self.gain / self.scale:.1%} of one at scale 1"
         if self._gradients is not None and self._gradients.sizes.text:
             known += f", {self._gradients.sizes.text}"
+        if self._measured < 1:
+            known += f", noise of {self._measured:.3g} of the parameters"
         detached = "" if self._attached else ", detached"
         return f"<Controller: tau {self.tau:.6g}{total}, {self.steps} steps{known}{detached}>"
 

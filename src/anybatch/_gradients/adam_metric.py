@@ -34,7 +34,8 @@ class AdamNorms(Probe):
     """The norms of a window in the metric of an optimizer of the Adam family.
 
     Under FSDP2 each rank weighs its own shard of its own micro-batches. Micro-batches are exchangeable, so the same
-    shard of the other ranks' gradients has the same expected norm. `rows` and `shards` are those of `Engine`.
+    shard of the other ranks' gradients has the same expected norm. `rows` and `shards` are those of `Engine`. Under
+    tensor parallelism it is a shard of the rank's part.
     """
 
     name = "adam"
@@ -45,7 +46,7 @@ class AdamNorms(Probe):
         *,
         entry: str,  # the name of v in the optimizer's state; with AMSGrad its maximum is read instead
         steps: Callable[[], int],  # the number of steps taken
-        rows: Callable[[Tensor], slice | None] = lambda _: None,
+        rows: Callable[[Tensor, Tensor], slice | None] = lambda _, __: None,
         shards: int = 1,
     ) -> None:
         self._optimizer = optimizer
@@ -59,13 +60,17 @@ class AdamNorms(Probe):
     def drop(self) -> None:
         """Drop all parameters."""
         self._rows: list[slice | None] = []
+        self._unmeasured: set[int] = set()  # the identities of parameters without a part of the norms
         self._table = Table()
         self._groups: dict[int, dict[str, Any]] = {}  # by the identity of a parameter
         self._known = False  # whether the weights of the window are known
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
         """Measure these parameters as well, once each v has enough squares."""
-        self._rows.extend(map(self._rows_of, parameters))
+        for parameter, place in zip(parameters, places, strict=True):
+            self._rows.append(self._rows_of(parameter, place.leaf) if place.measured else None)
+            if not place.measured:
+                self._unmeasured.add(id(parameter))
         self._table.follow(places)
         self._since = self._steps()
         self._known = False
@@ -113,6 +118,9 @@ class AdamNorms(Probe):
 
     def _weigh(self, out: Tensor, parameter: Tensor, grad: Tensor) -> None:
         """Write the weighted norm of `grad` (not squared) into `out`."""
+        if id(parameter) in self._unmeasured:
+            out.zero_()
+            return
         root = self._root(parameter, grad)
         if root is None:
             return

@@ -68,8 +68,8 @@ class EuclideanNorms(Probe):
         """Drop all parameters."""
         self.queues: list[Queue] = []  # the queue of each parameter
         self.queued: list[bool] = []  # for each parameter, whether its dense gradients are queued
-        self._by_copies: dict[int, Queue] = {}
-        self._mean_copies: list[int] = []
+        self._by_copies: dict[float, Queue] = {}
+        self._mean_copies: list[float] = []
         self._room = _ROOM
         self.clear()
 
