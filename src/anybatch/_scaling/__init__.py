@@ -24,7 +24,6 @@ from anybatch._scaling.wrappers import (
     bare_optimizer,
     held_by,
     optimizers_in,
-    refuse_deepspeed,
     schedulers_in,
 )
 
@@ -62,7 +61,6 @@ __all__ = [
     "measurement_of",
     "moments",
     "optimizers_in",
-    "refuse_deepspeed",
     "row_of",
     "schedulers_in",
     "second_moment_of",
