@@ -83,7 +83,10 @@ def deepspeed_engine(
         UsageError: arguments of `attach` that contradict the engine.
     """
     _check_version(engine)
-    _check_engine(engine)
+    try:
+        _check_engine(engine)
+    except AttributeError as error:
+        raise _other_version([f"{type(error.obj).__name__}.{error.name}"]) from None
     if len(optimizers) != 1 or optimizers[0] is not engine.basic_optimizer:
         raise InvalidValueError(
             "The optimizer is not that of the DeepSpeed engine: pass attach the one that deepspeed.initialize returned "
@@ -112,35 +115,38 @@ def _version() -> str:
 
 def _check_version(engine: Any) -> None:
     """Raise if this version of DeepSpeed has not what anybatch reads."""
-    optimizer = engine.optimizer
-    name = type(optimizer).__name__
-    plain = optimizer is getattr(engine, "basic_optimizer", optimizer)
-    lacking = [each for each in _OF_ENGINE if not hasattr(engine, each)]
-    if not plain and name not in _MEMBERS:
-        raise UnsupportedError(
-            f"DeepSpeed {_version()} trains this model by {name}, from which anybatch reads no gradients. It reads "
-            f"those of stages 0 to 3 in float32 and float16, and of stages 1 to 3 in bfloat16. In bfloat16 without "
-            'ZeRO, set "zero_optimization": {"stage": 1}.'
-        )
-    if not plain:
-        lacking += [each for each in (_MEMBERS[name], *_READ.get(name, ())) if not hasattr(optimizer, each)]
+    optimizer, name = engine.optimizer, type(engine.optimizer).__name__
+    lacking = [f"engine.{each}" for each in _OF_ENGINE if not hasattr(engine, each)]
+    if not lacking and optimizer is not engine.basic_optimizer:
+        if name not in _MEMBERS:
+            raise UnsupportedError(
+                f"DeepSpeed {_version()} trains this model by {name}, from which anybatch reads no gradients. It reads "
+                "those of stages 0 to 3 in float32 and float16, and of stages 1 to 3 in bfloat16. Set, for example, "
+                '"zero_optimization": {"stage": 1}.'
+            )
+        needed = (_MEMBERS[name], *_READ.get(name, ()))
+        lacking += [f"{name}.{each}" for each in needed if not hasattr(optimizer, each)]
     if lacking:
-        raise UnsupportedError(
-            f"DeepSpeed {_version()} has no {', '.join(lacking)}, where anybatch reads the mean gradient. The version "
-            f"that was tried is {_TRIED}: install it, or a newer anybatch."
-        )
+        raise _other_version(lacking)
+
+
+def _other_version(lacking: Sequence[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"DeepSpeed {_version()} has no {', '.join(lacking)}, which anybatch reads. It was tried with DeepSpeed "
+        f"{_TRIED}: install that version, or a newer anybatch."
+    )
 
 
 def _check_engine(engine: Any) -> None:
     """Raise for settings under which the mean gradient is not where it is read, or is not a mean."""
-    config, zero = engine._config, engine._config.zero_config
+    zero = engine._config.zero_config
     offload = [zero.offload_optimizer, zero.offload_param]
     found = {
         "its pipelines: torch.distributed.pipelining is supported": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,
         "tensor parallelism: torch's parallelize_module is supported": engine.mp_world_size > 1
         or engine.autotp_size() > 1,
-        "sequence parallelism, where several ranks share a sequence": engine.seq_parallel_world_size > 1,
+        "sequence parallelism, where several ranks share a sequence": engine.sequence_parallel_size > 1,
         "1-bit optimizers, which reduce compressed momenta": not engine.enable_backward_allreduce,
         '"zero_quantized_gradients"': zero.zero_quantized_gradients,
         '"zenflow"': zero.zenflow is not None,
@@ -151,8 +157,6 @@ def _check_engine(engine: Any) -> None:
         "its Muon, which changes the gradients before their norm": any(
             group.get("use_muon") for group in engine.basic_optimizer.param_groups
         ),
-        '"gradient_predivide_factor" or "prescale_gradients"': config.prescale_gradients
-        or config.gradient_predivide_factor != 1,
     }
     for name, present in found.items():
         if present:

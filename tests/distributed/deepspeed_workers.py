@@ -1,0 +1,151 @@
+"""What the ranks of `test_deepspeed` do, and the plain loop of one process that they are compared with."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import copy
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import anybatch
+
+A, SIZE, STEPS, LR, TOTAL, DECAY = 2, 4, 4, 0.05, 60, 0.9
+FEW = 1000  # bytes of a bucket: several reductions a backward
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def data(step, number):
+    g = torch.Generator().manual_seed(1000 * step + number)
+    return torch.randn(SIZE, 8, generator=g, dtype=torch.float64)
+
+
+def loss_of(output):
+    return (output - 1).square().mean() + output.sin().mean()
+
+
+def plain(ranks, *, clip=None, momentum=0.0, rates=(LR,), start=None):
+    """A float64 loop over the micro-batches of all ranks, which is given the gain of each step.
+
+    Returns the model, its averages, and the function that takes a step and returns its moments.
+    """
+    net = (model() if start is None else start).double()
+    parameters = list(net.parameters())
+    averages = [p.detach().clone() for p in parameters]
+    buffers = [torch.zeros_like(p) for p in parameters]
+
+    def step(t, gain, lr=1.0):
+        each = [
+            torch.autograd.grad(loss_of(net(data(t, A * rank + i))), parameters)
+            for rank in range(ranks)
+            for i in range(A)
+        ]
+        n = len(each)
+        mean = [sum(g) / n for g in zip(*each)]
+        square = sum(float(g.square().sum()) for g in mean)
+        spread = sum(float((a - b).square().sum()) for grads in each for a, b in zip(grads, mean)) / (n - 1)
+        factor = min(1.0, clip / (square**0.5 + 1e-6)) if clip else 1.0
+        with torch.no_grad():
+            for i, (p, g, b) in enumerate(zip(parameters, mean, buffers)):
+                b.mul_(momentum).add_(g, alpha=factor)
+                p -= lr * rates[i % len(rates)] * gain * b
+            for average, p in zip(averages, parameters):
+                average.lerp_(p, 1 - DECAY**gain)
+        return spread, square - spread / n, n
+
+    return net, averages, step
+
+
+def config_of(case, stage):
+    zero = {"stage": stage, "reduce_bucket_size": FEW, "allgather_bucket_size": FEW, **case.get("zero", {})}
+    if stage == 3:
+        zero |= {"sub_group_size": case.get("sub_group_size", 10**6), "stage3_param_persistence_threshold": 0}
+        zero |= case.get("zero", {})
+    return {
+        "train_micro_batch_size_per_gpu": SIZE,
+        "gradient_accumulation_steps": A,
+        "gradient_clipping": case.get("clip", 0.0),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        **case.get("config", {}),
+    }
+
+
+def quiet():
+    """Import deepspeed without its log, without a build of its operators, and with the warnings of its own ignored."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce, which a compiler would build
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its calls of functions that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor.* is deprecated", FutureWarning)
+    return deepspeed
+
+
+def train(rank, cases):
+    """Each case on this rank: the numbers of its steps and its weights, or its error."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    deepspeed = quiet()
+    deepspeed.init_distributed("gloo", verbose=False)
+    found = {}
+    for name, case in cases.items():
+        try:
+            found[name] = run(deepspeed, rank, case)
+        except (anybatch.UnsupportedError, anybatch.UsageError, anybatch.InvalidValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def optimizer_of(case, net):
+    rates, parameters = case.get("rates", (LR,)), list(net.parameters())
+    groups = [{"params": parameters[i :: len(rates)], "lr": rate} for i, rate in enumerate(rates)]
+    return torch.optim.SGD(groups, momentum=case.get("momentum", 0.0))
+
+
+def run(deepspeed, rank, case):
+    stage = case["stage"]
+    net = model()
+    base = optimizer_of(case, net)
+    scheduler = case["scheduler"](base) if "scheduler" in case else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        engine, optimizer, _, scheduler = deepspeed.initialize(
+            model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, stage)
+        )
+    options = {"base_batch": SIZE, "micro_batch": SIZE, "total": TOTAL, **case.get("options", {})}
+    controller = anybatch.attach(optimizer, model=engine, scheduler=scheduler, **options)
+    ema = anybatch.ModelEMA(net, DECAY, clock=controller.clock) if case.get("ema") else None
+    steps = []
+    for t in range(case.get("steps", STEPS)):
+        seen = controller.steps + controller.skipped
+        for i in range(A):
+            x = data(t, A * rank + i).to(next(net.parameters()).dtype)
+            engine.backward(loss_of(engine(x).float()))
+            engine.step()
+        assert controller.steps + controller.skipped == seen + 1
+        raw = controller._run.last.raw
+        steps.append((raw.variance, raw.sqnorm, controller.gain, controller.tau, controller.count, controller.skipped))
+    result = {"steps": steps, "weights": whole(deepspeed, net), "norm": engine.get_global_grad_norm()}
+    if ema is not None:
+        result["averages"] = list(ema.state_dict()["averages"].values()) if False else None
+    controller.detach()
+    engine.destroy()
+    return result
+
+
+def whole(deepspeed, net):
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        return [p.detach().float().clone() for p in net.parameters()]
