@@ -7,6 +7,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import copy
 import logging
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -34,12 +35,12 @@ def loss_of(output):
     return (output - 1).square().mean() + output.sin().mean()
 
 
-def plain(ranks, *, clip=None, momentum=0.0, rates=(LR,), start=None):
+def plain(ranks, *, clip=None, momentum=0.0, clock=False, rates=(LR,)):
     """A float64 loop over the micro-batches of all ranks, which is given the gain of each step.
 
     Returns the model, its averages, and the function that takes a step and returns its moments.
     """
-    net = (model() if start is None else start).double()
+    net = model().double()
     parameters = list(net.parameters())
     averages = [p.detach().clone() for p in parameters]
     buffers = [torch.zeros_like(p) for p in parameters]
@@ -57,7 +58,8 @@ def plain(ranks, *, clip=None, momentum=0.0, rates=(LR,), start=None):
         factor = min(1.0, clip / (square**0.5 + 1e-6)) if clip else 1.0
         with torch.no_grad():
             for i, (p, g, b) in enumerate(zip(parameters, mean, buffers)):
-                b.mul_(momentum).add_(g, alpha=factor)
+                decay = momentum**gain if clock else momentum
+                b.mul_(decay).add_(g, alpha=factor * (1 - decay) / (1 - momentum))
                 p -= lr * rates[i % len(rates)] * gain * b
             for average, p in zip(averages, parameters):
                 average.lerp_(p, 1 - DECAY**gain)
@@ -100,11 +102,12 @@ def train(rank, cases):
     os.environ["LOCAL_RANK"] = str(rank)
     deepspeed = quiet()
     deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch has it for these few operators
     found = {}
     for name, case in cases.items():
         try:
             found[name] = run(deepspeed, rank, case)
-        except (anybatch.UnsupportedError, anybatch.UsageError, anybatch.InvalidValueError) as error:
+        except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 
@@ -115,34 +118,58 @@ def optimizer_of(case, net):
     return torch.optim.SGD(groups, momentum=case.get("momentum", 0.0))
 
 
-def run(deepspeed, rank, case):
-    stage = case["stage"]
+def start(deepspeed, case):
+    """The engine of a case, its controller, the model, and the average of its weights."""
     net = model()
     base = optimizer_of(case, net)
     scheduler = case["scheduler"](base) if "scheduler" in case else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         engine, optimizer, _, scheduler = deepspeed.initialize(
-            model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, stage)
+            model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, case["stage"])
         )
     options = {"base_batch": SIZE, "micro_batch": SIZE, "total": TOTAL, **case.get("options", {})}
     controller = anybatch.attach(optimizer, model=engine, scheduler=scheduler, **options)
     ema = anybatch.ModelEMA(net, DECAY, clock=controller.clock) if case.get("ema") else None
-    steps = []
+    return engine, controller, net, ema
+
+
+def backward(engine, case, x):
+    """The backward of one micro-batch, and the engine's step."""
+    loss = loss_of(engine(x).float())
+    if case.get("torch_style"):
+        engine.scale(loss).backward()
+    else:
+        engine.backward(loss)
+
+
+def run(deepspeed, rank, case):
+    begun = time.perf_counter()
+    engine, controller, net, ema = start(deepspeed, case)
+    dtype, steps = next(net.parameters()).dtype, []
     for t in range(case.get("steps", STEPS)):
         seen = controller.steps + controller.skipped
         for i in range(A):
-            x = data(t, A * rank + i).to(next(net.parameters()).dtype)
-            engine.backward(loss_of(engine(x).float()))
-            engine.step()
+            x = data(t, A * rank + i).to(dtype)
+            backward(engine, case, x * float("inf") if case.get("infinite") == (t, rank, i) else x)
+            if case.get("peek") and i == A - 1:
+                peeked = controller.peek()
+            if not case.get("unmanaged") or i == A - 1:
+                engine.step()
         assert controller.steps + controller.skipped == seen + 1
-        raw = controller._run.last.raw
-        steps.append((raw.variance, raw.sqnorm, controller.gain, controller.tau, controller.count, controller.skipped))
-    result = {"steps": steps, "weights": whole(deepspeed, net), "norm": engine.get_global_grad_norm()}
+        assert not case.get("peek") or controller.gain == peeked
+        raw = controller._run.last.raw if controller._run.last else None
+        steps.append({
+            "moments": None if raw is None else (raw.variance, raw.sqnorm),
+            "gain": controller.gain, "tau": controller.tau, "count": controller.count, "skipped": controller.skipped,
+            "lr": engine.get_lr()[0], "norm": float(engine.get_global_grad_norm() or 0),
+        })
+    result = {"steps": steps, "weights": whole(deepspeed, net)}
     if ema is not None:
-        result["averages"] = list(ema.state_dict()["averages"].values()) if False else None
+        result["averages"] = ema.state_dict()
     controller.detach()
     engine.destroy()
+    result["seconds"] = time.perf_counter() - begun
     return result
 
 
