@@ -97,17 +97,22 @@ def quiet():
     return deepspeed
 
 
-def train(rank, cases):
-    """Each case on this rank: the numbers of its steps and its weights, or its error."""
-    os.environ["LOCAL_RANK"] = str(rank)
+def prepare(rank):
+    """DeepSpeed, with the group of the ranks that the test has made."""
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
     deepspeed = quiet()
     deepspeed.init_distributed("gloo", verbose=False)
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch has it for these few operators
-    found = {}
+    return deepspeed
+
+
+def train(rank, cases):
+    """Each case on this rank: the numbers of its steps and its weights, or its error."""
+    deepspeed, found = prepare(rank), {}
     for name, case in cases.items():
         try:
-            found[name] = run(deepspeed, rank, case)
-        except Exception as error:
+            found[name] = globals()[case.get("loop", "run")](deepspeed, rank, case)
+        except (anybatch.UnsupportedError, anybatch.UsageError, anybatch.InvalidValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 
@@ -118,7 +123,7 @@ def optimizer_of(case, net):
     return torch.optim.SGD(groups, momentum=case.get("momentum", 0.0))
 
 
-def start(deepspeed, case):
+def start(deepspeed, case, *, checkpoint=None):
     """The engine of a case, its controller, the model, and the average of its weights."""
     net = model()
     base = optimizer_of(case, net)
@@ -128,6 +133,8 @@ def start(deepspeed, case):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, case["stage"])
         )
+    if checkpoint is not None:
+        engine.load_checkpoint(checkpoint, tag="one")
     options = {"base_batch": SIZE, "micro_batch": SIZE, "total": TOTAL, **case.get("options", {})}
     controller = anybatch.attach(optimizer, model=engine, scheduler=scheduler, **options)
     ema = anybatch.ModelEMA(net, DECAY, clock=controller.clock) if case.get("ema") else None
@@ -144,35 +151,104 @@ def backward(engine, case, x):
 
 
 def run(deepspeed, rank, case):
+    """The steps of one run, the weights and averages at its end, and whether `detach` leaves the engine as it was."""
     begun = time.perf_counter()
     engine, controller, net, ema = start(deepspeed, case)
-    dtype, steps = next(net.parameters()).dtype, []
+    steps = []
     for t in range(case.get("steps", STEPS)):
-        seen = controller.steps + controller.skipped
-        for i in range(A):
-            x = data(t, A * rank + i).to(dtype)
-            backward(engine, case, x * float("inf") if case.get("infinite") == (t, rank, i) else x)
-            if case.get("peek") and i == A - 1:
-                peeked = controller.peek()
-            if not case.get("unmanaged") or i == A - 1:
-                engine.step()
-        assert controller.steps + controller.skipped == seen + 1
-        assert not case.get("peek") or controller.gain == peeked
-        raw = controller._run.last.raw if controller._run.last else None
-        steps.append({
-            "moments": None if raw is None else (raw.variance, raw.sqnorm),
-            "gain": controller.gain, "tau": controller.tau, "count": controller.count, "skipped": controller.skipped,
-            "lr": engine.get_lr()[0], "norm": float(engine.get_global_grad_norm() or 0),
-        })
+        steps.append(step(engine, controller, net, rank, t, case))
+        if t == case.get("save"):
+            engine, controller, net, ema = resumed(deepspeed, engine, controller, case)
     result = {"steps": steps, "weights": whole(deepspeed, net)}
     if ema is not None:
-        result["averages"] = ema.state_dict()
+        result["averages"] = [average.clone() for average in averages_of(ema, net)]
+    if "scheduler" in case:
+        result["held"] = type(engine.lr_scheduler).__name__
     controller.detach()
+    result["left"] = "_take_model_step" in vars(engine), type(engine.lr_scheduler).__name__
     engine.destroy()
     result["seconds"] = time.perf_counter() - begun
     return result
 
 
+def step(engine, controller, net, rank, t, case):
+    """The numbers of one step."""
+    dtype, seen, peeked = next(net.parameters()).dtype, controller.steps + controller.skipped, None
+    for i in range(A):
+        x = data(t, A * rank + i).to(dtype)
+        backward(engine, case, x * float("inf") if case.get("infinite") == (t, rank, i) else x)
+        if case.get("peek") == i:
+            peeked = controller.peek()
+        if not case.get("unmanaged") or i == A - 1:
+            engine.step()
+    assert controller.steps + controller.skipped == seen + 1
+    assert peeked is None or controller.gain == peeked
+    raw = controller._run.last.raw
+    return {
+        "moments": (raw.variance, raw.sqnorm),
+        "gain": controller.gain,
+        "tau": controller.tau,
+        "count": controller.count,
+        "skipped": controller.skipped,
+        "lr": engine.get_lr()[0],
+        "norm": float(engine.get_global_grad_norm() or 0),
+    }
+
+
+def resumed(deepspeed, engine, controller, case):
+    """Another engine that continues from this one's checkpoint, which is loaded after `attach` or before it."""
+    folder = shared_folder()
+    engine.save_checkpoint(folder, tag="one")
+    controller.detach()
+    engine.destroy()
+    before = folder if case["resume"] == "before attach" else None
+    found = start(deepspeed, case, checkpoint=before)
+    if before is None:
+        found[0].load_checkpoint(folder, tag="one")
+    return found
+
+
+def shared_folder():
+    """A folder that rank 0 makes for all ranks."""
+    found = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def averages_of(ema, net):
+    with ema.applied():
+        return [p.detach().clone() for p in net.parameters()]
+
+
 def whole(deepspeed, net):
     with deepspeed.zero.GatheredParameters(list(net.parameters())):
         return [p.detach().float().clone() for p in net.parameters()]
+
+
+def accelerated(deepspeed, rank, case):
+    """The loop of Accelerate with its DeepSpeed plugin."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    plugin = DeepSpeedPlugin(hf_ds_config=config_of(case, case["stage"]))
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, gradient_accumulation_steps=A)
+    net = model()
+    optimizer = optimizer_of(case, net)
+    loader = torch.utils.data.DataLoader(torch.zeros(8), batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        engine, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    controller = anybatch.attach(optimizer, model=engine, base_batch=SIZE, micro_batch=SIZE, total=TOTAL)
+    steps = []
+    for t in range(STEPS):
+        for i in range(A):
+            with accelerator.accumulate(engine):
+                accelerator.backward(loss_of(engine(data(t, A * rank + i).float())))
+                optimizer.step()
+                optimizer.zero_grad()
+        raw = controller._run.last.raw
+        steps.append({"moments": (raw.variance, raw.sqnorm), "gain": controller.gain, "count": controller.count, "skipped": 0})
+    controller.detach()
+    return {"steps": steps, "weights": whole(deepspeed, net)}

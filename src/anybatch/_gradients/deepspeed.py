@@ -142,6 +142,8 @@ def _check_engine(engine: Any) -> None:
     zero = engine._config.zero_config
     offload = [zero.offload_optimizer, zero.offload_param]
     found = {
+        "float16 without ZeRO, whose loss its engine does not scale, and whose gradients it divides by the scale all the "
+        "same": engine.fp16_enabled() and engine.zero_optimization_stage() == 0,
         "its pipelines: torch.distributed.pipelining is supported": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,
         "tensor parallelism: torch's parallelize_module is supported": engine.mp_world_size > 1
