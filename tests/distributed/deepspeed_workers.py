@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import copy
+import contextlib
 import logging
 import tempfile
 import time
@@ -252,3 +252,73 @@ def accelerated(deepspeed, rank, case):
         steps.append({"moments": (raw.variance, raw.sqnorm), "gain": controller.gain, "count": controller.count, "skipped": 0})
     controller.detach()
     return {"steps": steps, "weights": whole(deepspeed, net)}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The examples of all micro-batches, each step's first ones of both ranks first."""
+
+    def __iter__(self):
+        for t in range(TOTAL):
+            for i in range(A):
+                for rank in range(dist.get_world_size()):
+                    yield from ({"x": row.float()} for row in data(t, A * rank + i))
+
+
+class Wrapped(nn.Module):
+    """The model as the Trainer calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = model()
+
+    def forward(self, x):
+        return {"loss": loss_of(self.net(x))}
+
+
+def trainer(deepspeed, rank, case):
+    """The Trainer with a DeepSpeed config, killed after its second step, and another that resumes from the checkpoint."""
+    from transformers import TrainerCallback
+
+    folder, steps = shared_folder(), []
+
+    class Noted(TrainerCallback):
+        def __init__(self, adapter, stop):
+            self.adapter, self.stop = adapter, stop
+
+        def on_step_end(self, args, state, control, **_):
+            controller = self.adapter.controller
+            raw = controller._run.last.raw
+            steps.append({"moments": (raw.variance, raw.sqnorm), "gain": controller.gain, "tau": controller.tau})
+            steps[-1] |= {"count": controller.count, "skipped": controller.skipped}
+            control.should_save = len(steps) == self.stop
+
+        def on_save(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer_of(folder, case, lambda adapter: Noted(adapter, 2)).train()
+        again = trainer_of(folder, case, lambda adapter: Noted(adapter, 0))
+        again.train(resume_from_checkpoint=True)
+    return {"steps": steps, "weights": whole(deepspeed, again.model.net), "end": again.state.global_step}
+
+
+def trainer_of(folder, case, noted):
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import Trainer, TrainingArguments
+
+    from anybatch.integrations.transformers import attach
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    net = Wrapped()
+    arguments = TrainingArguments(
+        folder, use_cpu=True, max_steps=5, per_device_train_batch_size=SIZE, gradient_accumulation_steps=A,
+        max_grad_norm=0.0, lr_scheduler_type="constant", learning_rate=LR, logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+        deepspeed=config_of(case, case["stage"]), optim="sgd", weight_decay=0.0,
+    )  # fmt: skip
+    found = Trainer(net, arguments, train_dataset=Stream())  # with DeepSpeed it would drop an optimizer given here
+    found.add_callback(noted(attach(found, base_batch=SIZE)))
+    return found
