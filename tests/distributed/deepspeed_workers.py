@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import contextlib
+import functools
 import logging
 import tempfile
 import time
@@ -127,7 +128,7 @@ def start(deepspeed, case, *, checkpoint=None):
     """The engine of a case, its controller, the model, and the average of its weights."""
     net = model()
     base = optimizer_of(case, net)
-    scheduler = case["scheduler"](base) if "scheduler" in case else None
+    scheduler = torch.optim.lr_scheduler.StepLR(base, 1, case["gamma"]) if "gamma" in case else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         engine, optimizer, _, scheduler = deepspeed.initialize(
@@ -135,7 +136,18 @@ def start(deepspeed, case, *, checkpoint=None):
         )
     if checkpoint is not None:
         engine.load_checkpoint(checkpoint, tag="one")
+    for path, value in case.get("set", {}).items():  # settings that this machine cannot run
+        *names, last = path.split(".")
+        setattr(functools.reduce(getattr, names, engine), last, value)
+    for name in case.get("without", ()):  # as in a version that has renamed it
+        del vars(engine)[name]
+    if case.get("other"):
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     options = {"base_batch": SIZE, "micro_batch": SIZE, "total": TOTAL, **case.get("options", {})}
+    if case.get("by_layer") and dist.get_rank() == 0:
+        options["record"] = anybatch.RunRecord(Path(tempfile.mkdtemp()) / "run.jsonl", per_layer=1)
+    if "record" in case and dist.get_rank() == 0:
+        options["record"] = case["record"]
     controller = anybatch.attach(optimizer, model=engine, scheduler=scheduler, **options)
     ema = anybatch.ModelEMA(net, DECAY, clock=controller.clock) if case.get("ema") else None
     return engine, controller, net, ema
@@ -159,10 +171,10 @@ def run(deepspeed, rank, case):
         steps.append(step(engine, controller, net, rank, t, case))
         if t == case.get("save"):
             engine, controller, net, ema = resumed(deepspeed, engine, controller, case)
-    result = {"steps": steps, "weights": whole(deepspeed, net)}
+    result = {"steps": steps, "weights": whole(deepspeed, net), "parameters": controller.state_dict()["parameters"]}
     if ema is not None:
         result["averages"] = [average.clone() for average in averages_of(ema, net)]
-    if "scheduler" in case:
+    if "gamma" in case:
         result["held"] = type(engine.lr_scheduler).__name__
     controller.detach()
     result["left"] = "_take_model_step" in vars(engine), type(engine.lr_scheduler).__name__
@@ -249,7 +261,8 @@ def accelerated(deepspeed, rank, case):
                 optimizer.step()
                 optimizer.zero_grad()
         raw = controller._run.last.raw
-        steps.append({"moments": (raw.variance, raw.sqnorm), "gain": controller.gain, "count": controller.count, "skipped": 0})
+        steps.append({"moments": (raw.variance, raw.sqnorm), "gain": controller.gain, "tau": controller.tau})
+        steps[-1] |= {"count": controller.count, "skipped": controller.skipped}
     controller.detach()
     return {"steps": steps, "weights": whole(deepspeed, net)}
 
@@ -276,7 +289,7 @@ class Wrapped(nn.Module):
 
 
 def trainer(deepspeed, rank, case):
-    """The Trainer with a DeepSpeed config, killed after its second step, and another that resumes from the checkpoint."""
+    """The Trainer with a DeepSpeed config, killed after its second step, and another that resumes from there."""
     from transformers import TrainerCallback
 
     folder, steps = shared_folder(), []
