@@ -90,7 +90,9 @@ def test_what_is_returned_is_linked_from_what_returns_it(site):
     for function, kinds in RETURNED.items():
         seen = sections[function]
         for kind in kinds:
-            assert re.search(rf'href="[\w.]*#anybatch\.[\w.]+\.{kind.__name__}"', seen), f"{function} has no {kind.__name__}"
+            assert re.search(rf'href="[\w.]*#anybatch\.[\w.]+\.{kind.__name__}"', seen), (
+                f"{function} has no {kind.__name__}"
+            )
             seen += sections[kind.__name__]
             for field in fields(kind):
                 assert f">{field.name}<" in sections[kind.__name__]

@@ -13,10 +13,8 @@ from functools import partial
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from anybatch._controller.diagnostics import Diagnostics
 from anybatch._controller.gain_estimator import GainEstimator, Step
@@ -27,6 +25,7 @@ from anybatch._errors import UsageError
 from anybatch._gradients import (
     Engine,
     GradientHooks,
+    Handle,
     LayerNorms,
     Share,
     check_in_use,
@@ -37,7 +36,6 @@ from anybatch._gradients import (
     is_phantom,
     reduce_window,
     trainable,
-    withheld,
 )
 from anybatch._record import RecordSinks
 from anybatch._scaling import Hyperparameters, ScheduleDriver
@@ -123,13 +121,11 @@ class StepHooks:
         self._lr = nan  # the first optimizer's in this window
         self.paused = False  # whether a step is the optimizer's own
         self._restore_values: Callable[[], None] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         for index, each in enumerate(values):
             optimizer = each.optimizer
             self._handles += [
-                # A compiled step must not trace these: it would make the first gain a constant, or apply none.
-                optimizer.register_step_pre_hook(torch.compiler.disable(partial(self._before, index))),
-                optimizer.register_step_post_hook(torch.compiler.disable(partial(self._after, index))),
+                *engine.steps.hook(optimizer, partial(self._before, index), partial(self._after, index)),
                 optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
                 optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
             ]
@@ -215,7 +211,7 @@ class StepHooks:
         held = ExitStack()
         self._restore_values = held.close
         if step.skipped:
-            held.enter_context(withheld(values.optimizer))
+            held.enter_context(self._engine.steps.withheld(values.optimizer))
             held.enter_context(values.uncounted())
             return
         scaling = step.scaling if index == 0 else self._estimator.scaling(step, exponent=values.exponent)
@@ -359,8 +355,7 @@ class StepHooks:
         if index == 0 and self._sinks.writes:
             self._lr = self.lr
         self.restore()
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler skips by itself
-        self._taken[index] = found_inf is not None and bool(found_inf)
+        self._taken[index] = self._engine.steps.skipped(optimizer)
         if len(self._taken) < len(self._values):
             self._partial = self._stamp, self._factor()
             self._partial_window = 0 if self._gradients is None else self._gradients.windows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from anybatch._errors import UnsupportedError, UsageError
 from anybatch._gradients.probe import Placement
 from anybatch._gradients.reduce import Ranks, replicated_ranks
+from anybatch._gradients.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Engine:
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # for all backwards but the last of a step
     ddp: DistributedDataParallel | None = None  # the module, if DDP is the engine
     measured: float = 1.0  # share of the trained parameters, by their number of entries, whose noise is measured
+    steps: Steps = field(default_factory=Steps)  # where a step begins and ends
+    loss_scale: Callable[[], Tensor | None] | None = None  # the factor on the loss, where the engine has its own
 
 
 def engine_of(

@@ -32,9 +32,15 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
     if strangers := sum(id(p) not in known for p in trained):
         raise InvalidValueError(
             f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
-            "attach. Pass the module whose parameters it trains (under DDP the wrapped module)."
+            "attach. Pass the module whose parameters it trains (under DDP the wrapped module, with DeepSpeed the "
+            "engine)."
         )
     return trained
+
+
+def entries_of(parameter: Tensor) -> int:
+    """The number of entries of a parameter; ZeRO stage 3 leaves it empty between its forwards."""
+    return int(getattr(parameter, "ds_numel", 0)) or parameter.numel()
 
 
 @contextmanager

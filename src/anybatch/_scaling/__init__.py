@@ -26,7 +26,6 @@ from anybatch._scaling.wrappers import (
     bare_optimizer,
     held_by,
     optimizers_in,
-    refuse_deepspeed,
     schedulers_in,
 )
 
@@ -65,7 +64,6 @@ __all__ = [
     "moments",
     "noise_of_efficiency",
     "optimizers_in",
-    "refuse_deepspeed",
     "row_of",
     "scale_of_efficiency",
     "schedulers_in",
