@@ -17,24 +17,40 @@ Row = tuple[str, int, Callable[[int], Losses]]
 
 
 def train(
-    make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, *, base: int, total: int, scale: int, seed: int
+    make: Callable[..., torch.optim.Optimizer],
+    rule: anybatch.Rule,
+    *,
+    base: int,
+    total: int,
+    scale: int,
+    seed: int,
+    record: Callable[[dict[str, float]], object] | None = None,
 ) -> Losses:
     """Steps, training loss and test loss of one run."""
-    net, steps = trained(make, rule, base=base, total=total, scale=scale, seed=seed)
+    net, steps = trained(make, rule, base=base, total=total, scale=scale, seed=seed, record=record)
     x, y, x_test, y_test = digits()
     with torch.no_grad():
         return steps, cross_entropy(net(x), y).item(), cross_entropy(net(x_test), y_test).item()
 
 
 def trained(
-    make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, *, base: int, total: int, scale: int, seed: int
+    make: Callable[..., torch.optim.Optimizer],
+    rule: anybatch.Rule,
+    *,
+    base: int,
+    total: int,
+    scale: int,
+    seed: int,
+    record: Callable[[dict[str, float]], object] | None = None,
 ) -> tuple[nn.Module, int]:
     """The network after one run, and its steps; the learning rate decays exponentially to 1 %."""
     x, y, _, _ = digits()
     net = network(seed)
     optimizer = make(net.parameters())
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, LAST_RATE ** (1 / total))
-    controller = anybatch.attach(optimizer, model=net, rule=rule, scheduler=schedule, total=total, scale="count")
+    controller = anybatch.attach(
+        optimizer, model=net, rule=rule, scheduler=schedule, total=total, scale="count", record=record
+    )
     order = torch.Generator().manual_seed(seed)
     while not controller.done:
         rows = torch.randint(len(x), (scale, base), generator=order)

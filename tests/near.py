@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each file of the core, below src/anybatch.
 NEAR = {
+    "_branch/branch.py": "branch",
+    "_branch/critical.py": "branch",
     "_gradients/adam_metric.py": "metric pretended distributed/metric",
     "_gradients/autograd.py": "waiting peek gather pretended",
     "_gradients/consecutive.py": "scenarios",
     "_gradients/engine.py": "wrappers distributed/scenarios distributed/trust distributed/ddp distributed/fsdp",
     "_gradients/euclidean.py": "waiting weights",
     "_gradients/finite.py": "real_loops",
+    "_gradients/experts.py": "distributed/experts",
     "_gradients/fingerprint.py": "trust gates distributed/scenarios distributed/trust distributed/fsdp",
     "_gradients/fsdp.py": "wrappers distributed/scenarios distributed/trust distributed/fsdp distributed/metric",
     "_gradients/hooks.py": "gather distributed/scenarios distributed/trust distributed/ddp distributed/fsdp",

@@ -189,6 +189,17 @@ def test_the_examples_table_is_that_of_the_results():
         assert times == f"{row['seen'] / next(r['seen'] for r in rows if r['example'] == row['example']):.2f}"
 
 
+def test_the_branches_of_the_page_are_those_of_the_file():
+    page = (ROOT / "docs/branch.md").read_text()
+    rows = json.loads((ROOT / "docs/branch/gpt.json").read_text())["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        cells = [row[name] for name in ("critical", "noise_scale", "noise_factor")]
+        words = " | ".join(f"{each['value']:.3g} ({each['low']:.3g} to {each['high']:.3g})" for each in cells)
+        assert f"| {row['share']:.0%} of the run | {words} |" in page
+        assert 0.2 <= round(row["noise_factor"]["value"], 2) <= 0.35  # "a fifth to a third"
+
+
 # docs/ema.md: every number of its tables, from docs/figures/ema_*.json
 
 LABELS = {
@@ -327,6 +338,7 @@ def test_the_tables_of_dino_and_lars_are_those_of_the_results():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:At scale 32 an example is worth:anybatch.AnybatchWarning")  # a run of 60 iterations
 def test_the_pictures_are_made_from_runs(tmp_path):
     for name in ("matplotlib", "sklearn"):
         pytest.importorskip(name)

@@ -70,6 +70,43 @@ def one_layer(model):
 # ---- each k-th step ----
 
 
+@pytest.mark.parametrize("backwards", [2, 8])
+@pytest.mark.parametrize("total", [1_000, 100_000, None])
+@pytest.mark.parametrize("smoothing", [None, "paper", 0.99])
+def test_auto_keeps_sixteen_samples_in_both_memories(backwards, total, smoothing):
+    """By a plain walk: measured are the first 16, and those that come a sixteenth of a memory after the last one."""
+    run = Run(total=total, rule=anybatch.AdaScale(every="auto", smoothing=smoothing))
+    steps = 100 if smoothing == 0.99 else 1500 // backwards
+    memory = 100 if smoothing == 0.99 else 1000 / backwards  # in steps
+    horizon = 0.01 * total if smoothing is None and total else math.inf  # on the clock
+    wanted, last_step, last_tau = [], 0, 0.0
+    for number in range(steps):
+        due = number < 16 or number - last_step >= int(memory / 16) or run.controller.tau - last_tau >= horizon / 16
+        if due:
+            last_step, last_tau = number, run.controller.tau
+        wanted.append(due)
+        run.step(backwards)
+        if total is not None and run.controller.done:
+            break
+    assert [not math.isnan(raw) for raw in run.raw] == wanted
+    if total != 1_000:
+        assert sum(wanted) < 0.7 * steps
+
+
+def test_auto_measures_again_after_a_resume_and_a_change_of_the_scale():
+    run = Run(total=None, rule=anybatch.AdaScale(every="auto"))
+    for _ in range(40):
+        run.step(2)
+    assert math.isnan(run.raw[-1])
+    for _ in range(40):
+        run.step(8)  # a memory of 125 steps: each seventh
+    measured = [i for i, raw in enumerate(run.raw) if not math.isnan(raw) and i > 50]
+    assert {b - a for a, b in itertools.pairwise(measured)} == {7}
+    again = Run(state=run.state(), total=None, rule=anybatch.AdaScale(every="auto"))
+    again.step(8)  # the scale of the last step is not in the state
+    assert not math.isnan(again.raw[0])
+
+
 def test_each_kth_step_is_measured():
     run = Run(total=10_000, rule=anybatch.AdaScale(every=3))
     gains = [run.step(4) for _ in range(9)]

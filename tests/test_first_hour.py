@@ -73,9 +73,10 @@ def test_weights_that_were_never_finite_are_not_blamed_on_the_rate(rule):
     assert "learning rate" not in str(error.value)
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": anybatch.SquareRoot(), "scale": 4}], ids=["measured", "fixed rule"])
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_steps_that_do_not_count_are_warned_of_and_then_end_the_run(factor):
-    model, optimizer, controller = build()
+def test_steps_that_do_not_count_are_warned_of_and_then_end_the_run(factor, options):
+    model, optimizer, controller = build(**options)
     step(model, optimizer)
     kept = [p.detach().clone() for p in model.parameters()]
 

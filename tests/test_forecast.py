@@ -263,9 +263,9 @@ def test_a_momentum_off_the_clock_is_noted(decays, optimizer, group, noted):
 
 def test_adam_is_noted():
     adam = recorded(falling(), 4, config={"decays": "clock", "optimizer": "SGD, AdamW"})
-    assert "upper end" in anybatch.forecast(adam, [64]).notes[0]
+    assert "upper end" in anybatch.forecast(adam, [8]).notes[0]
     plain = recorded(falling(), 4, config={"decays": "constant", "param_groups": [{"momentum": 0}]})
-    assert not anybatch.forecast(plain, [64]).notes
+    assert not anybatch.forecast(plain, [8]).notes
 
 
 def test_a_run_without_variance_is_refused_with_what_to_do():

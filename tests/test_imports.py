@@ -13,7 +13,7 @@ import anybatch
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "anybatch"
-CORE = {"_check", "_gradients", "_scaling", "_record", "_ema", "_maps", "_controller", "_forecast"}
+CORE = {"_branch", "_check", "_gradients", "_scaling", "_record", "_ema", "_maps", "_controller", "_forecast"}
 
 
 def levels():

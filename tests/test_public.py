@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import anybatch
+from anybatch._branch.branch import Branch
+from anybatch._branch.critical import BatchLoss
 from anybatch._check.check import Check, Finding
 from anybatch._forecast.forecast import Forecast, ScaleForecast
 from anybatch._forecast.steps import Estimate
@@ -32,6 +34,7 @@ WITH_EXAMPLES = [
     "Seesaw",
     "SquareRoot",
     "attach",
+    "branch",
     "check",
     "ema_state_from",
     "forecast",
@@ -45,6 +48,7 @@ WITH_EXAMPLES = [
 ]
 # What functions return and nobody makes: no public names, but each documented where it is returned.
 RETURNED = {
+    "branch": [Branch, BatchLoss, Estimate],
     "check": [Check, Finding],
     "forecast": [Forecast, ScaleForecast, Estimate],
     "moments": [Moments],
@@ -64,6 +68,7 @@ WITH_SOURCES = [
     "Seesaw",
     "SquareRoot",
     "attach",
+    "branch",
     "forecast",
     "gain",
     "moments",

@@ -113,8 +113,8 @@ def test_sgd_keeps_its_momentum_and_says_how_good_that_is(tmp_path):
     after = {name: change["after"] for name, change in made["changes"].items()}
     assert after["lr"] == pytest.approx(0.1 * made["gain"]["value"])
     assert (after["momentum"], after["weight_decay"]) == (0.9, 1e-4)
-    assert "1.5 to 10 %" in made["how_good"]
-    assert "9 of 9" in parsed(write(tmp_path / "adam.jsonl"), "--batch", 512)["how_good"]
+    assert "58 and 66 %" in made["how_good"]
+    assert "three of four" in parsed(write(tmp_path / "adam.jsonl"), "--batch", 512)["how_good"]
     rms = write(tmp_path / "rms.jsonl", optimizer="RMSprop", param_groups=[{"lr": 0.1, "alpha": 0.99}])
     assert "were not measured" in parsed(rms, "--batch", 512)["how_good"]
 
@@ -202,10 +202,16 @@ def task(seed):
     return net, draw, lambda: torch.nn.functional.mse_loss(net(held_out), teacher(held_out)).item()
 
 
-def measured(seed, scale, total, values, *, parts, record=None):
+TUNED = {
+    "AdamW": {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.05},
+    "SGD": {"lr": 0.05, "momentum": 0.9},
+}
+
+
+def measured(seed, scale, total, name, *, parts, record=None):
     """The final error with a controller."""
     net, draw, error = task(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), **values)
+    optimizer = getattr(torch.optim, name)(net.parameters(), **TUNED[name])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / total)
     controller = anybatch.attach(
         optimizer,
@@ -225,10 +231,10 @@ def measured(seed, scale, total, values, *, parts, record=None):
     return error()
 
 
-def bare(seed, scale, values, *, steps):
+def bare(seed, scale, name, values, *, steps):
     """The final error with constants and the optimizer alone."""
     net, draw, error = task(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), **values)
+    optimizer = getattr(torch.optim, name)(net.parameters(), **values)
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = values["lr"] * (1 - i / steps)
         x, y = draw(scale * B)
@@ -238,22 +244,32 @@ def bare(seed, scale, values, *, steps):
     return error()
 
 
-@pytest.mark.parametrize(("total", "scale", "most"), [(600, 8, 1.1), (600, 32, 1.2), (2400, 8, 1.05), (2400, 32, 1.05)])
-def test_static_values_train_between_the_fixed_rule_and_the_measured_gain(tmp_path, total, scale, most):
-    """AdamW, from one record at scale 1; printed are means of 4 seeds. In few steps a measured gain ends lower."""
-    path, seeds = tmp_path / "run.jsonl", range(4)
-    values = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.05}
-    measured(100, 1, total, values, parts=2, record=path)
+@pytest.mark.parametrize(
+    ("name", "total", "scale", "most"),
+    [
+        ("AdamW", 600, 8, 1.1),
+        ("AdamW", 600, 32, 1.2),
+        ("AdamW", 2400, 8, 1.05),
+        ("AdamW", 2400, 32, 1.05),
+        ("SGD", 600, 8, 2.5),
+        ("SGD", 600, 32, 2.5),
+    ],
+)
+def test_static_values_train_between_the_fixed_rule_and_the_measured_gain(tmp_path, name, total, scale, most):
+    """From one record at scale 1; printed are means of 4 seeds. In few steps a measured gain ends lower."""
+    path, seeds, values = tmp_path / "run.jsonl", range(4), TUNED[name]
+    measured(100, 1, total, name, parts=2, record=path)
     changes = parsed(path, "--batch", scale * B)["changes"]
-    static = {name: changes[name]["after"] for name in ("lr", "betas", "eps", "weight_decay")}
-    rule = {name: c.after for name, c in anybatch.scale_hyperparameters("adamw", scale, **values).items()}
+    static = {name: changes[name]["after"] for name in {"lr", "betas", "eps", "weight_decay", "momentum"} & {*changes}}
+    rule = {name: c.after for name, c in anybatch.scale_hyperparameters(name, scale, **values).items()}
     steps = round(changes["total"]["after"])
     ends = {
-        "measured": fmean(measured(seed, scale, total, values, parts=scale) for seed in seeds),
-        "static": fmean(bare(seed, scale, static, steps=steps) for seed in seeds),
-        "rule": fmean(bare(seed, scale, rule, steps=total // scale) for seed in seeds),
-        "unscaled": fmean(bare(seed, scale, values, steps=steps) for seed in seeds),
+        "measured": fmean(measured(seed, scale, total, name, parts=scale) for seed in seeds),
+        "static": fmean(bare(seed, scale, name, static, steps=steps) for seed in seeds),
+        "rule": fmean(bare(seed, scale, name, rule, steps=total // scale) for seed in seeds),
+        "unscaled": fmean(bare(seed, scale, name, values, steps=steps) for seed in seeds),
     }
-    print(total, scale, steps, {name: round(end, 3) for name, end in ends.items()})
+    print(name, total, scale, steps, {name: round(end, 3) for name, end in ends.items()})
     assert ends["static"] < most * ends["measured"]
-    assert ends["static"] < 0.95 * min(ends["rule"], ends["unscaled"])
+    assert not ends["rule"] <= ends["static"]  # the rule may end in nan
+    assert ends["static"] < 0.95 * ends["unscaled"]

@@ -253,28 +253,32 @@ def test_a_scheduler_of_another_optimizer_is_refused_in_a_wrapper_too():
         linear(optimizer, model, scheduler=scheduler)
 
 
-class DeepSpeedEngine(torch.nn.Linear):
-    pass
+class ZeroOptimizer:
+    """DeepSpeed's around a base optimizer: no optimizer of torch's."""
+
+    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
 
 
-class DeepSpeedZeroOptimizer:
-    """No optimizer of torch's."""
-
-
-class DeepSpeedOptimizerWrapper(WrappedOptimizer):
-    pass
-
-
-def test_deepspeed_is_refused_with_the_reason():
-    model = DeepSpeedEngine(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(anybatch.UnsupportedError, match="does not read them from it"):
-        linear(optimizer, model)
+@pytest.mark.parametrize("wrap", [ZeroOptimizer, lambda base: WrappedOptimizer(ZeroOptimizer(base))])
+def test_the_base_optimizer_inside_of_deepspeeds_is_found(wrap):
     model, optimizer = build()
-    with pytest.raises(anybatch.UnsupportedError, match="DeepSpeedOptimizerWrapper"):
-        linear(DeepSpeedOptimizerWrapper(optimizer), model)
-    with pytest.raises(anybatch.UnsupportedError, match="DeepSpeedZeroOptimizer"):
-        linear(WrappedOptimizer(DeepSpeedZeroOptimizer()), model)
+    controller = linear(wrap(optimizer), model)
+    with pytest.raises(anybatch.UsageError, match="has a controller already"):
+        linear(optimizer, model)
+    controller.detach()
+
+
+def test_without_its_engine_a_partition_is_a_stranger():
+    model, optimizer = build()
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(anybatch.InvalidValueError, match="with DeepSpeed the engine"):
+        linear(ZeroOptimizer(optimizer), model)
 
 
 def in_the_middle(make, **options):

@@ -6,6 +6,7 @@ from anybatch._lazy import later
 from anybatch._version import __version__
 
 if TYPE_CHECKING:
+    from anybatch._branch import branch
     from anybatch._check import check
     from anybatch._controller import BatchController, Controller, Seesaw, attach
     from anybatch._ema import ModelEMA, cosine_decay, ema_state_from, half_life
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = later(
         __name__,
-        ("_check", "_controller", "_ema", "_errors", "_forecast", "_maps", "_record", "_scaling"),
+        ("_branch", "_check", "_controller", "_ema", "_errors", "_forecast", "_maps", "_record", "_scaling"),
         removed={
             **dict.fromkeys(("Check", "Finding"), "anybatch.check"),
             **dict.fromkeys(("Estimate", "Forecast", "ScaleForecast"), "anybatch.forecast"),
@@ -73,6 +74,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attach",
+    "branch",
     "check",
     "cosine_decay",
     "ema_state_from",

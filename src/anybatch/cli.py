@@ -6,7 +6,7 @@ from typing import Annotated
 try:
     import typer
 
-    from anybatch._commands import demo, forecast, plan, report
+    from anybatch._commands import branch, demo, forecast, plan, report
 except ImportError as _missing:  # pragma: no cover
     sys.exit(f"The anybatch command needs {_missing.name}: pip install 'anybatch[cli]'")
 
@@ -29,6 +29,7 @@ def root(*, version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
+app.command()(branch)
 app.command()(demo)
 app.command()(forecast)
 app.command()(plan)

@@ -70,6 +70,7 @@ CASES = {
         **{f"{name} x DDP": layout(name, **DDP, unused=True) for name in SCHEDULES if name != "1F1B"},
         **{f"{name} x FSDP2": layout(name, **FSDP) for name in SCHEDULES},
         "1F1B x TP": layout("1F1B", tp=2),
+        "1F1B x TP, Adam's metric": {**layout("1F1B", tp=2), **LOOPS["Adam's metric"]},
         "interleaved zero-bubble x TP": layout("interleaved zero-bubble", tp=2),
         "1F1B x DDP, two calls": {**layout("1F1B", **DDP), **TWICE},
         "1F1B x FSDP2, two calls": {**layout("1F1B", **FSDP), **TWICE},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import anybatch
-from anybatch._commands.terminal import failed, fits, in_options, table, words
+from anybatch._commands.terminal import draw, failed, fits, in_options, table, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,9 @@ def forecast(
     except (anybatch.AnybatchError, OSError) as error:
         raise failed(in_options(str(error), _OPTIONS)) from None
     if out is not None:
-        _draw(found, out)
+        from anybatch._report import plot
+
+        draw(plot, found, out, option="--out")
     if as_json:
         typer.echo(json.dumps(strict(found.as_dict()), allow_nan=False, indent=1))
         return
@@ -79,17 +81,6 @@ def _numbers(text: str) -> list[float]:
         return [float(word) for word in words(text)]
     except ValueError:
         raise failed(f"--scales takes positive numbers, comma-separated; got {text!r}.") from None
-
-
-def _draw(found: "Forecast", out: Path) -> None:
-    from anybatch._report import plot
-
-    try:
-        plot(found, out)
-    except ImportError as error:
-        raise failed(f"--out needs {error.name}: pip install 'anybatch[report]'") from None
-    except (OSError, ValueError) as error:  # a missing folder, or a format that matplotlib does not have
-        raise failed(f"--out: cannot write {out}: {error}") from None
 
 
 def _show(found: "Forecast", console: "Console") -> None:

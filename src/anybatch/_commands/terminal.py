@@ -1,8 +1,9 @@
 """Shared parts of the commands: options, tables, and errors as one line with exit code 2."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -28,6 +29,16 @@ def failed(message: str) -> typer.Exit:
     """Print the message on standard error; returns the exit to be raised, with code 2."""
     typer.echo(message, err=True)
     return typer.Exit(2)
+
+
+def draw(plot: Callable[[Any, Path], object], found: Any, path: Path, *, option: str) -> None:
+    """Call `plot(found, path)`; an error becomes one line that names the option."""
+    try:
+        plot(found, path)
+    except ImportError as error:
+        raise failed(f"{option} needs {error.name}: pip install 'anybatch[report]'") from None
+    except (OSError, ValueError) as error:  # a missing folder, or a format that matplotlib does not have
+        raise failed(f"{option}: cannot write {path}: {error}") from None
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> "Table":

@@ -13,7 +13,7 @@ from anybatch._controller.controller import Controller
 from anybatch._controller.state import checked_numbers
 from anybatch._errors import InvalidValueError, StateError, UsageError
 from anybatch._numbers import MOST, positive, shown
-from anybatch._scaling import Moments
+from anybatch._scaling import Moments, scale_of_efficiency
 
 # Share of the run, in tau, over which this averages the noise, and in which the batch at most doubles. The controller's
 # own averages are too short: one low estimate of sqnorm would move the batch to its bound.
@@ -166,7 +166,7 @@ class BatchController(Accumulation):
         noise, now = self._noise(), self._accumulation
         if isnan(noise):
             return now
-        largest = (noise * (1 / self._efficiency - 1) + 1 / self._efficiency) / self._backward()
+        largest = scale_of_efficiency(self._efficiency, noise=noise) / self._backward()
         return min(largest, now * 2 ** (iterations / self._horizon))
 
 

@@ -16,6 +16,7 @@ from anybatch._controller.step_hooks import StepHooks
 from anybatch._errors import UnsupportedError, UsageError
 from anybatch._gradients import (
     AdamNorms,
+    DeepSpeedHooks,
     Engine,
     GradientHooks,
     JoinSupport,
@@ -24,8 +25,11 @@ from anybatch._gradients import (
     Probe,
     Ranks,
     Sizes,
+    Steps,
     check_same,
+    deepspeed_engine,
     engine_of,
+    is_deepspeed,
     pipeline_engine,
     trained_parameters,
 )
@@ -48,6 +52,8 @@ class RunParts:
 
     state: RunState
     ranks: Ranks
+    measured: float  # share of the parameters whose noise is measured
+    members: Callable[[], list[Tensor]]  # all parameters of the optimizers
     no_sync: Callable[[], AbstractContextManager[None]]
     drivers: list[ScheduleDriver]
     gradients: GradientHooks | None  # `None` where backwards are not counted
@@ -88,19 +94,8 @@ def assemble(
         Hyperparameters(optimizer, family, settings.rule.decays, total)
         for optimizer, family in zip(optimizers, families, strict=True)
     ]
-    trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
-    pipeline = settings.pipeline
-    if pipeline is None:
-        engine = engine_of(model, trained, settings.process_group)
-    else:
-        engine = pipeline_engine(
-            pipeline,
-            trained,
-            settings.process_group,
-            members=members_of(optimizers),
-            reduction=settings.reduction,
-            grad_scaler=settings.grad_scaler,
-        )
+    engine, trained, hooks = _engine(model, optimizers, settings)
+    members = partial(engine.steps.members, optimizers)
     clock = settings.leader or Clock(settings.total)
     run = RunState(clock=clock, batch=settings.batch, shown=engine.ranks.first, leads=settings.leader is None)
     gradients: GradientHooks | None = None
@@ -126,17 +121,17 @@ def assemble(
             layers=lambda: next((probe.names for probe in probes if isinstance(probe, LayerNorms)), ()),
         )
         if settings.counts:
-            gradients = (GradientHooks if pipeline is None else partial(PipelineHooks, pipeline))(
-                lambda: members_of(optimizers),
+            gradients = hooks(
+                members,
                 measure=measurement is not None,
                 due=lambda: estimator.due(run.running, steps=run.steps),
                 place=engine.place,
                 reduced=engine.reduced,
                 arrived=engine.arrived,
-                loss_scale=settings.loss_scale,
+                loss_scale=engine.loss_scale or settings.loss_scale,
                 consecutive=measurement is not None and measurement.consecutive,
                 probes=probes,
-                sizes=Sizes(model if pipeline is None else None, given=settings.batch.micro_batch),
+                sizes=Sizes(model if settings.pipeline is None else None, given=settings.batch.micro_batch),
             )
         config = run_config(
             optimizers,
@@ -146,6 +141,7 @@ def assemble(
             batch=settings.batch,
             ranks=engine.ranks.size,
             trained=trained,
+            measured=engine.measured,
         )
         sinks = RecordSinks(settings.record, config=config, first=engine.ranks.first)
     except Exception:
@@ -173,12 +169,39 @@ def assemble(
     )
     for driver in drivers:
         driver.hold()
-    return RunParts(run, engine.ranks, engine.no_sync, drivers, gradients, sinks, join, step_hooks)
+    return RunParts(
+        run, engine.ranks, engine.measured, members, engine.no_sync, drivers, gradients, sinks, join, step_hooks
+    )
 
 
-def members_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """All parameters of the optimizers, as their groups are now."""
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+def _engine(
+    model: nn.Module, optimizers: Sequence[Optimizer], settings: Settings
+) -> tuple[Engine, list[Tensor], Callable[..., GradientHooks]]:
+    """The engine that averages the gradients, the parameters that are trained, and the class of their hooks."""
+    measurement, pipeline = settings.measurement, settings.pipeline
+    if is_deepspeed(model):
+        engine, trained = deepspeed_engine(
+            model,
+            optimizers,
+            settings.process_group,
+            reduction=settings.reduction,
+            grad_scaler=settings.grad_scaler,
+            metric="euclidean" if measurement is None else measurement.metric,
+            consecutive=measurement is not None and measurement.consecutive,
+        )
+        return engine, trained, partial(DeepSpeedHooks, model)
+    trained = [p for optimizer in optimizers for p in trained_parameters(optimizer, model=model)]
+    if pipeline is None:
+        return engine_of(model, trained, settings.process_group), trained, GradientHooks
+    engine = pipeline_engine(
+        pipeline,
+        trained,
+        settings.process_group,
+        members=Steps().members(optimizers),
+        reduction=settings.reduction,
+        grad_scaler=settings.grad_scaler,
+    )
+    return engine, trained, partial(PipelineHooks, pipeline)
 
 
 def remove_hooks(gradients: GradientHooks | None, drivers: Sequence[ScheduleDriver]) -> None:
@@ -206,6 +229,11 @@ def _probes(
         entry = second_moment_of(optimizers[0], families[0])
         steps = lambda: run.steps  # noqa: E731
         probes.append(AdamNorms(optimizers[0], entry=entry, steps=steps, rows=engine.rows, shards=engine.shards))
+    if per_layer is not None and is_deepspeed(model):
+        raise UnsupportedError(
+            f"RunRecord(per_layer={per_layer}) needs the mean gradient of each layer, and DeepSpeed keeps flat "
+            "partitions: leave per_layer out."
+        )
     if per_layer is not None and settings.pipeline is not None:
         raise UnsupportedError(
             f"RunRecord(per_layer={per_layer}) needs all layers on every rank, and a pipeline has a part of them on "

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from anybatch._controller.controller import Controller
 from anybatch._controller.settings import Settings
 from anybatch._errors import InvalidValueError
-from anybatch._gradients import Reduction, is_pipeline, stages_of
+from anybatch._gradients import Reduction, is_deepspeed, is_pipeline, stages_of
 from anybatch._numbers import shown
 from anybatch._record import Destination, destinations
 from anybatch._scaling import (
@@ -22,7 +22,6 @@ from anybatch._scaling import (
     bare_optimizer,
     check_positive,
     optimizers_in,
-    refuse_deepspeed,
     schedulers_in,
 )
 
@@ -55,9 +54,10 @@ def attach(
             and others of docs/hyperparameters.md. For another class pass, for example,
             `rule=AdaScale(like=torch.optim.AdamW)`. Several that train one model, such as Muon for its matrices and
             AdamW for the rest, are a list: one gain, one clock, and a step of each after the last backward. Wrappers
-            of Accelerate, Fabric and Lightning and the container of torchtitan are supported.
+            of Accelerate, Fabric, Lightning and DeepSpeed and the container of torchtitan are supported.
         model: The module that it trains; under DDP and FSDP2 the wrapped one. Each loss is a mean over its examples.
-            With `torch.distributed.pipelining` the schedule of this rank.
+            Experts on a mesh of their own are scaled, and their noise is not measured.
+            With `torch.distributed.pipelining` the schedule of this rank, with DeepSpeed its engine.
         rule: `AdaScale()` by default; `Identity`, `Linear`, `SquareRoot` or your own.
         scheduler: A torch scheduler, one of timm's, or a list of them, written for the base batch. The controller moves
             it to `floor(tau)`: never call its `step()`. It may have a wrapper of Accelerate or Lightning, or be in the
@@ -133,7 +133,6 @@ def attach(
             )
     if not isinstance(model, nn.Module):
         raise InvalidValueError(f"model must be the torch.nn.Module that is trained, got {type(model).__name__}.")
-    refuse_deepspeed(model)
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise InvalidValueError(
             f"process_group must be a torch.distributed.ProcessGroup with this rank in it, got {process_group!r}."
@@ -165,7 +164,8 @@ def attach(
         record=destinations(record),
         pipeline=pipeline,
     )
-    return Controller(optimizers, model=model, schedulers=schedulers_in(scheduler), settings=settings)
+    schedulers = schedulers_in(scheduler, engine=model if is_deepspeed(model) else None)
+    return Controller(optimizers, model=model, schedulers=schedulers, settings=settings)
 
 
 def _epoch_of(batch: BatchSize, wanted: str) -> float:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
-from anybatch._controller.assembly import assemble, members_of, remove_hooks
+from anybatch._controller.assembly import assemble, remove_hooks
 from anybatch._controller.loops import Parts, passes
 from anybatch._controller.run_state import clipped
 from anybatch._controller.settings import Settings
 from anybatch._controller.state import STATE_VERSION, checked_state
 from anybatch._controller.state_in_optimizer import StateInOptimizer
 from anybatch._errors import InvalidValueError, UsageError
-from anybatch._gradients import divisor_of
+from anybatch._gradients import divisor_of, entries_of
 from anybatch._html import html_table
 from anybatch._numbers import real, shown
 from anybatch._record import progress_bar
@@ -51,7 +51,8 @@ class Controller(Joinable):
             joined=lambda: self._join_config.enable,
             check=self._check_parts,
         )
-        self._run, self._ranks, self._no_sync = made.state, made.ranks, made.no_sync
+        self._run, self._ranks, self._members, self._no_sync = made.state, made.ranks, made.members, made.no_sync
+        self._measured = made.measured
         self._drivers, self._gradients, self._sinks = made.drivers, made.gradients, made.sinks
         self._join, self._step_hooks = made.join, made.step_hooks
         for optimizer in optimizers:
@@ -470,7 +471,7 @@ class Controller(Joinable):
         self._step_hooks.restore()
         return {
             "version": STATE_VERSION,
-            "parameters": sum(p.numel() for p in members_of(self._optimizers)) + self._ranks.elsewhere,
+            "parameters": sum(map(entries_of, self._members())) + self._ranks.elsewhere,
             "base_batch": self._settings.batch.base_batch or 0.0,
             **self._run.numbers(),
             "schedule_offset": self._drivers[0].offset if self._drivers else 0,
@@ -551,8 +552,12 @@ class Controller(Joinable):
         total = "" if self.clock.total is None else f" of {self.clock.total:g}"
         numbers = {"scale": self.scale, "gain": self.gain, "noise scale": self.noise_scale}
         known = "".join(f", {name} {value:.4g}" for name, value in numbers.items() if not isnan(value))
+        if self.scale > 1 and not isnan(self.gain):
+            known += f", an example is worth {self.gain / self.scale:.1%} of one at scale 1"
         if self._gradients is not None and self._gradients.sizes.text:
             known += f", {self._gradients.sizes.text}"
+        if self._measured < 1:
+            known += f", noise of {self._measured:.3g} of the parameters"
         detached = "" if self._attached else ", detached"
         return f"<Controller: tau {self.tau:.6g}{total}, {self.steps} steps{known}{detached}>"
 

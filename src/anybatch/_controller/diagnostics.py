@@ -1,7 +1,8 @@
-"""Diagnostics: warnings and errors for skipped steps, divergence, and steps after `total`."""
+"""Diagnostics: warnings and errors for skipped steps, divergence, examples of little worth, and steps after `total`."""
 
 import warnings
 from collections.abc import Callable, Sequence
+from math import isfinite, isnan
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -9,10 +10,12 @@ from torch.optim import Optimizer
 from anybatch._controller.gain_estimator import Step
 from anybatch._controller.run_state import RunState
 from anybatch._errors import AnybatchWarning, DivergedError
-from anybatch._scaling import bare_optimizer, drivers_of
+from anybatch._scaling import bare_optimizer, drivers_of, noise_of_efficiency, scale_of_efficiency
 
 _WARN = 10  # skipped steps in a row before a warning: a GradScaler may need some to find its factor
 _RAISE = 100  # skipped steps in a row before an error: the run would never end
+_EFFICIENCY = 0.15  # gain / scale below which a step counts as inefficient
+_SHARE = 0.2  # of the run in inefficient steps before a warning
 
 
 class Diagnostics:
@@ -25,6 +28,7 @@ class Diagnostics:
         self._parameters = parameters
         self._undriven = undriven
         self._shown: set[str] = set()
+        self._inefficient = (0, 0.0, 0.0)  # inefficient steps: their number, base iterations and base batches
 
     def once(self, text: str) -> None:
         """Show a warning the first time."""
@@ -61,10 +65,41 @@ class Diagnostics:
                 "scheduler that the loop steps does not reach its end. Pass attach(scheduler=...), and do not step it."
             )
 
-    def skipped(self, step: Step) -> None:
-        """Warn after many skipped steps in a row, and raise a `DivergedError` after too many."""
+    def after(self, step: Step, *, skipped: bool) -> None:
+        """Check the run after a step.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped.
+        """
+        if skipped:
+            self._check_skipped(step)
+        elif isfinite(step.gain) and step.scaling.iterations < _EFFICIENCY * step.scale:
+            self._check_efficiency(step)
+
+    def _check_efficiency(self, step: Step) -> None:
+        """Warn once when a fifth of the run was in steps that replace less than 15 % of their base batches."""
+        steps, iterations, batches = self._inefficient
+        steps, iterations, batches = steps + 1, iterations + step.scaling.iterations, batches + step.scale
+        self._inefficient = steps, iterations, batches
+        total = self._run.clock.total
+        if total is None or iterations < _SHARE * total or iterations - step.scaling.iterations >= _SHARE * total:
+            return
+        scale, efficiency = batches / steps, iterations / batches
+        half = scale_of_efficiency(0.5, noise=noise_of_efficiency(efficiency, scale=scale))
+        unit = self._run.batch.base_batch
+        batch = "" if unit is None else f", a batch of {half * unit:.3g}"
+        warnings.warn(
+            f"At scale {scale:.4g} an example is worth {efficiency:.1%} of one at the base batch, so far in a fifth of "
+            f"the run: it takes {1 / efficiency:.3g} times the examples. The largest scale at which an example is "
+            f"worth 50 % is {half:.3g}{batch}. Use a smaller batch, unless steps are all that counts.",
+            AnybatchWarning,
+            stacklevel=2,
+        )
+
+    def _check_skipped(self, step: Step) -> None:
+        """Warn after many skipped steps in a row, and raise after too many."""
         n, tau = self._run.in_a_row, self._run.clock.tau
-        why = "there was no gradient" if step.count == 0 else "the gradient was not finite"
+        why = "there was no gradient" if isnan(step.scale) else "the gradient was not finite"
         if n == _WARN:
             warnings.warn(
                 f"{n} steps in a row did not count, because {why}: the clock stays at {tau:g}. After {_RAISE} of them "

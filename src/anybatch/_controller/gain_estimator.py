@@ -4,16 +4,30 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any
 
 from anybatch._errors import AnybatchWarning, InvalidValueError
 from anybatch._gradients import PAIR, AdamNorms, EuclideanNorms, LayerNorms, Norms, ReducedWindow
-from anybatch._scaling import AdaScale, Averages, BatchSize, Clock, Moments, Rule, Scaling, careful, horizon_of, moments
+from anybatch._numbers import MOST
+from anybatch._scaling import (
+    AdaScale,
+    Averages,
+    BatchSize,
+    Clock,
+    Moments,
+    Rule,
+    Scaling,
+    careful,
+    horizon_of,
+    moments,
+    thetas,
+)
 
 _UNKNOWN = Moments(nan, nan)
 _NO_STEP = Scaling(1.0, 0.0)
-_IN_A_HORIZON = 4  # least number of samples of the moments
+_IN_A_HORIZON = 4  # least number of samples in the averages' memory on the clock, with `every=k`
+_KEPT = 16  # the same in both memories, with `every="auto"`
 _MEASURED = ("unbiased", "euclidean")  # the noise factors of optimizers were measured with these
 
 
@@ -113,13 +127,25 @@ class GainEstimator:
             noise_factor = 1.0
         self.noise_factor = noise_factor
         self._warned = False
+        self._scale = inf  # of the last step; before the first one, each step is measured
 
     def due(self, running: RunningMoments, *, steps: int) -> bool:
         """Whether the step after `steps` is measured: each k-th, and where the averages would have too few samples."""
-        if self._measurement is None or steps % self._measurement.every == 0:
+        if self._measurement is None:
             return True
+        averages, every = running.averages, self._measurement.every
         horizon = horizon_of(self._measurement.smoothing, total=self._clock.total)
-        return _IN_A_HORIZON * running.averages.iterations >= horizon
+        if every == "auto":
+            few = averages.samples < _KEPT or _KEPT * averages.iterations >= horizon
+            return few or averages.age >= self._spacing(self._measurement, self._scale)
+        return steps % every == 0 or _IN_A_HORIZON * averages.iterations >= horizon
+
+    def _spacing(self, measurement: AdaScale, scale: float) -> int:
+        """The largest number of steps from one sample to the next, by the memory that is counted in steps."""
+        if measurement.every != "auto":
+            return measurement.every
+        theta, _ = thetas(measurement.smoothing, scale=scale, total=self._clock.total)
+        return max(1, int(1 / (_KEPT * max(1 - theta, 1 / MOST))))
 
     def nothing(self, running: RunningMoments) -> Step:
         """A step without any gradient."""
@@ -165,7 +191,7 @@ class GainEstimator:
             smoothing=self._measurement.smoothing,
             estimator=self._measurement.estimator,
             total=self._clock.total,
-            every=self._measurement.every,
+            every=self._spacing(self._measurement, scale),
         )
         found = {"averages": updated(running.averages, raw)}
         for probe, name in RunningMoments.probes().items():
@@ -179,7 +205,7 @@ class GainEstimator:
         if count == 0 and self._batch.counts:
             return self.nothing(running)
         scale, _ = self._batch.of_step(count or 1, inverse_sizes)
-        gain = nan
+        self._scale, gain = scale, nan
         if self._measurement is not None:
             weighed = running.of_probe(self._measurement.metric)
             averages = weighed if weighed.samples > 0 else running.averages

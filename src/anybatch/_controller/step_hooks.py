@@ -13,10 +13,8 @@ from functools import partial
 from math import nan
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from anybatch._controller.diagnostics import Diagnostics
 from anybatch._controller.gain_estimator import GainEstimator, Step
@@ -27,8 +25,8 @@ from anybatch._errors import UsageError
 from anybatch._gradients import (
     Engine,
     GradientHooks,
+    Handle,
     LayerNorms,
-    OwnSkip,
     Share,
     check_in_use,
     check_no_backward,
@@ -38,7 +36,6 @@ from anybatch._gradients import (
     is_phantom,
     reduce_window,
     trainable,
-    withheld,
 )
 from anybatch._record import RecordSinks
 from anybatch._scaling import Hyperparameters, ScheduleDriver
@@ -109,7 +106,6 @@ class StepHooks:
         # The window after the steps of some optimizers and not of all: its stamp, and the factor on its loss.
         self._partial: tuple[int | None, Tensor | None] = None, None
         self._partial_window = 0
-        self._own_skip = OwnSkip()
         self._pending: Step | None = None
         self._prepared: _Prepared | None = None
         driven = {id(driver.optimizer) for driver in drivers}
@@ -125,13 +121,11 @@ class StepHooks:
         self._lr = nan  # the first optimizer's in this window
         self.paused = False  # whether a step is the optimizer's own
         self._restore_values: Callable[[], None] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         for index, each in enumerate(values):
             optimizer = each.optimizer
             self._handles += [
-                # A compiled step must not trace these: it would make the first gain a constant, or apply none.
-                optimizer.register_step_pre_hook(torch.compiler.disable(partial(self._before, index))),
-                optimizer.register_step_post_hook(torch.compiler.disable(partial(self._after, index))),
+                *engine.steps.hook(optimizer, partial(self._before, index), partial(self._after, index)),
                 optimizer.register_state_dict_pre_hook(lambda _: self.restore()),
                 optimizer.register_load_state_dict_pre_hook(lambda *_: self.restore()),
             ]
@@ -217,7 +211,7 @@ class StepHooks:
         held = ExitStack()
         self._restore_values = held.close
         if step.skipped:
-            held.enter_context(withheld(values.optimizer))
+            held.enter_context(self._engine.steps.withheld(values.optimizer))
             held.enter_context(values.uncounted())
             return
         scaling = step.scaling if index == 0 else self._estimator.scaling(step, exponent=values.exponent)
@@ -335,9 +329,9 @@ class StepHooks:
             )
         checksum = 0 if ranks.group is None else self._run.checksum(*self._rates(), *self._positions())
         reduction = self._settings.reduction
-        skips = self._own_skip.found(optimizer)
+        skips = self._engine.steps.found_inf(optimizer)
         seen = reduce_window(window, ranks=ranks, reduction=reduction, checksum=checksum, share=share, skips=skips)
-        self._own_skip.value = seen.skips
+        self._engine.steps.read = seen.skips
         step = self._estimator.step(running, seen)
         if ranks.group is not None and step.raw.sqnorm > 0 and abs(step.raw.variance) <= _SAME * step.raw.sqnorm:
             self._diagnostics.once(
@@ -363,7 +357,7 @@ class StepHooks:
         if index == 0 and self._sinks.writes:
             self._lr = self.lr
         self.restore()
-        self._taken[index] = self._own_skip(optimizer)
+        self._taken[index] = self._engine.steps.skipped(optimizer)
         if len(self._taken) < len(self._values):
             self._partial = self._stamp, self._factor()
             self._partial_window = 0 if self._gradients is None else self._gradients.windows
@@ -402,5 +396,4 @@ class StepHooks:
                 self._sinks.step(self._run.line(step, lr=self._lr, skipped=skipped))
                 if self._run.clock.total is not None and self._run.clock.done:
                     self._sinks.rest()
-        if skipped:
-            self._diagnostics.skipped(step)
+        self._diagnostics.after(step, skipped=skipped)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from anybatch._errors import InvalidValueError, StateError, UsageError
+from anybatch._errors import InvalidValueError, StateError, UnsupportedError, UsageError
 from anybatch._numbers import shown
 
 Slot = tuple[dict[str, Any], str]
@@ -57,6 +57,11 @@ class Tensors:
             tensor = owner[key]
             if is_lazy(tensor):
                 raise InvalidValueError(f"{name} is lazy and has no shape: run a forward before ModelEMA(...).")
+            if hasattr(tensor, "ds_numel"):
+                raise UnsupportedError(
+                    "ModelEMA does not support ZeRO stage 3, whose parameters are empty between forwards: use stage 2, "
+                    "or FSDP2."
+                )
             if tensor.is_meta:
                 raise InvalidValueError(f"{name} is on the meta device: load the weights before ModelEMA(...).")
             if is_sharded(tensor):

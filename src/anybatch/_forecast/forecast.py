@@ -16,6 +16,9 @@ from anybatch._forecast.time import StepTime, step_time
 from anybatch._html import html_table
 from anybatch._numbers import median, positive
 from anybatch._record import Columns, Run, iter_record, read_columns
+from anybatch._scaling import noise_of_efficiency, scale_of_efficiency
+
+_EFFICIENCY = 0.15  # below it, a note
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,14 @@ def forecast(
     steps_by_scale = StepForecast(found, wanted, rule=rule, time=time, on_clock=known, recorded=recorded)
     table = steps_by_scale.table()
     unit = of_header(run.config, "base_batch", record=name)
+    costs = tuple(_scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price) for s in wanted)
     return Forecast(
-        scales=tuple(_scale(s, table[s], total=total, time=time, unit=unit or 1.0, price=price) for s in wanted),
+        scales=costs,
         critical=steps_by_scale.critical(),
         total=total,
         recorded=recorded,
         unit="base batches" if unit is None else "examples",
-        notes=tuple(_notes(run, found, known=known, rule=rule, time=time, scales=wanted)),
+        notes=(*_inefficient(costs, unit), *_notes(run, found, known=known, rule=rule, time=time, scales=wanted)),
     )
 
 
@@ -215,6 +219,21 @@ def _scale(scale: float, steps: Estimate, *, total: float, time: StepTime, unit:
         seconds=seconds,
         device_hours=hours,
         cost=hours.times(price),
+    )
+
+
+def _inefficient(costs: Sequence[ScaleForecast], unit: float | None) -> Iterator[str]:
+    """A note on the scales at which an example is worth little."""
+    low = [each for each in costs if each.efficiency.value < _EFFICIENCY]
+    if not low:
+        return
+    noise = noise_of_efficiency(low[0].efficiency.value, scale=low[0].scale)
+    half = scale_of_efficiency(0.5, noise=noise)
+    worth = ", ".join(f"{each.efficiency.value:.1%} at {each.scale:g}" for each in low)
+    batch = "" if unit is None else f", a batch of {half * unit:.3g}"
+    yield (
+        f"An example is worth {worth} of one at scale 1, on average over the run. The largest scale at which it is "
+        f"worth 50 % is about {half:.3g}{batch}."
     )
 
 

@@ -13,6 +13,7 @@ flattened at the end of the backward, and take as many operations together as a 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class Alike(NamedTuple):
     device: torch.device
     eps: float
     unit: float | None  # `None` on the device
-    copies: int  # number of ranks with the same gradient
+    copies: float  # number of ranks with the same gradient
 
 
 class WeightedSquares:
@@ -66,7 +67,7 @@ class WeightedSquares:
         self._sums: list[Tensor] = []
         self._streams: set[tuple[torch.device, int]] = set()  # of the gradients, on devices
 
-    def add(self, metric: Metric, grad: Tensor, *, copies: int, held: bool) -> None:
+    def add(self, metric: Metric, grad: Tensor, *, copies: float, held: bool) -> None:
         """Add a gradient; one that is `held` is read by `measure`, after which its owner may change it."""
         grad = real_of(grad)
         alike = Alike(grad.device, metric.eps, None if isinstance(metric.unit, Tensor) else metric.unit, copies)
@@ -101,7 +102,8 @@ class AdamNorms(Probe):
     """The norms of a window in the metric of an optimizer of the Adam family.
 
     Under FSDP2 each rank weighs its own shard of its own micro-batches. Micro-batches are exchangeable, so the same
-    shard of the other ranks' gradients has the same expected norm. `rows` and `shards` are those of `Engine`.
+    shard of the other ranks' gradients has the same expected norm. `rows` and `shards` are those of `Engine`. Under
+    tensor parallelism it is a shard of the rank's part.
     """
 
     name = "adam"
@@ -112,7 +114,7 @@ class AdamNorms(Probe):
         *,
         entry: str,  # the name of v in the optimizer's state; with AMSGrad its maximum is read instead
         steps: Callable[[], int],  # the number of steps taken
-        rows: Callable[[Tensor], slice | None] = lambda _: None,
+        rows: Callable[[Tensor, Tensor], slice | None] = lambda _, __: None,
         shards: int = 1,
     ) -> None:
         self._optimizer = optimizer
@@ -126,7 +128,7 @@ class AdamNorms(Probe):
     def drop(self) -> None:
         """Drop all parameters."""
         self._rows: list[slice | None] = []
-        self._copies: list[tuple[int, int]] = []  # of each parameter, as in Placement
+        self._copies: list[tuple[float, float]] = []  # of each parameter, as in Placement
         self._clear(known=False)
 
     def _clear(self, *, known: bool) -> None:
@@ -140,8 +142,9 @@ class AdamNorms(Probe):
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:
         """Measure these parameters as well, once each v has enough squares."""
-        self._rows.extend(map(self._rows_of, parameters))
-        self._copies.extend((place.sample_copies, place.mean_copies) for place in places)
+        for parameter, place in zip(parameters, places, strict=True):
+            self._rows.append(self._rows_of(parameter, place.leaf) if place.measured else None)
+            self._copies.append((place.sample_copies, place.mean_copies))
         self._since = self._steps()
         self._clear(known=False)
 
@@ -154,11 +157,9 @@ class AdamNorms(Probe):
 
     def sample(self, row: int, index: int, parameter: Tensor, grad: Tensor, *, held: bool) -> None:  # noqa: ARG002
         """Measure the gradient that `parameter` got from a micro-batch, at once or with all that are held."""
-        metric = self._metric(parameter)
-        if metric is not None:
-            rows = self._rows[index]
-            grad = grad if rows is None else grad[rows]
-            self._samples.add(metric, grad, copies=self._copies[index][0], held=held)
+        copies, rows = self._copies[index][0], self._rows[index]
+        if copies < inf and (metric := self._metric(parameter)) is not None:
+            self._samples.add(metric, grad if rows is None else grad[rows], copies=copies, held=held)
 
     def measure(self) -> None:
         """Measure the gradients that are held."""
@@ -180,7 +181,7 @@ class AdamNorms(Probe):
         """Measure this rank's part of `.grad`."""
         squares = WeightedSquares()
         for p, (_, copies) in zip(parameters, self._copies, strict=True):
-            if p.grad is not None and (metric := self._metric(p)) is not None:
+            if p.grad is not None and copies < inf and (metric := self._metric(p)) is not None:
                 grad = part_of(p.grad, p)
                 squares.add(metric, grad, copies=copies, held=grad.numel() < SMALL and not grad.is_sparse)
         self._mean = squares.total() if self._known else None

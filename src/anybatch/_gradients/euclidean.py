@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anybatch._gradients.autograd import record_readers, stream_of
 from anybatch._gradients.norms import SMALL, condensed, part_of, summed, total_squared_norm
+from anybatch._gradients.parameters import entries_of
 from anybatch._gradients.probe import Placement, Probe
 from anybatch._gradients.window import Norms
 
@@ -77,16 +78,17 @@ class EuclideanNorms(Probe):
         """Drop all parameters."""
         self.queues: list[Queue] = []  # the queue of each parameter
         self.queued: list[bool] = []  # for each parameter, whether its dense gradients are queued
-        self._by_copies: dict[int, Queue] = {}
-        self._mean_copies: list[int] = []
+        self._by_copies: dict[float, Queue] = {}
+        self._mean_copies: list[float] = []
         self._room = _ROOM
         self.clear()
 
     def follow(self, parameters: Sequence[Tensor], places: Sequence[Placement]) -> None:  # noqa: ARG002
         """Measure these parameters as well."""
         for place in places:
-            size = place.leaf.numel() * place.leaf.element_size()
-            queued = place.leaf.numel() < SMALL and size <= self._room
+            entries = entries_of(place.leaf)
+            size = entries * place.leaf.element_size()
+            queued = entries < SMALL and size <= self._room
             self._room -= size if queued else 0
             self.queued.append(queued)
             self.queues.append(self._by_copies.setdefault(place.sample_copies, Queue()))
@@ -133,6 +135,10 @@ class EuclideanNorms(Probe):
             square = total_squared_norm([part_of(p.grad, p) for p, n in mine if n == copies and p.grad is not None])
             parts.append(square if copies == 1 else square / copies)
         self._mean = summed(parts)
+
+    def mean_of(self, tensors: Sequence[Tensor], *, copies: int) -> None:
+        """Measure the mean gradient where an engine keeps it in tensors of its own, the same on `copies` ranks."""
+        self._mean = total_squared_norm(tensors) / copies
 
     def forget_mean(self) -> None:
         """Drop the norm of `.grad`."""

@@ -1,15 +1,18 @@
 """FSDP2 and tensor parallelism: where the gradients of a parameter arrive, and which ranks hold the same part."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from math import prod
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from anybatch._errors import UnsupportedError, UsageError
+from anybatch._gradients.experts import check_experts, groups_of, homes_of
+from anybatch._gradients.norms import local_of
 from anybatch._gradients.probe import Placement
 from anybatch._gradients.reduce import Ranks
 
@@ -21,17 +24,24 @@ class Sharding:
     Args:
         ranks: the ranks.
         shards: number of ranks over which FSDP2 shards the optimizer's state.
+        data: the mesh of the data-parallel ranks; `None` without FSDP2.
+        measured: the share of the parameters that are on it.
     """
 
     ranks: Ranks
     shards: int
+    data: DeviceMesh | None = None
+    measured: float = 1.0
 
     def place(self, model: nn.Module, parameters: Sequence[Tensor]) -> list[Placement]:
         """Where the gradients of `parameters` are measured; every rank must call this together."""
         each = self.ranks.model
         whole = self.ranks.size * each
+        homes = homes_of(model)
         return [
             Placement(leaf, each // _shards(leaf), whole // _shards(p))
+            if self.data is None or homes.get(id(p)) == self.data
+            else Placement.unmeasured(leaf)
             for p, leaf in zip(parameters, unsharded_leaves(model, parameters), strict=True)
         ]
 
@@ -74,14 +84,7 @@ def synchronised(model: nn.Module) -> Callable[[], bool]:
     """
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
 
-    return lambda: all(group.reduce_grads and group.all_reduce_grads for state in states for group in _groups_of(state))
-
-
-def _groups_of(state: Any) -> Iterable[Any]:
-    """The groups of parameters of one module: several, or at most one, by torch's version."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return cast("Iterable[Any]", state._fsdp_param_groups)
-    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
+    return lambda: all(group.reduce_grads and group.all_reduce_grads for state in states for group in groups_of(state))
 
 
 def sharding_of(
@@ -90,36 +93,37 @@ def sharding_of(
     """The ranks that share `model`, one stage of `pipelines`, by FSDP2 and tensor parallelism.
 
     Raises:
-        UnsupportedError: modules are sharded over different meshes, or parameters lie on meshes that do not fit.
+        UnsupportedError: dense modules are sharded over different meshes, or parameters lie on meshes that do not fit.
         UsageError: the ranks are not the whole world, and no `process_group` was given.
     """
-    meshes = list(dict.fromkeys(_meshes(model)))
-    if len(meshes) > 1:
+    homes = homes_of(model)
+    data = max(homes.values(), key=lambda mesh: mesh.size(), default=None)
+    if data is not None and any(mesh != data and mesh.size() == data.size() for mesh in homes.values()):
         raise UnsupportedError(
-            f"FSDP2 shards the modules over {len(meshes)} different meshes, and anybatch adds up norms over one: shard "
-            "all of them over the same mesh."
+            f"FSDP2 shards the modules over different meshes of {data.size()} ranks, and anybatch adds up norms over "
+            "one: shard all of them over the same mesh. Experts are sharded over a smaller one."
         )
-    tensors = [p for p in parameters if isinstance(p, DTensor)]
-    data = meshes[0].size() if meshes else 1
-    largest = max((p.device_mesh.size() for p in tensors), default=1)
-    if not meshes and any(p.device_mesh.size() != largest for p in tensors):
-        raise UnsupportedError("The trained parameters lie on meshes of different sizes: use one for all of them.")
-    whole = max(data, largest)
-    if meshes and (whole % data or any(p.device_mesh.size() not in (data, whole) for p in tensors)):
-        raise UnsupportedError(
-            f"Parameters lie on meshes of {sorted({p.device_mesh.size() for p in tensors})} ranks, of which FSDP2 has "
-            f"{data}: shard each of them by FSDP2 and tensor parallelism over one mesh."
-        )
-    if meshes and len(tensors) != len(parameters):
+    width = 1 if data is None else data.size()
+    if data is not None and any(not isinstance(p, DTensor) for p in parameters):
         raise UnsupportedError("Under FSDP2 all trained parameters must be sharded: some of these are not.")
+    measured, dense = 1.0, [p for p in parameters if isinstance(p, DTensor)]
+    if data is not None:
+        experts = [p for p in dense if homes.get(id(p)) != data]
+        measured = check_experts(experts, dense, ranks=set(data.mesh.flatten().tolist()), homes=homes)
+        dense = [p for p in dense if homes.get(id(p)) == data]
+    sizes = {p.device_mesh.size() for p in dense}
+    whole = max(sizes)
+    if sizes - {width if data is not None else whole, whole}:
+        raise UnsupportedError(f"The trained parameters lie on meshes of {sorted(sizes)} ranks: use one mesh for all.")
     if whole == 1:
         return Sharding(Ranks(), 1)
-    mesh = next(p.device_mesh for p in tensors if p.device_mesh.size() == whole)
-    if given is None and mesh.ndim > 1:
+    mesh = next(p.device_mesh for p in dense if p.device_mesh.size() == whole)
+    if given is None and (mesh.ndim > 1 or data is None):
         if whole * pipelines != dist.get_world_size():
             raise UsageError(
-                f"The mesh of the parameters has {tuple(mesh.shape)} ranks, which is not the whole world: pass attach "
-                "the process_group of all these ranks."
+                f"The mesh of the parameters has {tuple(mesh.shape)} ranks, and the world {dist.get_world_size()}. If "
+                "the others train the same model, use fully_shard over the data-parallel dimension. If each mesh "
+                "trains its own model, pass attach the process_group of all its ranks."
             )
         given = dist.group.WORLD
     group = given if given is not None else mesh.get_group()
@@ -128,36 +132,37 @@ def sharding_of(
             f"The process_group has {dist.get_world_size(group)} ranks, and the parameters lie on {whole}: give attach "
             "the process_group of all ranks that hold a part of the model."
         )
-    ranks = Ranks(group, data, replicated=False, model=whole // data)
-    return Sharding(ranks, max((_shards(p) for p in tensors if p.device_mesh.size() == data), default=1))
+    ranks = Ranks(group, width, replicated=False, model=whole // width)
+    shards = prod(_split(dense[0], 0 if data is None else data.ndim))
+    return Sharding(ranks, shards, data, measured)
 
 
-def _meshes(model: nn.Module) -> Iterable[Any]:
-    """The meshes over which FSDP2 shards, replicas included."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in _groups_of(module._get_fsdp_state()):
-                yield group.mesh_info.mesh
+def _split(tensor: DTensor, dimensions: int) -> list[int]:
+    """The sizes of the mesh's first `dimensions` over which a tensor is split."""
+    pairs = zip(tensor.device_mesh.shape[:dimensions], tensor.placements, strict=False)
+    return [1 if placement.is_replicate() else size for size, placement in pairs]
 
 
-def rows_of(parameter: Tensor) -> slice | None:
-    """The rows of the unsharded `parameter` that this rank's shard holds; `None` for all.
+def rows_of(parameter: Tensor, leaf: Tensor) -> slice | None:
+    """The rows of this rank's part of the unsharded `leaf` that its shard, `parameter`, holds; `None` for all.
 
     Raises:
         UnsupportedError: its shards are not along the first dimension.
     """
-    if not isinstance(parameter, DTensor):
+    if leaf is parameter or not isinstance(parameter, DTensor):
         return None
-    mesh, first, rows = parameter.device_mesh, 0, None
-    for dim, (size, placement) in enumerate(zip(mesh.shape, parameter.placements, strict=True)):
+    mesh, rows = parameter.device_mesh, None
+    for dim in range(mesh.ndim - (leaf.device_mesh.ndim if isinstance(leaf, DTensor) else 0)):
+        size, placement = mesh.shape[dim], parameter.placements[dim]
         if placement.is_replicate() or size == 1:
             continue
-        if rows is not None or not placement.is_shard(dim=0):
+        if rows is not None or getattr(placement, "dim", None) != 0:
             raise UnsupportedError(
                 "A trained parameter is not sharded along its first dimension, as AdaScale(metric='adam') needs: use "
                 "metric='euclidean', or fully_shard without shard_placement_fn."
             )
-        first = mesh.get_local_rank(dim) * -(-parameter.shape[0] // size)  # as torch.chunk: all but the last are equal
+        length = local_of(leaf).shape[0]
+        first = mesh.get_local_rank(dim) * -(-length // size)  # as torch.chunk: all but the last are equal
         rows = slice(first, first + parameter.to_local().shape[0])
     return rows
 

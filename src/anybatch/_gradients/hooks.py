@@ -98,7 +98,7 @@ class GradientHooks:
         self._newest_hook = 0
         self.stamp = 0  # changes with everything that changes the result of `window()`
         self._leaves: list[weakref.ref[Tensor]] = []
-        self._copies: list[tuple[int, int]] = []  # of each parameter, as in Placement
+        self._copies: list[tuple[float, float]] = []  # of each parameter, as in Placement
         self._hooks: list[Callable[[Tensor], None]] = []
         self._handles: list[RemovableHandle] = []
         self._fires: list[int] = []

@@ -34,6 +34,7 @@ class LayerNorms(Probe):
         """Drop all parameters."""
         self._layer_of: dict[int, str] = {}  # by the identity of a parameter, in the model's order
         self._keys: list[int] = []  # the identities of the parameters
+        self._measured: set[int] = set()  # those of parameters with a part of the norms
         self.names: tuple[str, ...] = ()
         self._places = OnDevices([])  # for each parameter, the index of its layer in the names
         self._table = Table()
@@ -51,10 +52,11 @@ class LayerNorms(Probe):
         for new in parameters:
             self._layer_of.setdefault(id(new), f"parameter {len(self._layer_of)}")  # not in the model
         self._keys.extend(map(id, parameters))
-        measured = set(self._keys)
-        self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in measured))
+        self._measured.update(id(p) for p, place in zip(parameters, places, strict=True) if place.measured)
+        self.names = tuple(dict.fromkeys(name for key, name in self._layer_of.items() if key in self._measured))
         position = {name: place for place, name in enumerate(self.names)}
-        self._places = OnDevices([position[self._layer_of[key]] for key in self._keys])
+        # An unmeasured one adds 0.
+        self._places = OnDevices([position.get(self._layer_of[key], 0) for key in self._keys])
         self._table.follow(places)
         self._open = False
 

@@ -32,9 +32,15 @@ def trained_parameters(optimizer: Optimizer, *, model: nn.Module) -> list[Tensor
     if strangers := sum(id(p) not in known for p in trained):
         raise InvalidValueError(
             f"{strangers} of the {len(trained)} trained parameters of this optimizer are not in the model given to "
-            "attach. Pass the module whose parameters it trains (under DDP the wrapped module)."
+            "attach. Pass the module whose parameters it trains (under DDP the wrapped module, with DeepSpeed the "
+            "engine)."
         )
     return trained
+
+
+def entries_of(parameter: Tensor) -> int:
+    """The number of entries of a parameter; ZeRO stage 3 leaves it empty between its forwards."""
+    return int(getattr(parameter, "ds_numel", 0)) or parameter.numel()
 
 
 @contextmanager
@@ -49,30 +55,6 @@ def withheld(optimizer: Optimizer) -> Iterator[None]:
         for p, grad in kept:
             if p.grad is None:
                 p.grad = grad
-
-
-class OwnSkip:
-    """Whether a fused optimizer skips a step by itself: a GradScaler gives it `found_inf`, a number on its device.
-
-    Attributes:
-        value: `found_inf` of the window as it was read with its norms; `None` where it was not.
-    """
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-        self.value: bool | None = None
-
-    def found(self, optimizer: Optimizer) -> Tensor | None:
-        """`found_inf` of the coming step, to be read with the norms of its window."""
-        self._found, self.value = getattr(optimizer, "found_inf", None), None
-        return self._found
-
-    def __call__(self, optimizer: Optimizer) -> bool:
-        """Whether the step that `optimizer` has made was a skip. Reads the device if `value` is another step's."""
-        found: Tensor | None = getattr(optimizer, "found_inf", None)
-        if found is None or found is not self._found or self.value is None:
-            return found is not None and bool(found)
-        return self.value
 
 
 def check_in_use(optimizer: Optimizer, *, model: nn.Module) -> None:

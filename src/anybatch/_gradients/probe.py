@@ -6,11 +6,13 @@ its squared norm. Each parameter has an n for the micro-batch's gradient and an 
     DDP         1 and W        Each rank has a micro-batch of its own; all hold the same mean.
     FSDP2       1 and 1        The mean is sharded.
     HSDP        1 and the number of replicas
+    experts     infinite       Their gradients are no micro-batch's: they have no part of the norms.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -25,8 +27,18 @@ class Placement:
     """Where the gradients of one trained parameter are measured."""
 
     leaf: Tensor  # gets the gradient of a micro-batch
-    sample_copies: int = 1  # number of ranks that get the same part of one micro-batch's gradient
-    mean_copies: int = 1  # number of ranks that hold the same part of `.grad`
+    sample_copies: float = 1  # number of ranks that get the same part of one micro-batch's gradient
+    mean_copies: float = 1  # number of ranks that hold the same part of `.grad`
+
+    @classmethod
+    def unmeasured(cls, leaf: Tensor) -> "Placement":
+        """The place of a gradient without a part of the norms. It is read all the same: nan skips the step."""
+        return cls(leaf, inf, inf)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the gradient has a part of the norms."""
+        return self.sample_copies < inf
 
 
 class Probe(ABC):
@@ -85,7 +97,7 @@ class Probe(ABC):
 class OnDevices:
     """A list of numbers as a tensor; a copy to a device synchronises, so there is one for each."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
+    def __init__(self, numbers: Sequence[float]) -> None:
         self.numbers = numbers
         self._tensors: dict[torch.device, Tensor] = {}
 
@@ -124,7 +136,7 @@ class Table:
     def __init__(self) -> None:
         self._rows: list[Row] = []
         self._devices: list[torch.device] = []
-        self._copies: list[tuple[int, int]] = []
+        self._copies: list[tuple[float, float]] = []
         self.follow([])
 
     def follow(self, places: Sequence[Placement]) -> None:

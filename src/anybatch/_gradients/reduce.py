@@ -207,19 +207,20 @@ def _to_host(parts: Mapping[str, Tensor], *, device: torch.device) -> dict[str, 
 def _over_ranks(
     found: Mapping[str, Tensor], window: Window, *, ranks: Ranks, reduction: Reduction, share: Share | None
 ) -> ReducedWindow:
-    sums = Counts(*(found["counts"] / ranks.model).tolist())
+    totals, sums = Counts(*found["counts"].tolist()), Counts(*(found["counts"] / ranks.model).tolist())
     count, active, mean_factor = round(sums.backwards), ranks.size, 1.0
     samples = count if sums.weighted else round(sums.weights)  # without weights an empty micro-batch has 0 there
     shares = Shares(samples, sums.inverse_sizes, sums.sizes, sums.weights, sums.squares, round(sums.weighted))
     if share is not None:  # with equal counts on the active ranks: (sum)^2 / sum of squares
         active = round(sums.backwards**2 / sums.backwards_squared) if sums.backwards_squared else 1
         mean_factor = ranks.size / active * ((ranks.size / active) ** 2 if share == "all" else 1.0)
-    if active * round(sums.backwards_squared) != count**2:
+    members = active * ranks.model  # with equal values on each, (sum)^2 is so many times the sum of squares
+    if members * round(totals.backwards_squared) != round(totals.backwards) ** 2:
         raise UsageError(
             f"The ranks saw different numbers of backwards before this step (this rank: {window.backwards}, all "
             f"{ranks.size} ranks: {count}). Run the same number on every rank; drop_last=True keeps the data even."
         )
-    if round(sums.checksum_squared) * active != round(sums.checksum) ** 2:
+    if members * round(totals.checksum_squared) != round(totals.checksum) ** 2:
         raise UsageError(
             "The ranks have different clocks, averages, learning rates or positions of the schedule, so their steps "
             "and then their weights differ. Load the same state of the controller, the optimizer and the scheduler on "

@@ -38,8 +38,9 @@ def run_config(
     batch: BatchSize,
     ranks: int,
     trained: Sequence[Tensor],
+    measured: float,
 ) -> dict[str, Any]:
-    """The configuration of a controller's run."""
+    """The configuration of a controller's run; `measured`: the share of the parameters whose noise is measured."""
     device = trained[0].device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
@@ -53,6 +54,7 @@ def run_config(
         "ranks": ranks,
         "device": name,
         "parameters": sum(p.numel() for p in trained),
+        "measured_share": measured,
     }
 
 

@@ -1,5 +1,6 @@
 """Pages and figures about recorded runs and forecasts."""
 
+from anybatch._report.branch import plot_branch
 from anybatch._report.chart import Chart, Legend, Line
 from anybatch._report.difference import BAND, METHOD, difference
 from anybatch._report.figure import INK, colour
@@ -35,6 +36,7 @@ __all__ = [
     "page",
     "picture",
     "plot",
+    "plot_branch",
     "report",
     "thin",
     "value_at",

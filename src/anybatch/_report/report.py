@@ -118,8 +118,16 @@ def _sentence(runs: Sequence[Summary], tasks: dict[str, list[Summary]]) -> str:
 def _table(runs: Sequence[Summary]) -> Iterator[Block]:
     count = Counter(name for run in runs for name in run.results)
     metrics = [name for name, _ in count.most_common(_METRICS)]
-    columns = ["run", "rule", "scale", *(shorten(name, 24) for name in metrics), "iterations", "mean gain", "examples"]
-    columns += ["time", "tau", "skipped", "torn lines"]
+    columns = [
+        "run",
+        "rule",
+        "scale",
+        *(shorten(name, 24) for name in metrics),
+        "iterations",
+        "mean gain",
+        "efficiency",
+    ]
+    columns += ["examples", "time", "tau", "skipped", "torn lines"]
     rows = [
         [
             shorten(run.name),
@@ -128,6 +136,7 @@ def _table(runs: Sequence[Summary]) -> Iterator[Block]:
             *(f"{run.results[name]:.4g}" if name in run.results else "–" for name in metrics),
             f"{run.iterations:,}",
             f"{run.gain:.3g}" if isfinite(run.gain) else "–",
+            f"{run.efficiency:.0%}" if isfinite(run.efficiency) else "–",
             _examples(run),
             duration(run.seconds),
             short_number(run.tau)
@@ -139,7 +148,8 @@ def _table(runs: Sequence[Summary]) -> Iterator[Block]:
     ]
     yield Table(columns, rows, frozenset(i for i, run in enumerate(runs) if not run.iterations))
     notes = [
-        "Iterations are the counted optimizer steps; examples include those of skipped steps. Tau is in base "
+        "Iterations are the counted optimizer steps; examples include those of skipped steps. Efficiency is the gain "
+        "over the scale: what an example is worth, relative to one of scale 1. Tau is in base "
         "iterations, with its share of the total if a run is not finished."
     ]
     if metrics:

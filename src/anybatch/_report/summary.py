@@ -65,6 +65,11 @@ class Summary:
         return self.tau >= 0.999 * self.total
 
     @property
+    def efficiency(self) -> float:
+        """The statistical efficiency, the sum of the gains over the base batches; nan if no gain is known."""
+        return self.gain * self.iterations / self.base_batches if self.base_batches else nan
+
+    @property
     def base_batch(self) -> float:
         """Examples of a base batch; nan if unknown."""
         return positive(self.config.get("base_batch")) or nan

@@ -14,6 +14,8 @@ from anybatch._scaling.moments import (
     gain,
     horizon_of,
     moments,
+    noise_of_efficiency,
+    scale_of_efficiency,
     thetas,
 )
 from anybatch._scaling.momentum import averaged_exponent
@@ -24,7 +26,6 @@ from anybatch._scaling.wrappers import (
     bare_optimizer,
     held_by,
     optimizers_in,
-    refuse_deepspeed,
     schedulers_in,
 )
 
@@ -61,9 +62,10 @@ __all__ = [
     "local_of",
     "measurement_of",
     "moments",
+    "noise_of_efficiency",
     "optimizers_in",
-    "refuse_deepspeed",
     "row_of",
+    "scale_of_efficiency",
     "schedulers_in",
     "second_moment_of",
     "split",

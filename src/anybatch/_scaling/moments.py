@@ -143,6 +143,19 @@ def gain(variance: float, sqnorm: float, scale: float) -> float:
     return min(max(ratio, min(1.0, scale)), max(1.0, scale))
 
 
+def scale_of_efficiency(efficiency: float, *, noise: float) -> float:
+    """The scale at which gain / scale is `efficiency`, in (0, 1); `noise` is variance / sqnorm of a base batch.
+
+    r(S) / S = (noise + 1) / (noise + S) = efficiency
+    """
+    return noise * (1 / efficiency - 1) + 1 / efficiency  # infinite noise too
+
+
+def noise_of_efficiency(efficiency: float, *, scale: float) -> float:
+    """The inverse of `scale_of_efficiency`: the noise at which gain / scale is `efficiency` at a `scale` above 1."""
+    return max(efficiency * scale - 1, 0.0) / (1 - efficiency)
+
+
 def careful(gain: float, samples: int) -> float:
     """A gain above 1 of n `samples`, drawn towards 1: `gain ** (1 - 2 ** -((n + 1) / 2))`.
 

@@ -212,7 +212,9 @@ class AdaScale(Rule):
             have the gain of the averages. The memory of the averages is unchanged, so they hold fewer samples: by the
             steps about 1000 / (S k). A step is also measured where the clock has advanced by a quarter of 1 % of the
             `total`, which leaves four samples. For long runs of small micro-batches (docs/overhead.md). A gradient that
-            is not finite is skipped only where it is measured.
+            is not finite is skipped only where it is measured. `"auto"`: a step is measured where the memory of the
+            averages would hold fewer than 16 samples otherwise, in steps or on the clock. So are the first 16 steps,
+            and the first one after a resume.
         decays: as for every `Rule`.
 
     Raises:
@@ -246,7 +248,7 @@ class AdaScale(Rule):
     consecutive: bool = False
     noise_factor: float | None = None
     metric: Literal["euclidean", "adam"] = "euclidean"
-    every: int = 1
+    every: int | Literal["auto"] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,10 +263,11 @@ class AdaScale(Rule):
             raise InvalidValueError(f"exponent must be finite and not negative, got {self.exponent!r}.")
         if self.metric not in ("euclidean", "adam"):
             raise InvalidValueError(f'metric must be "euclidean" or "adam", got {self.metric!r}.')
-        check_steps("every", self.every)
-        if self.consecutive and self.every > 1:
+        if self.every != "auto":
+            check_steps("every", self.every)
+        if self.consecutive and self.every != 1:
             raise InvalidValueError(
-                f"consecutive=True compares the gradients of adjacent steps, which every={self.every} does not "
+                f"consecutive=True compares the gradients of adjacent steps, which every={self.every!r} does not "
                 "measure: use one of them."
             )
         if self.metric != "euclidean" and self.consecutive:

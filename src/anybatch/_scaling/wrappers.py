@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from anybatch._errors import UnsupportedError
-
 
 class HeldScheduler:
     """A scheduler for a framework: its `step()` does nothing, and everything else is the real scheduler's.
@@ -69,17 +67,24 @@ def optimizers_in(given: Any) -> Sequence[Any]:
     """The optimizers of a sequence, of torchtitan's `OptimizersContainer`, or the one that was given.
 
     The container is an `Optimizer` whose `step()` steps each of its `optimizers`; its own groups have no values.
+    DeepSpeed's optimizers are not `Optimizer`s, and have one inside.
     """
+    given = _in_deepspeed(given)
     if _is_container(given, "OptimizersContainer", "optimizers"):
         return list(given.optimizers)
     return (given,) if isinstance(given, Optimizer) else given
 
 
-def schedulers_in(given: Any) -> Sequence[Any]:
-    """The schedulers of a sequence, of torchtitan's `LRSchedulersContainer`, or the one that was given."""
+def schedulers_in(given: Any, *, engine: Any = None) -> Sequence[Any]:
+    """The schedulers of a sequence, of torchtitan's `LRSchedulersContainer`, or the one that was given.
+
+    One that DeepSpeed's `engine` steps is given as the engine's attribute.
+    """
     if _is_container(given, "LRSchedulersContainer", "schedulers"):
         return [_Place(given.schedulers, index) for index in range(len(given.schedulers))]
-    return given if isinstance(given, list | tuple) else () if given is None else (given,)
+    found = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    stepped = None if engine is None else held_by(engine.lr_scheduler)[0]
+    return [each if stepped is None or held_by(each)[0] is not stepped else _Place(vars(engine)) for each in found]
 
 
 def _is_container(thing: object, name: str, content: str) -> bool:
@@ -88,9 +93,9 @@ def _is_container(thing: object, name: str, content: str) -> bool:
 
 
 class _Place:
-    """A place in a container's list, in the form of a wrapper that keeps one scheduler."""
+    """A place in a container's list or among an engine's attributes, in the form of a wrapper around one scheduler."""
 
-    def __init__(self, schedulers: list[Any], index: int) -> None:
+    def __init__(self, schedulers: Any, index: Any = "lr_scheduler") -> None:
         self._schedulers, self._index = schedulers, index
 
     @property
@@ -103,28 +108,21 @@ class _Place:
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside the wrapper of Accelerate, Fabric or Lightning.
+    """The optimizer inside the wrapper of Accelerate, Fabric or Lightning, or inside DeepSpeed's in one of them.
 
     These wrappers share groups and state with their `optimizer`. A wrapper with its own state, such as Lookahead, is
     another optimizer.
-
-    Raises:
-        UnsupportedError: the optimizer is DeepSpeed's.
     """
-    refuse_deepspeed(optimizer)
-    inner = getattr(optimizer, "optimizer", None)
-    refuse_deepspeed(inner)
+    optimizer = _in_deepspeed(optimizer)
+    inner = _in_deepspeed(getattr(optimizer, "optimizer", None))
     if not isinstance(inner, Optimizer) or inner is optimizer:
         return optimizer
     shared = inner.param_groups is optimizer.param_groups and inner.state is optimizer.state
     return bare_optimizer(inner) if shared else optimizer
 
 
-def refuse_deepspeed(thing: object) -> None:
-    """Raise `UnsupportedError` for DeepSpeed's engine and optimizers."""
-    if any(cls.__module__.split(".")[0] == "deepspeed" or "DeepSpeed" in cls.__name__ for cls in type(thing).__mro__):
-        raise UnsupportedError(
-            f"DeepSpeed is not supported yet ({type(thing).__name__}): its engine divides, reduces and clips the "
-            "gradients by itself, and anybatch does not read them from it. Train under DDP, or under FSDP2 "
-            "(fully_shard), which shards the same."
-        )
+def _in_deepspeed(optimizer: Any) -> Any:
+    """The optimizer that one of DeepSpeed's steps; any other object itself."""
+    while type(optimizer).__module__.startswith("deepspeed.runtime.") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -147,6 +147,8 @@ class AnyBatchCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise if the first step has no gradient."""
         groups = self._trainer.optimizer.param_groups
+        if self._trainer.is_deepspeed_enabled:  # its engine has stepped, and keeps no gradient
+            return
         if not self._seen and all(p.grad is None for group in groups for p in group["params"]):
             raise anybatch.UsageError(
                 "At the first step no trained parameter has a gradient: check that the loss depends on them. Under "

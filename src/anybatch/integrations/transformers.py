@@ -60,7 +60,7 @@ def attach(
 
     Raises:
         InvalidValueError: a value out of range.
-        UnsupportedError: at `train()`, DeepSpeed, FSDP1, or several devices in one process.
+        UnsupportedError: at `train()`, FSDP1, several devices in one process, or some settings of DeepSpeed.
         UsageError: the trainer is already attached or in `train()`, or has both `ema_decay` and
             `load_best_model_at_end`; at `train()`, the first step has no gradient or calls no hook.
         StateError: at `train(resume_from_checkpoint=...)`, the checkpoint is from a run without anybatch.
