@@ -142,7 +142,7 @@ def _check_engine(engine: Any) -> None:
     zero = engine._config.zero_config
     offload = [zero.offload_optimizer, zero.offload_param]
     found = {
-        "float16 without ZeRO: its engine divides the gradients by a scale that its loss does not have": engine.fp16_enabled()
+        "float16 without ZeRO, where its engine divides by a scale that the loss does not have": engine.fp16_enabled()
         and engine.zero_optimization_stage() == 0,
         "its pipelines: torch.distributed.pipelining is supported": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,
