@@ -115,6 +115,9 @@ def train(rank, cases):
             found[name] = globals()[case.get("loop", "run")](deepspeed, rank, case)
         except (anybatch.UnsupportedError, anybatch.UsageError, anybatch.InvalidValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            error.add_note(f"In the case {name!r}.")
+            raise
     return found
 
 
@@ -312,6 +315,7 @@ def trainer(deepspeed, rank, case):
         warnings.simplefilter("ignore", FutureWarning)
         with contextlib.suppress(KeyboardInterrupt):
             trainer_of(folder, case, lambda adapter: Noted(adapter, 2)).train()
+        dist.barrier()  # rank 0 has written the checkpoint
         again = trainer_of(folder, case, lambda adapter: Noted(adapter, 0))
         again.train(resume_from_checkpoint=True)
     return {"steps": steps, "weights": whole(deepspeed, again.model.net), "end": again.state.global_step}
