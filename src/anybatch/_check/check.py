@@ -125,8 +125,8 @@ def check(
         raise UnsupportedError("check needs one process: pass the bare model, without a process group.")
     if is_deepspeed(model):
         raise UnsupportedError(
-            "check runs your step on copies of the model, and a DeepSpeed engine has its hooks on the original: pass the "
-            "bare model and its optimizer, before deepspeed.initialize."
+            "check runs your step on copies of the model, and a DeepSpeed engine has its hooks on the original: pass "
+            "the bare model and its optimizer, before deepspeed.initialize."
         )
     first_dimensions = [t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
     if not first_dimensions:

@@ -137,8 +137,8 @@ class AnyBatchCallback(TrainerCallback):
             record=self._opened,
         )
         if driven and trainer.is_deepspeed_enabled:
-            # Its engine steps, and with it the schedule, before the step of this wrapper, which does nothing; else torch
-            # warns of that order.
+            # Its engine steps, and with it the schedule, before the step of this wrapper, which does nothing. Without
+            # this torch warns of that order.
             trainer.optimizer._opt_called = True
         if driven:
             trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = anybatch.HeldScheduler(scheduler)
