@@ -9,6 +9,7 @@ points of tau, of the logarithm of the ratio of their training losses.
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -151,12 +152,14 @@ def train(rank: int, layout: str, total: int, seed: int) -> Curve:
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     accumulation = SCALE // data_ranks
     if layout.startswith("DeepSpeed"):
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
         import deepspeed
 
         settings = {
             "train_micro_batch_size_per_gpu": BASE,
             "gradient_accumulation_steps": accumulation,
             "zero_optimization": {"stage": 2, "overlap_comm": False},
+            "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
         }
         model, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -20,6 +20,11 @@ import anybatch
 
 A, SIZE, STEPS, LR, TOTAL, DECAY = 2, 4, 4, 0.05, 60, 0.9
 FEW = 1000  # bytes of a bucket: several reductions a backward
+# Warnings that DeepSpeed causes itself; all others are errors.
+WARNINGS = (
+    ("`torch.jit.script_method` is deprecated", DeprecationWarning),
+    ("`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
+)
 
 
 def model():
@@ -86,22 +91,16 @@ def config_of(case, stage):
     }
 
 
-def quiet():
-    """Import deepspeed without its log, without a build of its operators, and with the warnings of its own ignored."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce, which a compiler would build
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its calls of functions that torch 2.13 has renamed.
-    warnings.filterwarnings("ignore", r".*all_gather_into_tensor.* is deprecated", FutureWarning)
-    return deepspeed
-
-
 def prepare(rank):
     """DeepSpeed, with the group of the ranks that the test has made."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
-    deepspeed = quiet()
+    warnings.simplefilter("error")
+    for text, category in WARNINGS:
+        warnings.filterwarnings("ignore", text, category)
+    import deepspeed
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # a faster all-reduce, which a compiler would build
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo", verbose=False)
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch has it for these few operators
     return deepspeed
@@ -115,6 +114,9 @@ def train(rank, cases):
             found[name] = globals()[case.get("loop", "run")](deepspeed, rank, case)
         except (anybatch.UnsupportedError, anybatch.UsageError, anybatch.InvalidValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            error.add_note(f"In the case {name!r}.")
+            raise
     return found
 
 
@@ -129,11 +131,9 @@ def start(deepspeed, case, *, checkpoint=None):
     net = model()
     base = optimizer_of(case, net)
     scheduler = torch.optim.lr_scheduler.StepLR(base, 1, case["gamma"]) if "gamma" in case else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        engine, optimizer, _, scheduler = deepspeed.initialize(
-            model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, case["stage"])
-        )
+    engine, optimizer, _, scheduler = deepspeed.initialize(
+        model=net, optimizer=base, lr_scheduler=scheduler, config=config_of(case, case["stage"])
+    )
     if checkpoint is not None:
         engine.load_checkpoint(checkpoint, tag="one")
     for path, value in case.get("set", {}).items():  # settings that this machine cannot run
@@ -237,6 +237,13 @@ def whole(deepspeed, net):
         return [p.detach().float().clone() for p in net.parameters()]
 
 
+def checked(deepspeed, rank, case):
+    """`anybatch.check` of an engine."""
+    engine, controller, net, _ = start(deepspeed, case)
+    controller.detach()
+    return anybatch.check(lambda *_: None, model=engine, optimizer=engine.basic_optimizer, batch=data(0, 0))
+
+
 def accelerated(deepspeed, rank, case):
     """The loop of Accelerate with its DeepSpeed plugin."""
     from accelerate import Accelerator, DeepSpeedPlugin
@@ -249,9 +256,7 @@ def accelerated(deepspeed, rank, case):
     net = model()
     optimizer = optimizer_of(case, net)
     loader = torch.utils.data.DataLoader(torch.zeros(8), batch_size=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        engine, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    engine, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     controller = anybatch.attach(optimizer, model=engine, base_batch=SIZE, micro_batch=SIZE, total=TOTAL)
     steps = []
     for t in range(STEPS):
@@ -308,12 +313,11 @@ def trainer(deepspeed, rank, case):
         def on_save(self, args, state, control, **_):
             raise KeyboardInterrupt
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        with contextlib.suppress(KeyboardInterrupt):
-            trainer_of(folder, case, lambda adapter: Noted(adapter, 2)).train()
-        again = trainer_of(folder, case, lambda adapter: Noted(adapter, 0))
-        again.train(resume_from_checkpoint=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer_of(folder, case, lambda adapter: Noted(adapter, 2)).train()
+    dist.barrier()  # rank 0 has written the checkpoint
+    again = trainer_of(folder, case, lambda adapter: Noted(adapter, 0))
+    again.train(resume_from_checkpoint=True)
     return {"steps": steps, "weights": whole(deepspeed, again.model.net), "end": again.state.global_step}
 
 

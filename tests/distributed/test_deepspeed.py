@@ -94,7 +94,7 @@ SETTINGS = {
     "sequence_parallel_size": 2,
     "enable_backward_allreduce": False,
     "_config.zero_config.zero_quantized_gradients": True,
-    "_config.zero_config.zenflow": object(),
+    "zenflow": True,
     "torch_autocast_z0_gradscaler": object(),
 }
 ERRORS |= {name: ({"set": {name: value}}, "UnsupportedError: .*Leave it out") for name, value in SETTINGS.items()}
@@ -164,9 +164,12 @@ def test_what_cannot_be_measured_is_an_error(name):
         assert re.match(ERRORS[name][1], found[name]), found[name]
 
 
-def test_one_process_and_its_record(tmp_path):
+def test_one_process_its_record_and_check(tmp_path):
     case = {"stage": 2, "record": str(tmp_path / "run.jsonl")}
-    ranks = [found["alone"] for found in launch.run(workers.train, world=1, args=({"alone": case},))]
+    cases = {"alone": case, "checked": {"stage": 1, "loop": "checked"}}
+    ranks = launch.run(workers.train, world=1, args=(cases,))
+    assert re.match("UnsupportedError: check runs your step on copies", ranks[0]["checked"])
+    ranks = [found["alone"] for found in ranks]
     compared(case, ranks, world=1)
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [line["tau"] for line in lines if "tau" in line] == [numbers["tau"] for numbers in ranks[0]["steps"]]

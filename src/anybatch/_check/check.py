@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from anybatch._check.judge import clearing, means, schedule, sizes
 from anybatch._check.trial import Step, Trial, run
 from anybatch._errors import InvalidValueError, UnsupportedError, UsageError
+from anybatch._gradients import is_deepspeed
 
 _CALLS = 2  # of the step: the second one shows the gradients that the first one left
 
@@ -93,7 +94,7 @@ def check(
     Raises:
         InvalidValueError: `times` below 2, or no tensor in the batch.
         UsageError: the step trained the original model instead of its argument.
-        UnsupportedError: several ranks.
+        UnsupportedError: several ranks, or DeepSpeed's engine.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -122,6 +123,11 @@ def check(
         raise InvalidValueError(f"times is the number of base batches in the larger one, at least 2; got {times!r}.")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedError("check needs one process: pass the bare model, without a process group.")
+    if is_deepspeed(model):
+        raise UnsupportedError(
+            "check runs your step on copies of the model, and a DeepSpeed engine has its hooks on the original: pass "
+            "the bare model and its optimizer, before deepspeed.initialize."
+        )
     first_dimensions = [t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
     if not first_dimensions:
         raise InvalidValueError("batch has no tensor whose first dimension is that of the examples: pass a base batch.")

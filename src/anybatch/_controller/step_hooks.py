@@ -301,7 +301,8 @@ class StepHooks:
             gradients.average(count / divisor)
 
     def _trainable(self) -> list[Tensor]:
-        return [p for each in self._values for p in trainable(each.optimizer)]
+        members = self._engine.steps.members([each.optimizer for each in self._values])
+        return [p for p in members if p.requires_grad]
 
     def _empty(self, gradients: GradientHooks) -> bool:
         """Drop a window whose gradients were cleared before the step."""

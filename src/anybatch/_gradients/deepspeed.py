@@ -120,9 +120,8 @@ def _check_version(engine: Any) -> None:
     if not lacking and optimizer is not engine.basic_optimizer:
         if name not in _MEMBERS:
             raise UnsupportedError(
-                f"DeepSpeed {_version()} trains this model by {name}, from which anybatch reads no gradients. It reads "
-                "those of stages 0 to 3 in float32 and float16, and of stages 1 to 3 in bfloat16. Set, for example, "
-                '"zero_optimization": {"stage": 1}.'
+                f"DeepSpeed {_version()} trains this model by {name}, from which anybatch reads no gradients. Set "
+                '"zero_optimization": {"stage": 1}, 2 or 3.'
             )
         needed = (_MEMBERS[name], *_READ.get(name, ()))
         lacking += [f"{name}.{each}" for each in needed if not hasattr(optimizer, each)]
@@ -142,7 +141,7 @@ def _check_engine(engine: Any) -> None:
     zero = engine._config.zero_config
     offload = [zero.offload_optimizer, zero.offload_param]
     found = {
-        "float16 without ZeRO: its engine divides the gradients by a scale that its loss does not have": engine.fp16_enabled()
+        "float16 without ZeRO, where its engine divides by a scale that the loss does not have": engine.fp16_enabled()
         and engine.zero_optimization_stage() == 0,
         "its pipelines: torch.distributed.pipelining is supported": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,
@@ -151,7 +150,7 @@ def _check_engine(engine: Any) -> None:
         "sequence parallelism, where several ranks share a sequence": engine.sequence_parallel_size > 1,
         "1-bit optimizers, which reduce compressed momenta": not engine.enable_backward_allreduce,
         '"zero_quantized_gradients"': zero.zero_quantized_gradients,
-        '"zenflow"': zero.zenflow is not None,
+        '"zenflow"': engine.zenflow,
         '"compile": {"deepcompile": true}': engine.is_deepcompile_enabled(),
         "offload to NVMe": any(each is not None and each.device == "nvme" for each in offload),
         "torch_autocast in float16": engine.torch_autocast_z0_gradscaler is not None

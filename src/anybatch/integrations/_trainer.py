@@ -136,6 +136,10 @@ class AnyBatchCallback(TrainerCallback):
             grad_scaler=trainer.accelerator.scaler,
             record=self._opened,
         )
+        if driven and trainer.is_deepspeed_enabled:
+            # Its engine steps, and with it the schedule, before the step of this wrapper, which does nothing. Without
+            # this torch warns of that order.
+            trainer.optimizer._opt_called = True
         if driven:
             trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = anybatch.HeldScheduler(scheduler)
         if self._ema_decay is not None:

@@ -106,6 +106,11 @@ class AnyBatch(Callback):
             )
         every = self._every(*units.pop())
         self._opened = record_of(self.record, self.per_layer, first=trainer.is_global_zero)
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise anybatch.UnsupportedError(
+                f"{type(trainer.strategy).__name__} was not tried with anybatch: use ModelParallelStrategy with "
+                "fully_shard, or DeepSpeed in a loop of your own, in Accelerate or in the Trainer."
+            )
         self.controller = anybatch.attach(
             trainer.optimizers,
             model=pl_module if trainer.model is None else trainer.model,
