@@ -78,6 +78,7 @@ PACKAGE = {
     "_scaling": "rules batch clock laws momentum schedules scenarios",
     "_controller": "controller first_hour several_optimizers trust scenarios gates",
     "_ema": "ema ema_clock ema_changes ema_import ema_model",
+    "_branch": "branch",
 }
 
 

@@ -186,13 +186,23 @@ def run(deepspeed, rank, case):
 def step(engine, controller, net, rank, t, case):
     """The numbers of one step."""
     dtype, seen, peeked = next(net.parameters()).dtype, controller.steps + controller.skipped, None
-    for i in range(A):
-        x = data(t, A * rank + i).to(dtype)
-        backward(engine, case, x * float("inf") if case.get("infinite") == (t, rank, i) else x)
-        if case.get("peek") == i:
-            peeked = controller.peek()
-        if not case.get("unmanaged") or i == A - 1:
-            engine.step()
+    reductions, reduce = [0], dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        reductions[0] += tensor.dtype == torch.float64 and tensor.numel() > 1  # the engine has none like that
+        return reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        for i in range(A):
+            x = data(t, A * rank + i).to(dtype)
+            backward(engine, case, x * float("inf") if case.get("infinite") == (t, rank, i) else x)
+            if case.get("peek") == i:
+                peeked = controller.peek()
+            if not case.get("unmanaged") or i == A - 1:
+                engine.step()
+    finally:
+        dist.all_reduce = reduce
     assert controller.steps + controller.skipped == seen + 1
     assert peeked is None or controller.gain == peeked
     raw = controller._run.last.raw
@@ -204,6 +214,7 @@ def step(engine, controller, net, rank, t, case):
         "skipped": controller.skipped,
         "lr": engine.get_lr()[0],
         "norm": float(engine.get_global_grad_norm() or 0),
+        "reductions": reductions[0],
     }
 
 

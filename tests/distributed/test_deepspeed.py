@@ -116,6 +116,7 @@ def compared(case, ranks, *, world):
     )  # fmt: skip
     half, tau, skipped = case.get("half"), 0.0, 0
     for t, numbers in enumerate(first["steps"]):
+        assert numbers.get("reductions", world > 1) == (world > 1)  # one for each step, but in the loops of others
         if "infinite" in case and t == case["infinite"][0]:
             skipped += 1
             assert (numbers["tau"], numbers["skipped"]) == (tau, skipped)
