@@ -189,6 +189,21 @@ def test_the_examples_table_is_that_of_the_results():
         assert times == f"{row['seen'] / next(r['seen'] for r in rows if r['example'] == row['example']):.2f}"
 
 
+def test_the_layouts_of_the_page_are_those_of_the_file():
+    page, found = (
+        (ROOT / "docs/distributed.md").read_text(),
+        json.loads((ROOT / "docs/distributed/layouts.json").read_text()),
+    )
+    distances = {row["layout"]: row["distance"] for row in found["rows"]}
+    for row in found["rows"]:
+        numbers = " | ".join(f"{row[name]:.1e}" for name in ("distance", "gain_median", "gain_most"))
+        assert f"| {row['layout']} | {row['processes']} | {row['steps']} | {numbers} |" in page
+    seed = distances.pop("one process, another seed")
+    assert f"{seed / distances.pop('DeepSpeed ZeRO-2'):.0f} times nearer" in page
+    assert f"which takes {found['steps']} steps" in page
+    assert max(distances.values()) < 1e-9  # "the same to rounding"
+
+
 def test_the_branches_of_the_page_are_those_of_the_file():
     page = (ROOT / "docs/branch.md").read_text()
     rows = json.loads((ROOT / "docs/branch/gpt.json").read_text())["rows"]
