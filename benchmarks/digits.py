@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +17,9 @@ Losses = tuple[float, float, float]
 Row = tuple[str, int, Callable[[int], Losses]]
 
 
-def train(
-    make: Callable[..., torch.optim.Optimizer],
-    rule: anybatch.Rule,
-    *,
-    base: int,
-    total: int,
-    scale: int,
-    seed: int,
-    record: Callable[[dict[str, float]], object] | None = None,
-) -> Losses:
-    """Steps, training loss and test loss of one run."""
-    net, steps = trained(make, rule, base=base, total=total, scale=scale, seed=seed, record=record)
+def train(make: Callable[..., torch.optim.Optimizer], rule: anybatch.Rule, **run: Any) -> Losses:
+    """Steps, training loss and test loss of one run, with the arguments of `trained`."""
+    net, steps = trained(make, rule, **run)
     x, y, x_test, y_test = digits()
     with torch.no_grad():
         return steps, cross_entropy(net(x), y).item(), cross_entropy(net(x_test), y_test).item()

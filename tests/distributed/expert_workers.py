@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import anybatch
 from distributed.mesh_workers import mesh_of, whole
+from distributed.pipeline_workers import overflow
 
 WORLD, EXPERTS, WIDTH, TOKENS, STEPS, LR, DECAY = 4, 4, 6, 8, 5, 0.05, 0.9
 BETAS, EPS, READY = (0.9, 0.99), 1e-6, 10
@@ -127,17 +128,6 @@ def distributed(layout, rank):
         return fully_shard(model, mesh=data, ignored_params=ignored)
     DDP._set_params_and_buffers_to_ignore_for_model(model, ["experts.weight"])
     return DDP(model)
-
-
-def overflow(call):
-    """A hook that makes the gradient of its `call`-th call infinite."""
-    calls = []
-
-    def hook(grad):
-        calls.append(0)
-        return grad * torch.inf if len(calls) == call else grad
-
-    return hook
 
 
 def optimizers(model, kind):
