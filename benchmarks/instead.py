@@ -6,7 +6,7 @@
 Each task's learning rate is tuned at scale 1 first, by factors of 2. Then each row trains at scales 8, 32 and 128.
 Every training is a line of `--cache`, docs/instead/runs.jsonl. A stopped command continues from there; several caches
 are joined by `cat`. The order is by use: a table of three seeds first, then five seeds, the other rows, the long runs
-and scale 128.
+and scale 128; and in each of these stages the cheap tasks first.
 
 A learning rate is re-tuned by factors of 2 around the usual rule's until the best lies inside, by the mean loss of
 three of the compared seeds. That favours the re-tuned rows.
@@ -14,8 +14,8 @@ three of the compared seeds. That favours the re-tuned rows.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil, inf, isfinite
 from multiprocessing import get_context
@@ -220,9 +220,9 @@ def _fixed(row: str, cell: Cell, seed: int, steps: int) -> Run:
 
 
 def counts(cell: Cell, cache: Cache) -> bool:
-    """Whether a cell belongs to the table: at scale 128 anybatch must keep `LEAST` steps, as far as is known."""
+    """Whether a cell belongs to the table: at scale 128 anybatch must keep `LEAST` steps."""
     first = cache.found.get(cell.run(0))
-    return cell.scale <= 32 or first is None or first.steps >= LEAST
+    return cell.scale <= 32 or (first is not None and first.steps >= LEAST)
 
 
 def cells(stage: Stage, cache: Cache) -> Iterator[Cell]:
@@ -237,11 +237,11 @@ def cells(stage: Stage, cache: Cache) -> Iterator[Cell]:
 
 
 def missing_of(stage: Stage, cache: Cache) -> list[Run]:
-    """What can be trained now: first the tuning at scale 1, then scale 1 and the rows, seed by seed."""
+    """What can be trained now: the tuning at scale 1, then scale 1 and one run of each cell, then the rows."""
     found: list[Run] = []
     for name in stage.tasks:
         lr, missing = tuned(name, cache)
-        found += missing or base_runs(name, lr)
+        found += missing or [*base_runs(name, lr), *(Cell(name, scale, lr).run(0) for scale in stage.scales)]
     for seeds in range(1, stage.seeds + 1):
         for cell in cells(stage, cache):
             for row in stage.rows:
@@ -250,17 +250,37 @@ def missing_of(stage: Stage, cache: Cache) -> list[Run]:
     return [run for run in dict.fromkeys(found) if run not in cache.found]
 
 
+def wanted(stages: Sequence[Stage], cache: Cache, complete: set[tuple[int, str]]) -> Iterator[tuple[int, Run]]:
+    """What can be trained now, in order, with the number of its stage; one task of a stage after another."""
+    for number, stage in enumerate(stages, 1):
+        for name in stage.tasks:
+            if (number, name) not in complete:
+                missing = missing_of(replace(stage, tasks=(name,)), cache)
+                if not missing:
+                    complete.add((number, name))
+                yield from ((number, run) for run in missing)
+
+
 def work(stages: Sequence[Stage], cache: Cache, jobs: int) -> None:
-    """Train stage by stage what is missing; every finished training is a line of the cache."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
+    """Train what is missing, the first of the order first; every finished training is a line of the cache."""
+    pending: dict[Future[Outcome], tuple[int, Run]] = {}
+    complete: set[tuple[int, str]] = set()
+    here = ThreadPoolExecutor(1)  # one job trains in this process
+    with here if jobs == 1 else ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
         try:
-            for number, stage in enumerate(stages, 1):
-                while missing := missing_of(stage, cache):
-                    futures = {pool.submit(train, run): run for run in missing}
-                    for done, future in enumerate(as_completed(futures), 1):
-                        run, outcome = futures[future], future.result()
-                        cache.write(run, outcome)
-                        print(f"stage {number}: {done}/{len(missing)} {run} {_shown(outcome)}", flush=True)
+            while True:
+                for number, run in wanted(stages, cache, complete):
+                    if len(pending) == jobs:
+                        break
+                    if all(run != other for _, other in pending.values()):
+                        pending[pool.submit(train, run)] = number, run
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    number, run = pending.pop(future)
+                    outcome = future.result()
+                    cache.write(run, outcome)
+                    print(f"{len(cache.found)}, stage {number}: {run} {_shown(outcome)}", flush=True)
         finally:  # an error of one training is raised now, not after all others
             pool.shutdown(cancel_futures=True)
 
@@ -269,9 +289,9 @@ def _shown(outcome: Outcome) -> str:
     return f"{outcome.steps} steps, {outcome.diverged or outcome.losses[-1]}, {outcome.seconds:.1f} s"
 
 
-def _chosen(names: Iterable[str]) -> Callable[[Stage], Stage]:
-    wanted = set(names)
-    return lambda s: Stage(tuple(name for name in s.tasks if name in wanted), s.scales, s.rows, s.seeds)
+def of_tasks(names: Collection[str]) -> list[Stage]:
+    """The stages of these tasks alone."""
+    return [replace(stage, tasks=tuple(name for name in stage.tasks if name in names)) for stage in STAGES]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -289,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     cache = Cache(options.cache)
     if not options.table:
-        work([_chosen(options.only)(stage) for stage in STAGES[: options.stages]], cache, options.jobs)
+        work(of_tasks(options.only)[: options.stages], cache, options.jobs)
     from benchmarks import instead_results
 
     instead_results.write_all(cache, options.out)
