@@ -208,7 +208,9 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
     found = {
         "cells": _cells_table(table, [c for c in table.cells if c[0] in SHORT]),
         "long": _cells_table(table, [c for c in table.cells if c[0] in LONG]),
+        "figure": _figure_table(lines),
         "counts": _counts_table(table),
+        "losses": _losses(table),
         "missing": _missing_table(table),
     }
     return {name: text or "No cell is trained yet." for name, text in found.items()}
@@ -232,7 +234,7 @@ def _cells_table(table: Table, cells: Sequence[tuple[str, int]]) -> str:
 
 
 def _short(line: Line, mark: str) -> str:
-    few = f" ({line.seeds} seeds)" if line.seeds < SEEDS else ""
+    few = f" ({line.seeds})" if line.seeds < SEEDS else ""
     return f"{_number(line.loss, '{:.4g}')}{' ' + _code(mark) if mark else ''}{few}"
 
 
@@ -258,6 +260,32 @@ def _counts_table(table: Table) -> str:
         found = tally(table, row, (8, 32), SHORT)
         if sum(found):
             text.append(f"| {row} | {sum(found)} | " + " | ".join(map(str, found)) + " |")
+    return "\n".join(text) if len(text) > 2 else ""
+
+
+def _losses(table: Table) -> str:
+    """The cells in which anybatch is significantly worse, at scales 8 and 32."""
+    text = []
+    for row in ("scale 1", *COMPARED):
+        cells = []
+        for name, scale in table.cells:
+            ours, line = table.of(name, scale, "anybatch"), _compared(table, row, name, scale)
+            if ours and line and scale in (8, 32) and (ours.mark == "-" if row == "scale 1" else line.against == "+"):
+                cells.append(f"{name} at {scale} ({ours.loss:.4g} instead of {line.loss:.4g})")
+        if cells:
+            text.append(f"- than {row}: {', '.join(cells)}")
+    return "\n".join(text) or "In no cell."
+
+
+def _compared(table: Table, row: str, name: str, scale: int) -> Line | None:
+    return table.base[name] if row == "scale 1" else table.of(name, scale, row)
+
+
+def _figure_table(lines: Sequence[Line]) -> str:
+    text = ["| S | row | tasks | steps / scale 1's | loss / scale 1's |", "|--:|---|--:|--:|--:|"]
+    for scale in (8, 32):
+        n, found = means(lines, scale, _DRAWN)
+        text += [f"| {scale} | {row} | {n} | {x:.3f} | {y:.3f} |" for row, (x, y) in found.items()]
     return "\n".join(text) if len(text) > 2 else ""
 
 
