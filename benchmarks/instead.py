@@ -35,8 +35,8 @@ MOST = 9  # factors of 2 that a re-tuned rate goes from the usual rule's
 LEAST = 50  # steps that anybatch must take at scale 128
 WARMUP, LSW = 0.2, 0.055  # of the re-tuned rows, and of the linear rule (Johnson et al. 2020, Section 4)
 
-_MORE = "scale 1, as many examples"
-_FIRST = (
+MORE = "scale 1, as many examples"
+FIRST = (
     "anybatch", "usual", "usual, stretched", "static values", "re-tuned", "re-tuned, clock", "re-tuned, T/S",
     "re-tuned, clock, T/S",
 )  # fmt: skip
@@ -47,8 +47,8 @@ RETUNED = {
     for clock in ("", ", clock")
 }
 ROWS = (
-    *_FIRST[:3], "unscaled", "unscaled, stretched", "map at S", "map at S, stretched", *RETUNED, "static values",
-    "late switch", _MORE,
+    *FIRST[:3], "unscaled", "unscaled, stretched", "map at S", "map at S, stretched", *RETUNED, "static values",
+    "late switch", MORE,
 )  # fmt: skip
 
 
@@ -63,15 +63,15 @@ class Stage:
 
 
 STAGES = (
-    Stage(SHORT, (8, 32), _FIRST, 3),
-    Stage(SHORT, (8, 32), (_MORE,), 3),
-    Stage(SHORT, (8, 32), (*_FIRST, _MORE), 5),
+    Stage(SHORT, (8, 32), FIRST, 3),
+    Stage(SHORT, (8, 32), (MORE,), 3),
+    Stage(SHORT, (8, 32), (*FIRST, MORE), 5),
     Stage(SHORT, (8, 32), ROWS, 3),
     Stage(SHORT, (8, 32), ROWS, 5),
-    Stage(LONG, (8, 32), _FIRST, 3),
-    Stage(LONG, (8, 32), (*_FIRST, _MORE), 5),
-    Stage(SHORT, (128,), _FIRST, 3),
-    Stage(SHORT, (128,), _FIRST, 5),
+    Stage(LONG, (8, 32), FIRST, 3),
+    Stage(LONG, (8, 32), (*FIRST, MORE), 5),
+    Stage(SHORT, (128,), FIRST, 3),
+    Stage(SHORT, (128,), FIRST, 5),
 )
 
 
@@ -215,7 +215,7 @@ def _fixed(row: str, cell: Cell, seed: int, steps: int) -> Run:
     total = TASKS[cell.task].total
     if row == "late switch":
         return cell.run(seed, steps=total // 2 + ceil(total / 2 / cell.scale), late=total // 2)
-    assert row == _MORE
+    assert row == MORE
     return Run(cell.task, 1, seed, cell.lr, steps=max(steps * cell.scale, total))
 
 
@@ -310,9 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = Cache(options.cache)
     if not options.table:
         work(of_tasks(options.only)[: options.stages], cache, options.jobs)
-    from benchmarks import instead_results
+    from benchmarks import instead_page
 
-    instead_results.write_all(cache, options.out)
+    instead_page.write_all(cache, options.out)
 
 
 if __name__ == "__main__":

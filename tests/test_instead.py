@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from benchmarks import instead, instead_results
+from benchmarks import instead, instead_page
 from benchmarks.instead import ROWS, Cache, Cell, runs_of
-from benchmarks.instead_results import BEST, BEST_SHORT, Table, blocks, collect, filled, from_json, markdown, tally
+from benchmarks.instead_page import blocks, filled, markdown
+from benchmarks.instead_results import BEST, BEST_SHORT, Table, collect, from_json, tally, to_json
 from benchmarks.instead_tasks import TASKS
 from benchmarks.instead_train import Outcome, Run, train
 from benchmarks.same_training import outwards
@@ -263,12 +264,8 @@ def test_the_command_trains_nothing_twice(tmp_path, capsys, monkeypatch):
     assert cache.found[wanted[0]].losses == train(wanted[0]).losses
 
 
-def to_text(lines):
-    return instead_results.to_json(lines)
-
-
 def test_statistics_of_made_up_outcomes(whole):
-    lines = from_json(to_text(collect(whole)))
+    lines = from_json(to_json(collect(whole)))
     table = Table(lines)
     ours, usual = table.of("digits-adamw", 8, "anybatch"), table.of("digits-adamw", 8, "usual")
     best = table.of("digits-adamw", 8, BEST)
@@ -289,14 +286,14 @@ def test_a_diverged_row_is_infinite_worse_and_null(whole):
     run = Run("digits-sgd", 8, 4, lr, steps=375, factor=8.0, warmup=0.055)
     assert run in whole.found
     whole.write(run, replace(whole.found[run], losses=[], diverged="the loss is not finite"))
-    text = to_text(collect(whole))
+    text = to_json(collect(whole))
     line = next(json.loads(x.rstrip(",")) for x in text.splitlines() if '"digits-sgd", "scale": 8, "row": "usual"' in x)
     assert (line["loss"], line["diverged"], line["mark"]) == (None, 1, "-")
     assert "| 5 (1 diverged) | 375 |" in markdown(from_json(text))
 
 
 def test_the_figure_is_drawn(whole, tmp_path):
-    instead_results.figure(collect(whole), tmp_path / "frontier.png")
+    instead_page.figure(collect(whole), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -305,7 +302,7 @@ def test_the_figure_is_drawn(whole, tmp_path):
 
 def test_results_tables_and_page_are_those_of_the_committed_trainings():
     text = (DOCS / "instead/results.json").read_text()
-    assert to_text(collect(Cache(DOCS / "instead/runs.jsonl"))) == text
+    assert to_json(collect(Cache(DOCS / "instead/runs.jsonl"))) == text
     lines = from_json(text)
     assert (DOCS / "instead/tables.md").read_text() == markdown(lines)
     page = (DOCS / "instead.md").read_text()
