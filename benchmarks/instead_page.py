@@ -48,8 +48,8 @@ def markdown(lines: Sequence[Line]) -> str:
     for name, base in table.base.items():
         task = TASKS[name]
         parts.append(
-            f"## {name}\n\n{task.label}. Learning rate {base.lr:g}, {task.total} base iterations of {task.base} examples."
-            "\n\n"
+            f"## {name}\n\n{task.label}. Learning rate {base.lr:g}, "
+            f"{task.total} base iterations of {task.base} examples.\n\n"
             f"| S | row | seeds | steps | examples | factor | loss | scale 1 | anybatch | {task.metric} | | curve |\n"
             "|--:|---|--:|--:|--:|--:|--:|:-:|:-:|--:|:-:|--:|"
         )
