@@ -85,15 +85,19 @@ class Cache:
         if whole != text:  # the last line of a command that was killed
             path.write_text(whole)
         for line in whole.splitlines():
-            values = json.loads(line)
-            self.found[Run(**values["run"])] = Outcome(**values["outcome"])
+            self._read(line)
 
     def write(self, run: Run, outcome: Outcome) -> None:
-        """Add a line."""
-        self.found[run] = outcome
+        """Add a line; `found` has what a later command will read, with its rounding."""
+        line = _line(run, outcome)
+        self._read(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(_line(run, outcome) + "\n")
+            file.write(line + "\n")
+
+    def _read(self, line: str) -> None:
+        values = json.loads(line)
+        self.found[Run(**values["run"])] = Outcome(**values["outcome"])
 
 
 def _line(run: Run, outcome: Outcome) -> str:

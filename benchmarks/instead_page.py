@@ -27,7 +27,7 @@ _COMPARED = (
     "usual", "usual, stretched", "unscaled", "unscaled, stretched", "map at S", "map at S, stretched", "re-tuned",
     "re-tuned, clock", BEST, BEST_SHORT, "static values", "late switch", MORE,
 )  # fmt: skip
-_DRAWN = ("anybatch", BEST, BEST_SHORT, "static values")  # in the figure
+_DRAWN = ("anybatch", BEST, BEST_SHORT, "re-tuned", "re-tuned, T/S")  # in the figure
 
 
 def write_all(cache: Cache, out: Path) -> None:
@@ -192,20 +192,22 @@ def figure(lines: Sequence[Line], path: Path) -> None:
     from matplotlib import ticker
 
     drawing, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    axes.set(xscale="log", yscale="log", xlim=(0.02, 0.4))
+    axes.set(xscale="log", yscale="log", xlim=(0.02, 1.3))
     for scale, colour in ((8, "#2f7fdb"), (32, "#dd5f4a")):
         n, found = means(lines, scale, _DRAWN)
         if not n:
             continue
-        line = [found[BEST_SHORT], found[BEST]]
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=5,
-                  label=f"S = {scale}: fixed rules, learning rate re-tuned")  # fmt: skip
-        axes.plot(*found["static values"], "D", color=colour, markersize=7, fillstyle="none", markeredgewidth=1.6,
-                  label=f"S = {scale}: static values, not tuned")  # fmt: skip
+        for rows, style, words in (
+            (("re-tuned, T/S", "re-tuned"), "o--", "fixed, learning rate re-tuned"),
+            ((BEST_SHORT, BEST), "o-", "fixed, best of all re-tuned"),
+        ):
+            line = zip(*(found[row] for row in rows), strict=True)
+            axes.plot(*line, style, color=colour, linewidth=2, markersize=5, label=f"S = {scale}: {words}")
         axes.plot(*found["anybatch"], "*", color=colour, markersize=17, markeredgecolor="black",
                   label=f"S = {scale}: anybatch, not tuned")  # fmt: skip
+    axes.plot(1, 1, "s", color="black", markersize=7, label="scale 1, tuned")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
+    axes.set_ylim(low, high * (high / low) ** 0.9)  # room for the legend
     axes.axhline(1, color="gray", linewidth=0.9, linestyle=":")
     axes.set_xlabel("optimizer steps / scale 1's", fontsize=13)
     axes.set_ylabel("held-out loss / scale 1's", fontsize=13)

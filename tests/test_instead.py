@@ -224,7 +224,7 @@ def pretended(run):
     away = abs(torch.tensor(run.lr / task.lr).log2().item())
     away += 0 if run.scale == 1 or run.kappa > 1 else abs(torch.tensor(run.factor / run.scale**task.exponent).log2())
     loss = round(1.0 + float(away) + 0.01 * (run.seed % 7) + (0.5 if run.steps and run.scale > 1 else 0), 4)
-    gains = {str(s): [s / 2, 2 * task.total / s] for s in (8, 32, 128)} if run.record else {}
+    gains = {str(s): [s / 2.00001234, 2 * task.total / s] for s in (8, 32, 128)} if run.record else {}
     return Outcome(steps, steps * run.scale / task.total, [loss] * 20, 50.0, 0.1, gains=gains)
 
 
@@ -244,6 +244,7 @@ def test_the_stages_train_every_row_and_a_killed_command_goes_on(whole):
     }  # fmt: skip
     assert set(found["digits-sgd", 8]) == set(ROWS)
     text = whole.path.read_text()
+    assert list(instead.wanted(STAGES, Cache(whole.path), set())) == []
     whole.path.write_text(text[:-40])  # killed in the middle of a line
     again = Cache(whole.path)
     assert len(again.found) == len(whole.found) - 1
