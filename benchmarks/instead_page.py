@@ -207,7 +207,7 @@ def figure(lines: Sequence[Line], path: Path) -> None:
                   label=f"S = {scale}: anybatch, not tuned")  # fmt: skip
     axes.plot(1, 1, "s", color="black", markersize=7, label="scale 1, tuned")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.9)  # room for the legend
+    axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.9)  # room for the stars and the legend
     axes.axhline(1, color="gray", linewidth=0.9, linestyle=":")
     axes.set_xlabel("optimizer steps / scale 1's", fontsize=13)
     axes.set_ylabel("held-out loss / scale 1's", fontsize=13)
