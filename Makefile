@@ -94,6 +94,7 @@ gpu:
 
 evidence: $(STAMP)
 	$(BIN)/python -m benchmarks.same_training --json docs/same-training/results.json --figure docs/same-training/frontier.png
+	$(BIN)/python -m benchmarks.instead
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache anybatch-demo site

@@ -16,13 +16,14 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 
@@ -33,6 +34,8 @@ from benchmarks.same_training_tasks import CANDIDATES, TASKS, Result, prepare
 BASE_SEEDS = 10  # of scale 1 at least, so that its halves are five each
 TUNING_SEEDS = (100, 101, 102)  # never those that are compared
 OUTWARDS = 5  # factors of 2 that the tuning goes from the task's own rate
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _trained(runs: Sequence[Run], place: Place) -> Iterator[tuple[Run, Result]]:
     if place.jobs == 1:
         yield from ((run, train(run, place)) for run in runs)
         return
-    with ProcessPoolExecutor(min(place.jobs, len(runs)), get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(min(place.jobs, len(runs)), get_context("spawn"), one_thread) as pool:
         try:
             futures = {pool.submit(train, run, place): run for run in runs}
             for future in as_completed(futures):
@@ -121,7 +124,8 @@ def _trained(runs: Sequence[Run], place: Place) -> Iterator[tuple[Run, Result]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Of a new process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -130,22 +134,45 @@ def _loss(result: Result) -> float:
     return inf if result.diverged else result.curve[-1]["loss"]
 
 
+def outwards(
+    runs: Callable[[int], list[R]], loss: Callable[[R], float | None], *, most: int = OUTWARDS
+) -> tuple[int, list[R]]:
+    """The k of the lowest mean loss, with one tried on each side of it, and the runs missing before it is known.
+
+    Args:
+        runs: of k, the trainings at a rate of `2 ** k` times the first.
+        loss: of a training; `None` if it was not made.
+        most: the largest k, up or down.
+    """
+    low, high = -1, 1
+    while True:
+        found = {k: [(run, loss(run)) for run in runs(k)] for k in range(low, high + 1)}
+        missing = [run for pairs in found.values() for run, value in pairs if value is None]
+        if missing:
+            return 0, missing
+        means = {k: fmean(value for _, value in pairs if value is not None) for k, pairs in found.items()}
+        best = min(means, key=means.__getitem__)
+        if low < best < high or max(-low, high) == most:
+            return best, []
+        low, high = min(low, best - 1), max(high, best + 1)
+
+
 def tuned(name: str, cache: Path) -> tuple[float, list[Run]]:
     """The best rate at scale 1 of those a factor 2 apart, and the trainings that are missing before it is known."""
     task = TASKS[name]
-    low, high = -1, 1
-    while True:
-        rates = {k: float(f"{task.lr * 2.0**k:.4g}") for k in range(low, high + 1)}
-        runs = {k: [Run(name, "", lr, 1, seed) for seed in TUNING_SEEDS[: task.tuning]] for k, lr in rates.items()}
-        found = {run: read(run, cache) for several in runs.values() for run in several}
-        missing = [run for run, result in found.items() if result is None]
-        if missing:
-            return task.lr, missing
-        losses = {k: fmean(_loss(result) for run in runs[k] if (result := found[run])) for k in rates}
-        best = min(losses, key=losses.__getitem__)
-        if low < best < high or max(-low, high) == OUTWARDS:
-            return rates[best], []
-        low, high = min(low, best - 1), max(high, best + 1)
+
+    def rate(k: int) -> float:
+        return float(f"{task.lr * 2.0**k:.4g}")
+
+    def runs(k: int) -> list[Run]:
+        return [Run(name, "", rate(k), 1, seed) for seed in TUNING_SEEDS[: task.tuning]]
+
+    def loss(run: Run) -> float | None:
+        result = read(run, cache)
+        return None if result is None else _loss(result)
+
+    k, missing = outwards(runs, loss)
+    return rate(k), missing
 
 
 def base_runs(name: str, lr: float, seeds: int) -> list[Run]:

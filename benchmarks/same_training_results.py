@@ -8,6 +8,7 @@ from math import exp, inf, isfinite, log, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from scipy.stats import ttest_ind
@@ -88,7 +89,9 @@ def mark(values: Sequence[float], base: Sequence[float], *, higher_is_better: bo
         return "-"
     difference = fmean(values) - fmean(base)
     constant = len(set(values)) == len(set(base)) == 1  # no spread at all: the test has no denominator
-    p = float(difference == 0) if constant else float(ttest_ind(values, base, equal_var=False).pvalue)
+    with catch_warnings():
+        simplefilter("ignore", RuntimeWarning)  # equal values on one side: their variance is 0, not a rounding error
+        p = float(difference == 0) if constant else float(ttest_ind(values, base, equal_var=False).pvalue)
     if not p < LEVEL:
         return ""
     return "+" if (difference > 0) == higher_is_better else "-"

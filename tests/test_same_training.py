@@ -68,6 +68,11 @@ def test_values_without_a_spread_are_compared_as_they_are():
     assert mark([1.0, 1.0], [0.0, 0.0, 0.0]) == "-"
 
 
+def test_values_without_a_spread_on_one_side_have_variance_zero():
+    assert mark([2.303] * 3, [0.09, 0.11, 0.1]) == "-"
+    assert mark([0.1] * 3, [0.09, 0.11, 0.1]) == ""
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on runs of 40 base iterations: `tiny("--table")`; its cache is in `tmp_path`."""
