@@ -6,7 +6,6 @@ from math import isfinite
 from pathlib import Path
 
 from benchmarks import same_training_results as statistics
-from benchmarks.instead import LONG, MORE, ROWS, SHORT, Cache, Cell, applies
 from benchmarks.instead_results import (
     BEST,
     BEST_SHORT,
@@ -20,6 +19,7 @@ from benchmarks.instead_results import (
     tally,
     to_json,
 )
+from benchmarks.instead_runs import LONG, MORE, ROWS, SHORT, Cache, Cell, applies
 from benchmarks.instead_tasks import TASKS
 
 _SHOWN = ("usual", "usual, stretched", "re-tuned", BEST, "static values", MORE)  # of the page's table

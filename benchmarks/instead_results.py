@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import same_training_results as statistics
-from benchmarks.instead import RETUNED, ROWS, SHORT, Cache, Cell, base_runs, counts, runs_of, tuned
+from benchmarks.instead_runs import RETUNED, ROWS, SHORT, Cache, Cell, base_runs, counts, runs_of, tuned
 from benchmarks.instead_tasks import TASKS
 from benchmarks.instead_train import POINTS, Outcome
 from benchmarks.same_training_tasks import Result

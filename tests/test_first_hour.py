@@ -388,7 +388,8 @@ def test_a_controller_in_one_line():
     step(model, optimizer, n=3)
     words = repr(controller)
     assert words.startswith(f"<Controller: tau {controller.tau:.6g} of 50, 1 steps, scale 3, gain ")
-    assert f"noise scale {controller.noise_scale:.4g}>" in words
+    worth = f"an example is worth {controller.gain / 3:.1%} of one at scale 1"
+    assert words.endswith(f", noise scale {controller.noise_scale:.4g}, {worth}>")
     controller.detach()
     assert repr(controller).endswith(", detached>")
 

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from benchmarks import instead, instead_page
-from benchmarks.instead import ROWS, Cache, Cell, runs_of
+from benchmarks import instead, instead_page, instead_runs
 from benchmarks.instead_page import blocks, filled, markdown
 from benchmarks.instead_results import BEST, BEST_SHORT, Table, collect, from_json, tally, to_json
+from benchmarks.instead_runs import ROWS, SHORT, Cache, Cell, Stage, runs_of, tuned, wanted
 from benchmarks.instead_tasks import TASKS
 from benchmarks.instead_train import Outcome, Run, train
 from benchmarks.same_training import outwards
@@ -203,7 +203,7 @@ STAGES = instead.of_tasks(("digits-sgd", "digits-adamw", "lstm", "denoiser-long"
 def trained(tmp_path_factory):
     """The text of a cache after all stages, with made-up outcomes; re-tuned rates are best at the usual rule's."""
     cache, complete = Cache(tmp_path_factory.mktemp("whole") / "runs.jsonl"), set()
-    while missing := list(instead.wanted(STAGES, cache, complete)):
+    while missing := list(wanted(STAGES, cache, complete)):
         for number, run in missing:
             assert 1 <= number <= len(STAGES)
             if run not in cache.found:  # a run of two stages is there twice
@@ -244,25 +244,25 @@ def test_the_stages_train_every_row_and_a_killed_command_goes_on(whole):
     }  # fmt: skip
     assert set(found["digits-sgd", 8]) == set(ROWS)
     text = whole.path.read_text()
-    assert list(instead.wanted(STAGES, Cache(whole.path), set())) == []
+    assert list(wanted(STAGES, Cache(whole.path), set())) == []
     whole.path.write_text(text[:-40])  # killed in the middle of a line
     again = Cache(whole.path)
     assert len(again.found) == len(whole.found) - 1
-    ((_, lost),) = set(instead.wanted(STAGES, again, set()))
+    ((_, lost),) = set(wanted(STAGES, again, set()))
     again.write(lost, whole.found[lost])
     assert Cache(whole.path).found == whole.found
 
 
 def test_the_command_trains_nothing_twice(tmp_path, capsys, monkeypatch):
-    stage = instead.Stage(("factors",), (32,), ("anybatch",), 1)
-    monkeypatch.setattr(instead, "missing_of", lambda stage, cache: [run for run in wanted if run not in cache.found])
-    wanted = [Run("factors", 32, seed, 0.01, steps=4) for seed in range(3)]
+    stage = Stage(("factors",), (32,), ("anybatch",), 1)
+    monkeypatch.setattr(instead_runs, "missing_of", lambda _, cache: [run for run in runs if run not in cache.found])
+    runs = [Run("factors", 32, seed, 0.01, steps=4) for seed in range(3)]
     for expected in (3, 0):
         cache = Cache(tmp_path / "runs.jsonl")
         instead.work([stage], cache, 1)
         assert len(cache.found) == 3
         assert capsys.readouterr().out.count("4 steps") == expected
-    assert cache.found[wanted[0]].losses == train(wanted[0]).losses
+    assert cache.found[runs[0]].losses == train(runs[0]).losses
 
 
 def test_statistics_of_made_up_outcomes(whole):
@@ -279,11 +279,11 @@ def test_statistics_of_made_up_outcomes(whole):
     assert table.of("digits-adamw", 8, BEST_SHORT).steps == 188
     worse, same, better = tally(table, "usual", (8,), ["digits-adamw", "digits-sgd"])
     assert (worse, same, better) == (2, 0, 0)
-    assert tally(table, "scale 1", (8, 32), instead.SHORT) == (6, 0, 0)
+    assert tally(table, "scale 1", (8, 32), SHORT) == (6, 0, 0)
 
 
 def test_a_diverged_row_is_infinite_worse_and_null(whole):
-    lr, _ = instead.tuned("digits-sgd", whole)
+    lr, _ = tuned("digits-sgd", whole)
     run = Run("digits-sgd", 8, 4, lr, steps=375, factor=8.0, warmup=0.055)
     assert run in whole.found
     whole.write(run, replace(whole.found[run], losses=[], diverged="the loss is not finite"))

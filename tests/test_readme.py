@@ -60,7 +60,7 @@ def test_the_table_is_that_of_the_results():
 def test_the_sentence_of_gain_and_price_is_of_the_same_rows(page):
     text = " ".join((Path(__file__).parent.parent / page).read_text().split())
     [steps, examples] = re.search(
-        r"32 times the tuned batch takes (\d+) .*?steps in place of 4,000.*? ([\d.]+) times the", text
+        r"32 times the tuned batch takes (\d+) .*?(?:in place|instead) of 4,000.*? ([\d.]+) times the", text
     ).groups()
     [row] = [row for row in RESULTS if (row["scale"], row["rule"]) == ("32", "adascale")]
     assert (steps, examples) == (f"{row['iterations']:.0f}", f"{row['examples']:.2f}")

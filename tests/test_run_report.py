@@ -52,7 +52,8 @@ def test_the_table_says_what_the_record_says(tmp_path):
     gain = sum(step.gain for step in source.steps) / len(source.steps)
     assert found[1:7] == ["AdaScale", "8", "0.875", "nan", f"{len(source.steps):,}", f"{gain:.3g}"]
     examples = len(source.steps) * 8 * 32
-    assert found[7] in (str(examples), f"{examples / 1000:.4g}k")
+    assert found[7] == f"{gain / 8:.0%}"  # of an example at scale 1
+    assert found[8] in (str(examples), f"{examples / 1000:.4g}k")
     assert found[-2:] == ["0", "0"]
     assert cells(text, "b")[3:6] == ["–", "–", "3"]
     assert "1 of 2 runs reached the end" in text

@@ -244,6 +244,7 @@ def bare(seed, scale, name, values, *, steps):
     return error()
 
 
+@pytest.mark.filterwarnings("ignore:At scale .* an example is worth:anybatch.AnybatchWarning")
 @pytest.mark.parametrize(
     ("name", "total", "scale", "most"),
     [

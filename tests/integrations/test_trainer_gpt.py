@@ -21,6 +21,7 @@ def test_the_lengths_of_the_examples_differ_and_none_is_in_both_parts():
     assert len(held_out) == pytest.approx(len(data) / (trainer_gpt.HELD_OUT - 1), rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:At scale .* an example is worth:anybatch.AnybatchWarning")
 def test_a_run_of_a_few_steps_ends_at_its_total():
     task.as_launched(0, 1)
     row = trainer_gpt.train(8, rate=5e-3, seed=0, total=16, size=16)

@@ -41,6 +41,7 @@ def test_the_rate_is_looked_for_until_both_neighbours_are_worse(best):
     assert not {each.seed for each in runs.asked} & set(range(language.SEEDS))
 
 
+@pytest.mark.filterwarnings("ignore:At scale .* an example is worth:anybatch.AnybatchWarning")
 @pytest.mark.parametrize("row", language.ROWS)
 def test_a_run_of_a_few_steps_ends_at_its_total(row, data):
     found = language.train(language.Wanted(STUDY, row, 2e-3, 0), data)

@@ -145,6 +145,7 @@ def test_the_command_has_no_defaults(words, shown, monkeypatch):
     assert seen == ["python -m recipes.reproduce table2" + (f" --scales {shown}" if shown else "")]
 
 
+@pytest.mark.filterwarnings("ignore:At scale .* an example is worth:anybatch.AnybatchWarning")
 def test_figures_1_3_and_4(run):
     rows, _ = run("fig1", "--scale", "8")
     steps = {row["rule"]: row["iterations"] for row in rows if row["scale"] == "8"}

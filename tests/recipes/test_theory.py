@@ -76,6 +76,7 @@ def test_a_step_of_gain_r_has_the_expected_squared_length_of_r_base_steps(varian
     assert r**2 * (variance / scale + sqnorm) == pytest.approx(r * (variance + sqnorm), rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:At scale .* an example is worth:anybatch.AnybatchWarning")
 def test_proposition_1_without_noise_identity_scaling_is_exact():
     """All samples are the full gradient: a run at scale 16 is the run at scale 1, step by step."""
 
