@@ -69,7 +69,7 @@ _KEY = (
 def _row(line: Line) -> str:
     seeds = f"{line.seeds} ({line.diverged} diverged)" if line.diverged else f"{line.seeds}"
     factor = f"{line.factor:.3g}" if isfinite(line.factor) else ""
-    distance = "" if line.scale == 1 else _number(line.distance, "{:.1f}")
+    distance = "" if line.scale == 1 else number(line.distance, "{:.1f}")
     metric = "–" if line.diverged else f"{line.metric:.2f} ± {line.metric_sd:.2f}"
     cells = [line.scale, line.row, seeds, f"{line.steps:.0f}", f"{line.examples:.3g}", factor, _loss(line)]
     cells += [_code(line.mark), _code(line.against), metric, _code(line.metric_mark), distance]
@@ -80,7 +80,8 @@ def _loss(line: Line) -> str:
     return "∞" if not isfinite(line.loss) else f"{line.loss:.4g} ± {line.loss_sd:.2g}"
 
 
-def _number(value: float, form: str) -> str:
+def number(value: float, form: str) -> str:
+    """A number, or the sign of infinity."""
     return form.format(value) if isfinite(value) else "∞"
 
 
@@ -118,7 +119,7 @@ def _cells_table(table: Table, cells: Sequence[tuple[str, int]]) -> str:
 
 def _short(line: Line, mark: str) -> str:
     few = f" ({line.seeds})" if line.seeds < SEEDS else ""
-    return f"{_number(line.loss, '{:.4g}')}{' ' + _code(mark) if mark else ''}{few}"
+    return f"{number(line.loss, '{:.4g}')}{' ' + _code(mark) if mark else ''}{few}"
 
 
 def _counts_table(table: Table) -> str:

@@ -1,7 +1,7 @@
 """The statistics of `instead`: its rows against scale 1 and anybatch, as JSON and as a table."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, inf, isfinite, log, nan
 from statistics import fmean
@@ -15,6 +15,7 @@ from benchmarks.same_training_tasks import Result
 
 SCALES = (8, 32, 128)
 SEEDS = 5
+Rows = dict[str, tuple[list[Outcome], float]]  # of a cell, the trainings of each row and the factor on its rate
 BEST, BEST_SHORT = "best of the re-tuned", "best of the re-tuned, T/S"
 
 
@@ -62,31 +63,31 @@ def collect(cache: Cache) -> list[Line]:
         base = [] if missing else [cache.found[run] for run in base_runs(name, lr) if run in cache.found]
         if len(base) < 2:
             continue
-        results = [_result(name, outcome) for outcome in base]
-        task = TASKS[name]
-        first = statistics.base_row(name, results, lr=lr, total=task.total, metric=task.metric, family="")
-        lines.append(_line(first, "scale 1", base, against="", factor=nan))
-        for scale in SCALES:
-            cell = Cell(name, scale, lr)
-            if counts(cell, cache):
-                lines += _cell(cell, first, results, cache)
+        cells = [cell for scale in SCALES if counts(cell := Cell(name, scale, lr), cache)]
+        lines += lines_of(name, lr, base, {cell.scale: _rows(cell, cache) for cell in cells})
     return lines
 
 
-def _cell(cell: Cell, first: statistics.Row, base: Sequence[Result], cache: Cache) -> list[Line]:
-    lines, ours = list[Line](), list[float]()
-    for row in ROWS:
-        found, factor = _found(row, cell, cache)
-        if len(found) < 2:
-            continue
-        results = [_result(cell.task, outcome) for outcome in found]
-        line = statistics.row(first, cell.scale, row, results, base=base)
-        losses = statistics.ends(results, "loss")
-        if row == "anybatch":
-            ours = losses
-        against = "" if row == "anybatch" or len(ours) < 2 else statistics.mark(losses, ours)
-        lines.append(_line(line, row, found, against=against, factor=factor))
+def lines_of(name: str, lr: float, base: Sequence[Outcome], cells: Mapping[int, Rows]) -> list[Line]:
+    """The line of scale 1, then those of each scale; the first row of a scale is the one that others compare with."""
+    task, known = TASKS[name], [_result(name, outcome) for outcome in base]
+    first = statistics.base_row(name, known, lr=lr, total=task.total, metric=task.metric, family="")
+    lines = [_line(first, "scale 1", base, against="", factor=nan)]
+    for scale, rows in cells.items():
+        ours: list[float] | None = None
+        for row, (found, factor) in rows.items():
+            results = [_result(name, outcome) for outcome in found]
+            losses = statistics.ends(results, "loss")
+            against = "" if ours is None else statistics.mark(losses, ours)
+            ours = losses if ours is None else ours
+            line = statistics.row(first, scale, row, results, base=known)
+            lines.append(_line(line, row, found, against=against, factor=factor))
     return lines
+
+
+def _rows(cell: Cell, cache: Cache) -> Rows:
+    found = {row: _found(row, cell, cache) for row in ROWS}
+    return {row: each for row, each in found.items() if len(each[0]) > 1}
 
 
 def _found(row: str, cell: Cell, cache: Cache) -> tuple[list[Outcome], float]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import anybatch
 from anybatch._demo import LAST_RATE
+from benchmarks.instead_levels import LEVELS
 from benchmarks.instead_tasks import TASKS, Task
 
 BACKWARDS = 8  # of a step that is measured, at most
@@ -37,6 +38,7 @@ class Run:
         warmup: share of the run in which the learning rate rises from scale 1's.
         late: steps with the base batch before the batch becomes S times it.
         record: scale 1 by anybatch with two backwards a step, and forecasts from its record.
+        level: a change of anybatch's defaults, of `instead_levels`.
     """
 
     task: str
@@ -49,6 +51,7 @@ class Run:
     warmup: float = 0.0
     late: int = 0
     record: bool = False
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,18 +167,20 @@ def _step(task: Task, net: nn.Module, optimizers: list[Optimizer]) -> bool:
 def _measured(
     run: Run, task: Task, net: nn.Module, optimizers: list[Optimizer], curve: _Curve, record: Path | None
 ) -> tuple[int, str]:
-    """The defaults of anybatch."""
+    """The defaults of anybatch, or a change of them."""
     n = 2 if run.record else min(run.scale, BACKWARDS)
     size = task.base * run.scale // n
     controller = anybatch.attach(
         optimizers,
         model=net,
+        rule=LEVELS[run.level].rule,
         scheduler=[torch.optim.lr_scheduler.ExponentialLR(o, LAST_RATE ** (1 / task.total)) for o in optimizers],
         total=task.total,
         base_batch=task.base,
         micro_batch=size,
         record=record,
     )
+    LEVELS[run.level].hook(optimizers, run.scale)
     order = torch.Generator().manual_seed(run.seed)
     diverged = ""
     while not controller.done and not diverged:
