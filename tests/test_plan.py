@@ -70,6 +70,26 @@ def test_json_is_the_plan_and_the_plan_is_the_function():
     }
 
 
+def test_another_length_of_the_run_changes_the_weight_decay_of_adamw_alone():
+    options = {"weight_decay": 0.1, "total": 10_000, "warmup": 300}
+    same, longer = parsed(**options)["changes"], parsed(horizon=40_000, **options)["changes"]
+    assert longer.pop("total")["after"] == 5000
+    decay = longer.pop("weight_decay")
+    # The share of the run that AdamW remembers: 1 / (lr * decay) steps of `total` steps, after over before.
+    before, after = 1 / (3e-4 * 0.1) / 10_000, 1 / (longer["lr"]["after"] * decay["after"]) / 5000
+    assert after / before == pytest.approx(4**-0.527, rel=2e-3)  # the map of the batch is exact to first order in lr
+    assert "2505.13738" in decay["source"]
+    assert longer == {name: change for name, change in same.items() if name in longer}
+    sgd = {"optimizer": "sgd", "weight_decay": 0.1, "total": 10_000}
+    assert parsed(horizon=40_000, **sgd)["changes"]["weight_decay"] == parsed(**sgd)["changes"]["weight_decay"]
+
+
+def test_a_length_needs_that_of_the_tuned_run():
+    result = run(horizon=40_000)
+    assert result.exit_code == 2
+    assert "--horizon needs total" in result.output
+
+
 def test_other_optimizers_take_their_own_values():
     assert parsed(optimizer="sgd", momentum=0.9)["changes"]["momentum"]["after"] == 0.9
     assert parsed(optimizer="RMSprop", alpha=0.99)["changes"]["alpha"]["after"] == pytest.approx(0.99**8)

@@ -25,6 +25,7 @@ _OPTIONS = {
     "betas_rule": "--betas-rule",
     "warmup": "--warmup",
     "total": "--total",
+    "horizon": "--horizon",
 }
 
 
@@ -47,6 +48,9 @@ def plan(
     batch_norm_momentum: Annotated[float | None, typer.Option(help="PyTorch's momentum of BatchNorm.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of the warm-up at the base batch.")] = None,
     total: Annotated[int | None, typer.Option(help="Steps of the whole run at the base batch.")] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Steps of the planned run at the base batch, if it is not --total.")
+    ] = None,
     betas_rule: Annotated[str, typer.Option(help="power: beta ** kappa; sde: 1 - kappa * (1 - beta).")] = "power",
     record: Annotated[
         Path | None, typer.Option(help="A run's record: its values, mapped by the mean gain at the new batch.")
@@ -79,6 +83,7 @@ def plan(
             batch=batch,
             values=_given(values),
             steps=_given({"warmup": warmup, "total": total}),
+            horizon=horizon,
             record=record,
         )
     except (anybatch.AnybatchError, OSError) as error:

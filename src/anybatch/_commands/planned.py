@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anybatch._forecast import Estimate
     from anybatch._maps import Change
 
+_HORIZON = -1 + 0.527  # of AdamW's weight decay, by the number of tokens at a constant model and learning rate
 _DECAYS = ("betas", "alpha", "rho", "momentum", "ema_decay")  # of averages: d remembers 1 / (1 - d) steps
 
 
@@ -51,14 +52,23 @@ def planned(
     batch: int,
     values: Mapping[str, Any],
     steps: Mapping[str, int],
+    horizon: int | None,
     record: str | PathLike[str] | None,
 ) -> Plan:
-    """The plan, with `values` as for `scale_hyperparameters` and `steps` as numbers of steps at the base batch."""
+    """The plan, with `values` as for `scale_hyperparameters` and `steps` as numbers of steps at the base batch.
+
+    `horizon` is the length of the planned run where it is not `steps["total"]`.
+    """
     from anybatch._numbers import MOST, shown
 
-    for name, number in {"base-batch": base_batch, "batch": batch, **steps}.items():
+    for name, number in {"base-batch": base_batch, "batch": batch, "horizon": horizon, **steps}.items():
         if number is not None and not 1 <= number <= MOST:
             raise anybatch.InvalidValueError(f"{name} must be from 1 to {MOST}, got {shown(number)}.")
+    if horizon is not None and "total" not in steps:
+        raise anybatch.InvalidValueError(
+            "horizon needs total, the steps of the run that the values were tuned in, and no --record: the gains there "
+            "are of its own length."
+        )
     if record is not None:
         if "total" in steps:
             raise anybatch.InvalidValueError("total is that of the record: leave it out, or plan without --record.")
@@ -71,6 +81,8 @@ def planned(
     kappa = batch / base_batch
     changes = anybatch.scale_hyperparameters(optimizer, kappa, **values)
     changes |= _shorter(steps, kappa, "steps / kappa: the same examples", "Goyal et al. 2017")
+    if horizon is not None:
+        changes = _of_length(changes, optimizer, horizon / steps["total"], ceil(horizon / kappa))
     return _plan(optimizer, base_batch, batch, kappa, changes)
 
 
@@ -101,6 +113,21 @@ def _of_record(run: Recorded, batch: int, values: Mapping[str, Any], steps: Mapp
         steps=run.steps,
         how_good=how_good(run.optimizer),
     )
+
+
+def _of_length(changes: "dict[str, Change]", optimizer: str, longer: float, steps: int) -> "dict[str, Change]":
+    """The changes for a run that is `longer` times as long, in examples."""
+    found = dict(changes)
+    found["total"] = replace(found["total"], after=steps, why="horizon / kappa")
+    decay = found.get("weight_decay")
+    if optimizer.lower() == "adamw" and decay is not None:
+        found["weight_decay"] = replace(
+            decay,
+            after=_number(decay.after) * longer**_HORIZON,
+            why=f"{decay.why}, then * (horizon / total) ** {_HORIZON:g}: measured on language models in one pass",
+            source=f"{decay.source}; Bergsma et al. 2025, arXiv 2505.13738",
+        )
+    return found
 
 
 def _shorter(steps: Mapping[str, int], factor: float, why: str, source: str) -> "dict[str, Change]":
