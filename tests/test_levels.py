@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -83,3 +84,28 @@ def test_the_pages_tables_are_those_of_the_committed_trainings():
         assert page.count(f"<!-- begin {name} -->") == page.count(f"<!-- end {name} -->") == 1
     assert filled(page, found) == page
     assert {line["scale"] for line in json.loads(text)} == {1, 8, 32, 128}
+
+
+# Of a level: cells, cells worse than scale 1, worse than the default, and per cent of fewer steps, as the page says.
+SAID = {
+    "c = 2": (13, 1, 1, 9),
+    "c = 4": (13, 4, 4, 10),
+    "beta1 fixed": (11, 6, 9, 22),
+    "beta2 >= 0.9": (11, 0, 0, 2),
+    "beta2 >= 0.95": (11, 0, 0, 6),
+    "eps / sqrt(S)": (11, 0, 0, 1),
+}
+
+
+def test_what_the_page_says_of_the_levels_is_in_the_json():
+    lines = from_json((DOCS / "instead/levels.json").read_text())
+    default = {(line.task, line.scale): line for line in lines if not line.row}
+    for name, said in SAID.items():
+        found = [line for line in lines if line.row == name]
+        fewer = geometric_mean(line.steps / default[line.task, line.scale].steps for line in found)
+        worse, below = sum(line.mark == "-" for line in found), sum(line.against == "-" for line in found)
+        assert (len(found), worse, below, round(100 * (1 - fewer))) == said, name
+        assert not any(line.against == "+" for line in found)
+    edge = {(line.scale, line.row): line.loss for line in lines if line.task == levels.EDGE}
+    for scale in (8, 32, 128):
+        assert edge[scale, ""] < edge[scale, "c = 2"] < edge[scale, "c = 4"]
