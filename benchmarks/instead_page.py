@@ -37,9 +37,9 @@ def write_all(cache: Cache, out: Path) -> None:
     statistics.write(out / "instead" / "results.json", text)
     statistics.write(out / "instead" / "tables.md", markdown(lines))
     figure(lines, out / "instead" / "frontier.png")
-    page = out / "instead.md"
-    if page.exists():
-        page.write_text(filled(page.read_text(), blocks(lines)))
+    for page in (out / "instead.md", out / "index.md", out.parent / "README.md"):
+        if page.exists():
+            page.write_text(filled(page.read_text(), blocks(lines)))
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -97,6 +97,7 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
         "long": _cells_table(table, [c for c in table.cells if c[0] in LONG]),
         "figure": _figure_table(lines),
         "counts": _counts_table(table),
+        "instead": _verdict(lines),
         "losses": _losses(table),
         "missing": _missing_table(table),
     }
@@ -120,6 +121,25 @@ def _cells_table(table: Table, cells: Sequence[tuple[str, int]]) -> str:
 def _short(line: Line, mark: str) -> str:
     few = f" ({line.seeds})" if line.seeds < SEEDS else ""
     return f"{number(line.loss, '{:.4g}')}{' ' + _code(mark) if mark else ''}{few}"
+
+
+def _verdict(lines: Sequence[Line]) -> str:
+    """The sentences of the first page: equal steps, re-tuned, equal examples."""
+    table = Table(lines)
+    found = {row: tally(table, row, (8, 32), SHORT) for row in ("scale 1", "re-tuned", BEST, MORE)}
+    if not all(map(sum, found.values())):
+        return ""
+    parts = {scale: means(lines, scale, ("anybatch",))[1]["anybatch"][0] for scale in (8, 32)}
+    (worse, _, better), retuned, best, more = found.values()
+    tasks = len({name for name, scale in table.cells if scale in (8, 32) and name in SHORT})
+    return (
+        f"{tasks} small tasks at 8 and 32 times the batch, {sum(found['scale 1'])} cells. anybatch took "
+        f"{parts[8]:.0%} and {parts[32]:.0%} of scale 1's steps.\nIts held-out loss was significantly worse than scale "
+        f"1's in {worse} cells, and better in {better}. At its number of steps, a learning rate\nre-tuned at that "
+        f"batch was better in {retuned[0]} and worse in {retuned[2]}. The best of all re-tuned rows was better in "
+        f"{best[0]} and worse in {best[2]}.\n**Where it loses:** scale 1 with as many examples was better in {more[0]} "
+        f"of {sum(more)}, and worse in {more[2]}."
+    )
 
 
 def _counts_table(table: Table) -> str:
