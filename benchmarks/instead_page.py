@@ -155,13 +155,13 @@ def _counts_table(table: Table) -> str:
 
 
 def _losses(table: Table) -> str:
-    """The cells in which anybatch is significantly worse, at scales 8 and 32."""
+    """The cells in which anybatch is significantly worse."""
     text = []
     for row in ("scale 1", *_COMPARED):
         cells = []
         for name, scale in table.cells:
             ours, line = table.of(name, scale, "anybatch"), _compared(table, row, name, scale)
-            if ours and line and scale in (8, 32) and (ours.mark == "-" if row == "scale 1" else line.against == "+"):
+            if ours and line and (ours.mark == "-" if row == "scale 1" else line.against == "+"):
                 cells.append(f"{name} at {scale} ({ours.loss:.4g} instead of {line.loss:.4g})")
         if cells:
             text.append(f"- than {row}: {', '.join(cells)}")
