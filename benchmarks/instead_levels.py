@@ -1,4 +1,4 @@
-"""What `levels` changes of anybatch's defaults in a training of `instead`: the noise factor, and Adam's own values."""
+"""The changes of anybatch's defaults that `levels` compares: the noise factor, and Adam's own values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +60,6 @@ class Level:
 
 LEVELS = {
     "": Level(),
-    "c = 1": Level(noise_factor=1.0),
     "c = 2": Level(noise_factor=2.0),
     "c = 4": Level(noise_factor=4.0),
     "beta1 fixed": Level(beta1_fixed=True),

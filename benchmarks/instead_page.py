@@ -133,12 +133,12 @@ def _verdict(lines: Sequence[Line]) -> str:
     (worse, _, better), retuned, best, more = found.values()
     tasks = len({name for name, scale in table.cells if scale in (8, 32) and name in SHORT})
     return (
-        f"{tasks} small tasks at 8 and 32 times the batch, {sum(found['scale 1'])} cells. anybatch took "
-        f"{parts[8]:.0%} and {parts[32]:.0%} of scale 1's steps.\nIts held-out loss was significantly worse than scale "
-        f"1's in {worse} cells, and better in {better}. At its number of steps, a learning rate\nre-tuned at that "
-        f"batch was better in {retuned[0]} and worse in {retuned[2]}. The best of all re-tuned rows was better in "
-        f"{best[0]} and worse in {best[2]}.\n**Where it loses:** scale 1 with as many examples was better in {more[0]} "
-        f"of {sum(more)}, and worse in {more[2]}."
+        f"On {tasks} small tasks, at 8 and 32 times the batch ({sum(found['scale 1'])} cells), anybatch took "
+        f"{100 * parts[8]:.0f} % and {100 * parts[32]:.0f} % of scale 1's steps.\nIts held-out loss was significantly "
+        f"worse than scale 1's in {worse} cells, and better in {better}.\nAt the same number of steps, a learning rate "
+        f"re-tuned at that batch ended better than anybatch in {retuned[0]} cells and worse in {retuned[2]}.\nThe best "
+        f"of all re-tuned rows ended better in {best[0]} and worse in {best[2]}.\n**Where it loses:** scale 1 with as "
+        f"many examples ended better than anybatch in {more[0]} of {sum(more)} cells, and worse in {more[2]}."
     )
 
 

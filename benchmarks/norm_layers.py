@@ -1,12 +1,12 @@
-"""Whether the noise of the normalisation layers alone says that of the whole model, on a small GPT and a ViT.
+"""Whether the noise of the normalisation layers alone predicts that of the whole model, on a small GPT and a ViT.
 
     python -m benchmarks.norm_layers            trains, and writes docs/noise-scale/norm_layers.json
     python -m benchmarks.norm_layers --table    writes the table of docs/noise-scale.md
 
 The norms of single examples' gradients are cheap for LayerNorm, in one backward (Gray et al. 2024, arXiv 2411.00999).
 The gain would then need no second micro-batch. Here both noise scales come from the same eight micro-batches of a step,
-so they differ only in the parameters. Each is a mean of moments over a tenth of the run. "Calibrated" divides the
-noise scale of the normalisation layers by the ratio of the run's first tenth.
+so they differ only in the parameters. Each is a mean of moments over a tenth of the run. For the
+gain, the noise scale of the normalisation layers is divided by the ratio of the run's first tenth.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.instead_page import filled
 from benchmarks.instead_tasks import TASKS
 
 OUT, PAGE = Path("docs/noise-scale/norm_layers.json"), Path("docs/noise-scale.md")
-RATES = {"bytes-adamw": 0.008, "vit": 0.02}  # near those that `instead` has tuned at scale 1
+RATES = {"bytes-adamw": 0.008, "vit": 0.02}  # a quarter and a half of those that `instead` has tuned
 SCALE, SCALES = 8, (8, 32, 128)  # of the training, and of the gains
 SEEDS, TENTHS = 5, 10
 

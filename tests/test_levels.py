@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 
 import anybatch
 from benchmarks import levels
-from benchmarks.instead_levels import LEVELS
+from benchmarks.instead_levels import LEVELS, Level
 from benchmarks.instead_page import filled
 from benchmarks.instead_results import from_json, to_json
 from benchmarks.instead_runs import Cache
@@ -55,6 +55,7 @@ def test_the_values_in_a_step_are_those_of_the_level_and_the_base_comes_back(nam
 
 def test_a_noise_factor_is_that_of_the_rule(monkeypatch):
     monkeypatch.setitem(TASKS, "digits-sgd", replace(TASKS["digits-sgd"], total=60))
+    monkeypatch.setitem(LEVELS, "c = 1", Level(noise_factor=1.0))
     steps = [train(Run("digits-sgd", 16, 0, 0.02, level=name)).steps for name in ("", "c = 1", "c = 2", "c = 4")]
     assert steps[0] == steps[1] > steps[2] > steps[3]
 

@@ -66,8 +66,8 @@ def planned(
             raise anybatch.InvalidValueError(f"{name} must be from 1 to {MOST}, got {shown(number)}.")
     if horizon is not None and "total" not in steps:
         raise anybatch.InvalidValueError(
-            "horizon needs total, the steps of the run that the values were tuned in, and no --record: the gains there "
-            "are of its own length."
+            "horizon needs total, the steps of the run that the values were tuned in. With --record leave horizon out: "
+            "the gains in a record are those of its own length."
         )
     if record is not None:
         if "total" in steps:
